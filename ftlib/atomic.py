@@ -1,0 +1,100 @@
+"""Writing that is whole or not there: temporary beside the target, fsync, one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ftlib.errors import InputError
+
+TEMPORARY = ".tmp-"
+
+
+def temporary_beside(target: Path) -> Path:
+    """A name next to `target` that no reader takes for something finished."""
+    return target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}")
+
+
+def write_text(target: Path, text: str) -> None:
+    """Put `text` at `target`; a reader sees the old content or the new, never a part."""
+    temporary = temporary_beside(target)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(target.parent)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a crash of the machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to storage."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync_folder(Path(root))
+
+
+def commit_folder(temporary: Path, target: Path) -> bool:
+    """Flush `temporary` and rename it to `target`. False, and `temporary` is gone, when `target` is there already."""
+    fsync_tree(temporary)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        return False
+    fsync_folder(target.parent)
+    return True
+
+
+def discard_folder(folder: Path) -> None:
+    """Delete a committed folder; killed half-way, what remains has a temporary name."""
+    doomed = temporary_beside(folder)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Delete what killed writers left in `folder`. Only its one writer may call this."""
+    for left in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, need_bytes: int, purpose: str) -> None:
+    """InputError when the storage under `folder` has less than `need_bytes` free."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < need_bytes:
+        raise InputError(
+            f"no space left for {purpose}: {need_bytes / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free at "
+            f"{there}. Free some, or use another folder, and submit again; nothing is lost"
+        )

@@ -1,0 +1,138 @@
+"""Prompt formats: what the model reads (prompt) and what it must write (response), and the calls within.
+
+Rows are Alpaca rows {"instruction", "input" (optional), "output"} or plain {"prompt", "response"}.
+An input or output may be text or a JSON object; objects are written as compact JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftlib.errors import InputError, unknown
+
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: `response` follows `prompt` with nothing in between."""
+
+    prompt: str
+    response: str
+
+
+def render(row: Mapping[str, Any], template: str) -> Example:
+    """A row (one without a `problem`) in a template of `TEMPLATES`. A prompt/response row is taken as it is.
+
+    "alpaca": the two prompts of Stanford Alpaca, with and without input.
+    "brief": for tiny models; function-calling rows lose their constant instruction and show the example first.
+    """
+    if template not in TEMPLATES:
+        raise InputError(unknown("template", template, TEMPLATES))
+    if "prompt" in row:
+        return Example(row["prompt"], _text(row["response"]))
+    return Example(TEMPLATES[template](row), _text(row["output"]))
+
+
+def problem(row: object) -> str | None:
+    """What is wrong with a row, in words, or None. It names the field, what was found and what is allowed."""
+    if not isinstance(row, dict):
+        return f"a row must be a JSON object, found {_kind(row)}"
+    ask, answer = ("prompt", "response") if "prompt" in row or "response" in row else ("instruction", "output")
+    for field in (ask, answer):
+        if field not in row:
+            return f"field {field!r} is missing; found {', '.join(map(repr, row)) or 'no fields'}"
+    if not isinstance(row[ask], str):
+        return f"field {ask!r} must be text, found {_kind(row[ask])}"
+    if not row[ask].strip():
+        return f"field {ask!r} is empty"
+    for field in ("input", answer):
+        if not isinstance(row.get(field, ""), str | dict) and not (field == "input" and row[field] is None):
+            return f"field {field!r} must be text or a JSON object, found {_kind(row[field])}"
+    if not row[answer] or not _text(row[answer]).strip():
+        return f"field {answer!r} is empty: there is nothing to learn"
+    return None
+
+
+def function_call_of(text: str) -> dict[str, Any] | None:
+    """The call {"name", "arguments"} in a model's text, which must be exactly {"function_call": {…}}; else None.
+
+    NaN and a name given twice are no valid JSON here.
+    """
+    try:
+        found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or set(found) != {"function_call"}:
+        return None
+    call = found["function_call"]
+    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
+        return None
+    return call if isinstance(call["name"], str) and isinstance(call["arguments"], dict) else None
+
+
+def expected_call(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The call that a row's output asks for, or None for rows of another kind."""
+    output = row.get("output", row.get("response"))
+    return function_call_of(_text(output)) if isinstance(output, str | dict) else None
+
+
+def example_call(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The call that a function-calling row shows as its example, or None for rows of another kind."""
+    given = row.get("input")
+    example = given.get("function_call_example") if isinstance(given, dict) else None
+    return function_call_of(_text({"function_call": example})) if isinstance(example, dict) else None
+
+
+def same_call(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two calls are equal in name, arguments and JSON types (1, 1.0 and true differ); key order is free."""
+    if one is None or other is None:
+        return False
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _alpaca(row: Mapping[str, Any]) -> str:
+    given = _text(row.get("input") or "")
+    return (_ALPACA_INPUT if given else _ALPACA).format(instruction=row["instruction"], input=given)
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    given = row.get("input") or ""
+    if isinstance(given, dict) and set(given) == {"user_question", "function_call_example"}:
+        return f"example: {_text(given['function_call_example'])}\nuser: {given['user_question']}\ncall: "
+    return f"user: {row['instruction']}\n" + (f"input: {_text(given)}\n" if given else "") + "answer: "
+
+
+TEMPLATES: dict[str, Callable[[Mapping[str, Any]], str]] = {"alpaca": _alpaca, "brief": _brief}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _kind(value: object) -> str:
+    names = {dict: "a JSON object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)

@@ -1,0 +1,180 @@
+"""The prepare stage: sources become packed rows of tokens in a folder named by all that decides its content.
+
+<cache>/datasets/<digest>/train, validation   packed rows, see packing.py
+<cache>/datasets/<digest>/test.jsonl          what evaluation asks, a JSON object a line
+<cache>/datasets/<digest>/meta.json           where it came from, and the counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftlib import atomic
+from ftlib.data import packing, sources, tokenizing
+from ftlib.data.formats import example_call, expected_call, render
+from ftlib.errors import InputError, Interrupted
+from ftlib.rundir import RunDir
+from ftlib.spec import RunSpec, file_digest
+from ftlib.stop import StopFlag
+
+BLOCK = 1_000
+PROGRESS_S = 5.0
+ABANDONED_S = 86_400.0
+
+
+def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
+    """Make the run's dataset, or find it made; returns what prepared.json then holds.
+
+    Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop.
+    """
+    began = time.monotonic()
+    spec, provenance = run.spec(), run.provenance()
+    path = Path(provenance["data_path"]) if provenance["data_path"] else None
+    data_digest = _unchanged(path, provenance["data_digest"]) if path else "generator"
+    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision)
+    digest = dataset_digest(spec, data_digest, tokenizer)
+    datasets = Path(provenance["cache"]) / "datasets"
+    folder = datasets / digest
+    meta = _whole(folder)
+    reused = meta is not None
+    if meta is None:
+        try:
+            datasets.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cluster.cache: {datasets} cannot be made: {error}") from None
+        _sweep_abandoned(datasets)
+        temporary = atomic.temporary_beside(folder)
+        try:
+            source = {"digest": digest, "source": str(path or "generator"), "data_digest": data_digest}
+            meta = source | {"tokenizer": provenance["model_path"]} | _build(temporary, spec, path, tokenizer, stop)
+            atomic.write_json(temporary / "meta.json", meta)
+            if folder.exists() and _whole(folder) is None:
+                atomic.discard_folder(folder)
+            atomic.commit_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        print(f"found the dataset in {folder}", flush=True)
+    counts = {part: meta[part] for part in ("train", "validation", "test")}
+    seconds = round(time.monotonic() - began, 2)
+    prepared = {"dataset": str(folder), "digest": digest, **counts, "reused": reused, "seconds": seconds}
+    atomic.write_json(run.prepared_file, prepared)
+    return prepared
+
+
+def dataset_digest(spec: RunSpec, data_digest: str, tokenizer: tokenizing.Tokenizer) -> str:
+    """32 hex digits from all that decides a dataset: the data, how it is cut, the tokenizer, this package."""
+    code = [file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    # Where the file lies decides nothing; how many pairs are tested decides how many the generator makes.
+    wish = spec.data.model_dump(mode="json", exclude={"path"}) | {"test_pairs": spec.evaluate.pairs}
+    parts = [data_digest, wish, tokenizer.digest(), code]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _unchanged(path: Path, submitted: str) -> str:
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}. Does every node see it?") from None
+    if digest != submitted:
+        raise InputError(f"{path}: has changed since the run was submitted; submit again, that is another run")
+    return digest
+
+
+def _whole(folder: Path) -> dict[str, Any] | None:
+    """A committed dataset's meta; None when it is not there or a file was lost or cut since."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for part in ("train", "validation"):
+            packing.read(folder / part)
+        lines = (folder / "test.jsonl").read_bytes().count(b"\n")
+        return dict(meta) if lines == meta["test"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sweep_abandoned(datasets: Path) -> None:
+    """Remove what killed writers left. Others may be writing now: only what has been still for a day."""
+    for left in datasets.glob(f"{atomic.TEMPORARY}*"):
+        try:
+            old = time.time() - left.stat().st_mtime > ABANDONED_S
+        except OSError:
+            continue
+        if old:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _build(
+    folder: Path, spec: RunSpec, path: Path | None, tokenizer: tokenizing.Tokenizer, stop: StopFlag
+) -> dict[str, Any]:
+    """Write the parts of a dataset into `folder`; returns their counts."""
+    rows = sources.read(spec.data, path, test_pairs=spec.evaluate.pairs)
+    print(
+        f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test examples "
+        f"from {path or 'the generator'}",
+        flush=True,
+    )
+    counts: dict[str, Any] = {}
+    for part, chosen in (("train", rows.train), ("validation", rows.validation)):
+        documents = tokenizing.Documents(spec.data.seq_len)
+        _encode(part, chosen, documents, spec, tokenizer, stop)
+        meta = packing.write(
+            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed
+        )
+        full = meta["tokens"] / (meta["rows"] * meta["seq_len"])
+        print(
+            f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
+            f"{full:.1%} full, {meta['response_tokens'] / meta['tokens']:.0%} of the tokens are targets",
+            flush=True,
+        )
+        counts[part] = meta
+    documents = tokenizing.Documents(spec.data.seq_len)
+    kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)
+    with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
+        for (group, row), keep in zip(rows.test, kept, strict=True):
+            if keep:
+                file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
+    return counts | {"test": sum(kept), "test_dropped_too_long": documents.dropped_too_long}
+
+
+def _encode(
+    part: str,
+    rows: Sequence[sources.Row],
+    documents: tokenizing.Documents,
+    spec: RunSpec,
+    tokenizer: tokenizing.Tokenizer,
+    stop: StopFlag,
+) -> list[bool]:
+    """Encode rows into `documents` block by block, with progress; for each row, whether it was short enough."""
+    kept: list[bool] = []
+    began = spoken = time.monotonic()
+    for start in range(0, len(rows), BLOCK):
+        if stop.cause:
+            raise Interrupted(stop.cause)
+        kept += documents.add(tokenizer, [render(row, spec.data.template) for row in rows[start : start + BLOCK]])
+        now = time.monotonic()
+        if now - spoken > PROGRESS_S or len(kept) == len(rows):
+            spoken, speed = now, len(documents.tokens) / max(now - began, 1e-9)
+            print(
+                f"{part}: tokenised {len(kept):,} of {len(rows):,} examples, {len(documents.tokens):,} tokens, "
+                f"{speed / 1e6:.2f} Mtok/s, {(now - began) / len(kept) * (len(rows) - len(kept)):.0f} s left",
+                flush=True,
+            )
+    longer = f"longer than data.seq_len={spec.data.seq_len} tokens"
+    if not any(kept):
+        raise InputError(f"all {len(rows):,} {part} examples are {longer}; use a longer one or shorter examples")
+    if documents.dropped_too_long:
+        print(f"{part}: dropped {documents.dropped_too_long:,} examples {longer}", flush=True)
+    return kept
+
+
+def _question(row: sources.Row, group: str, template: str) -> dict[str, Any]:
+    example = render(row, template)
+    calls = {"expected_call": expected_call(row), "example_call": example_call(row)}
+    return {"prompt": example.prompt, "response": example.response, **calls, "group": group}

@@ -1,0 +1,206 @@
+"""Where examples come from: a file of rows or the generator, split into train, validation and test. No torch.
+
+A login node calls `check_file` when a run is submitted; the prepare stage calls `read`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ftlib.data.formats import problem
+from ftlib.data.synthesis import generate
+from ftlib.errors import InputError, nearest
+from ftlib.spec import DataSpec, file_digest
+
+Row = dict[str, Any]
+Part = Literal["train", "validation", "test"]
+KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+LISTED = 20
+UNSEEN_PAIRS = 64
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """A data file that was read whole and found good. `digest`: sha256 of its bytes; counts are rows."""
+
+    path: Path
+    rows: int
+    digest: str
+    bytes: int
+    train: int
+    validation: int
+    test: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Rows of each part. `test` holds pairs of (group, row); a group is "held-out" or "unseen"."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[tuple[str, Row]]
+
+
+def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
+    """Read every row of a .jsonl or .json file (or .gz of one) and split it as `data` says (default: DataSpec()).
+
+    Raises InputError: missing, empty, not text, too few rows to hold some out; or with the bad rows, by line number.
+    """
+    data = data or DataSpec()
+    counts = {"train": 0, "validation": 0, "test": 0}
+    for row in _good_rows(path):
+        counts[part_of(row, data)] += 1
+    _check_parts(path, counts, data)
+    return FileSummary(path, sum(counts.values()), file_digest(path), path.stat().st_size, **counts)
+
+
+def read(data: DataSpec, path: Path | None, *, test_pairs: int) -> Sources:
+    """All rows of the file at `path`, or of the generator without one, seeded by `data.seed`.
+
+    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. A file's
+    `data.held_out` share is its validation and test parts.
+    """
+    if path is None:
+        train = generate(data.functions, "train", data.pairs, data.seed)
+        validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
+        held_out = generate(data.functions, "test", test_pairs, data.seed)
+        unseen = generate("unseen", "test", UNSEEN_PAIRS, data.seed)
+        groups = {"held-out": held_out, "unseen": unseen}
+        return Sources(_limit(train, data), validation, [(group, row) for group in groups for row in groups[group]])
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in _good_rows(path):
+        parts[part_of(row, data)].append(row)
+    _check_parts(path, {part: len(rows) for part, rows in parts.items()}, data)
+    # Only the first so many are evaluated: the order must not be the file's, which may be sorted.
+    random.Random(data.seed).shuffle(parts["test"])
+    return Sources(_limit(parts["train"], data), parts["validation"], [("held-out", row) for row in parts["test"]])
+
+
+def part_of(row: Row, data: DataSpec) -> Part:
+    """The part a file's row belongs to, by its content and the seed alone.
+
+    So equal rows are in one part, and rows that are added later move no other row.
+    """
+    share = _rank(row, data.seed) / 2**64
+    return "test" if share < data.held_out / 2 else "validation" if share < data.held_out else "train"
+
+
+def _rank(row: Row, seed: int, purpose: str = "") -> int:
+    """64 bits from what a row says (not from fields nobody reads, such as an id)."""
+    content = [row.get(field) or "" for field in ("instruction", "input", "output", "prompt", "response")]
+    text = json.dumps([purpose, seed, content], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _limit(rows: list[Row], data: DataSpec) -> list[Row]:
+    """`data.limit` rows chosen by the seed, in their old order."""
+    if data.limit is None or data.limit >= len(rows):
+        return rows
+    ranks = [(_rank(row, data.seed, "limit"), index) for index, row in enumerate(rows)]
+    return [rows[index] for _, index in sorted(sorted(ranks)[: data.limit], key=lambda pair: pair[1])]
+
+
+def _check_parts(path: Path, counts: dict[str, int], data: DataSpec) -> None:
+    if empty := [part for part, rows in counts.items() if not rows]:
+        total = sum(counts.values())
+        advice = "give more rows"
+        if (larger := min(0.4, round(10 / total, 2))) > data.held_out:
+            advice += f', or hold out more with SET="data.held_out={larger}"'
+        raise InputError(
+            f"{path}: {total} rows are too few: data.held_out={data.held_out} leaves none for {' and '.join(empty)}; "
+            f"{advice}"
+        )
+
+
+def _good_rows(path: Path) -> Iterator[Row]:
+    """Every row of a file; after the last, InputError if some were bad or there was none."""
+    bad: list[str] = []
+    rows = unlisted = 0
+    for place, row in _rows(path):
+        rows += 1
+        wrong = row if isinstance(row, str) else problem(row)
+        if wrong is None:
+            if not bad:
+                yield cast(Row, row)
+        elif len(bad) < LISTED:
+            bad.append(f"{path}, {place}: {wrong}")
+        else:
+            unlisted += 1
+    if unlisted:
+        bad.append(f"{path}: and {unlisted} more")
+    if bad:
+        raise InputError(bad)
+    if not rows:
+        raise InputError(f"{path}: is empty; it must hold one JSON object a line, or a list of them in a .json file")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Every row as (its place in words, its value); a value that is a str says why the row cannot be read."""
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if f".{kind}" not in KINDS:
+        raise InputError(f"{path}: is of no known kind; allowed: {', '.join(KINDS)}.{nearest(path.suffix, KINDS)}")
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            if kind == "json":
+                yield from _items(path, file.read())
+                return
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield f"line {number}", _parse(path, line, f"line {number}")
+    except FileNotFoundError:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.name.lower().endswith(KINDS)])
+        raise InputError(f"{path}: there is no such file.{near}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _items(path: Path, text: bytes) -> Iterator[tuple[str, object]]:
+    """The rows of a .json file, which is one list."""
+    if not text.strip():
+        return
+    rows = _parse(path, text.removeprefix(b"\xef\xbb\xbf"), "the file")
+    if isinstance(rows, str):
+        raise InputError(f"{path}: {rows}")
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a .json file must hold one list of objects; one object a line is a .jsonl file")
+    for number, row in enumerate(rows, start=1):
+        yield f"item {number}", row if not isinstance(row, str) else "a row must be a JSON object, found text"
+
+
+def _parse(path: Path, text: bytes, place: str) -> object:
+    """JSON text as its value; a str says what is wrong. Bytes that are no text at all raise InputError at once."""
+    try:
+        value = _DECODER.decode(text.decode())
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}, {place}: is not text (UTF-8); found byte {text[:40]!r}…") from None
+    except UnicodeEncodeError:
+        return "holds half of a two-part character (a lone \\ud800 to \\udfff)"
+    except RecursionError:
+        return "is nested too deeply"
+    except json.JSONDecodeError as error:
+        spot = f"line {error.lineno}, column {error.colno}" if place == "the file" else f"column {error.colno}"
+        return f"is no JSON: {error.msg} at {spot}"
+    except ValueError as error:
+        return f"is no JSON: {error}"
+    return "a row must be a JSON object, found text" if isinstance(value, str) else value
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

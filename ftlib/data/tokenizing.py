@@ -1,0 +1,93 @@
+"""Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS.
+
+Prompt and response are encoded apart and joined, so the ids of a prompt at inference are exactly those in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from ftlib.data import base_model
+from ftlib.data.formats import Example
+from ftlib.errors import InputError
+
+
+class Tokenizer:
+    """The fast tokenizer of a base model, without its truncation and padding.
+
+    `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids.
+    """
+
+    def __init__(self, hf: Any, model: str) -> None:
+        backend = getattr(hf, "backend_tokenizer", None)
+        if backend is None or hf.eos_token_id is None:
+            lack = "fast tokenizer (tokenizer.json)" if backend is None else "end-of-text token (eos_token)"
+            raise InputError(f"model.name: {model} has no {lack}; it cannot be tuned here")
+        backend.no_truncation()
+        backend.no_padding()
+        self.hf, self._backend = hf, backend
+        self.eos: int = hf.eos_token_id
+        self.pad: int = self.eos if hf.pad_token_id is None else hf.pad_token_id
+        self.bos: list[int] = [hf.bos_token_id] if hf("a").input_ids[:1] == [hf.bos_token_id] else []
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def digest(self) -> str:
+        """sha256 over all that decides the ids of a text."""
+        return hashlib.sha256(json.dumps([self._backend.to_str(), self.bos, self.eos, self.pad]).encode()).hexdigest()
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of prompts, ready for the model to continue."""
+        return [self.bos + ids for ids in self._encode(texts)]
+
+    def responses(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of responses, EOS included."""
+        return [[*ids, self.eos] for ids in self._encode(texts)]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as text, special tokens left out."""
+        return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def load(model: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer in a folder or of a hub name; InputError says what was looked for and how to stage it."""
+    from transformers import AutoTokenizer
+
+    with base_model.loading(model, base_model.TOKENIZER, revision):
+        return Tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model)
+
+
+class Documents:
+    """Encoded examples in flat arrays, those longer than `longest` tokens left out and counted."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.tokens = array("I")
+        self.lengths = array("I")
+        self.prompt_lengths = array("I")
+        self.dropped_too_long = 0
+
+    def add(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[bool]:
+        """Encode and append examples; for each, whether it was kept."""
+        prompts = tokenizer.prompts([example.prompt for example in examples])
+        responses = tokenizer.responses([example.response for example in examples])
+        kept = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            length = len(prompt) + len(response)
+            kept.append(length <= self.longest)
+            if not kept[-1]:
+                self.dropped_too_long += 1
+                continue
+            self.tokens.extend(prompt)
+            self.tokens.extend(response)
+            self.lengths.append(length)
+            self.prompt_lengths.append(len(prompt))
+        return kept

@@ -1,0 +1,58 @@
+"""The errors a user can cause, each with its exit code.
+
+FtError                 1   something went wrong that is nobody's input
+├── InputError         64   the user's input is wrong: spec, data, names, files
+├── Unavailable        69   a service we need does not answer (the scheduler)
+└── Interrupted        75   saved on request: run me again
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+DONE, INPUT_WRONG, UNAVAILABLE, RUN_AGAIN = 0, 64, 69, 75
+
+
+class FtError(Exception):
+    """An error whose message is meant for a person. `messages` holds one line or paragraph per problem."""
+
+    exit_code = 1
+
+    def __init__(self, messages: str | Sequence[str]) -> None:
+        self.messages = [messages] if isinstance(messages, str) else list(messages)
+        super().__init__("\n".join(self.messages))
+
+
+class InputError(FtError):
+    """The user's input is wrong; every problem found is in `messages`."""
+
+    exit_code = INPUT_WRONG
+
+
+class Unavailable(FtError):
+    """A service that must answer does not (Slurm's controller, say)."""
+
+    exit_code = UNAVAILABLE
+
+
+class Interrupted(FtError):
+    """The stage saved its work at `step` because it was asked to stop; it must be run again."""
+
+    exit_code = RUN_AGAIN
+
+    def __init__(self, cause: str, step: int | None = None) -> None:
+        self.cause, self.step = cause, step
+        super().__init__(f"interrupted ({cause})" + ("" if step is None else f", saved at step {step}"))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean X?' for the closest valid name, else the empty string."""
+    hits = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" Did you mean {hits[0]}?" if hits else ""
+
+
+def unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    """One line: what was found, what is allowed, the nearest valid name."""
+    names = sorted(valid)
+    return f"{what}: {name!r} is unknown. Allowed: {', '.join(names) or '(none)'}.{nearest(name, names)}"

@@ -1,0 +1,103 @@
+"""A model answers prompts and is asked how likely the right responses are to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+
+from ftlib.data import base_model
+from ftlib.data.tokenizing import Tokenizer
+from ftlib.errors import Interrupted
+from ftlib.stop import StopFlag
+
+# Most logits held at once: 1 GiB in fp32.
+LOGITS = 2**28
+
+
+def load(model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None) -> Any:
+    """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
+
+    Raises InputError when the files are not there.
+    """
+    kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
+    with base_model.loading(model, base_model.WEIGHTS, revision):
+        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map={"": device})
+    if adapter is not None:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, str(adapter))
+    return loaded.eval()
+
+
+class Answerer:
+    """Greedy, batched generation with a model, and the nll of given responses."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, max_new_tokens: int, stop: StopFlag) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        # In the model's own place, or its sampling defaults would fill what ours leaves open.
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted({tokenizer.eos, *(end for end in ends if end is not None)}),
+            pad_token_id=tokenizer.pad,
+            use_cache=True,
+        )
+        self.stopping = [_Stopping(stop)]
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """The model's continuation of each prompt up to EOS, as text. Raises Interrupted between two tokens."""
+        ids, mask = self._left_padded(self.tokenizer.prompts(prompts))
+        found = self.model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=self.stopping)
+        return [self.tokenizer.text(row) for row in found[:, ids.shape[1] :].tolist()]
+
+    def nll(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[float, int]]:
+        """For each response, EOS included: the sum of -log p over its tokens (in nats), and their number."""
+        heads, tails = self.tokenizer.prompts(prompts), self.tokenizer.responses(responses)
+        at_once = max(1, LOGITS // (max(map(len, tails)) * self.model.config.get_text_config().vocab_size))
+        found: list[tuple[float, int]] = []
+        for start in range(0, len(heads), at_once):
+            found += self._nll(heads[start : start + at_once], tails[start : start + at_once])
+        return found
+
+    @torch.inference_mode()
+    def _nll(self, heads: list[list[int]], tails: list[list[int]]) -> list[tuple[float, int]]:
+        # Left padding puts every response at the end, so that logits of the prompts are never made.
+        ids, mask = self._left_padded([head + tail for head, tail in zip(heads, tails, strict=True)])
+        longest = max(map(len, tails))
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        logits = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=longest + 1, use_cache=False
+        ).logits[:, -longest - 1 : -1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), ids[:, -longest:], reduction="none"
+        )  # (batch, longest)
+        lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)
+        in_response = torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
+        sums = (losses.double() * in_response).sum(dim=1).tolist()
+        return [(nll, len(tail)) for nll, tail in zip(sums, tails, strict=True)]
+
+    def _left_padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, both (batch, longest row)."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[self.tokenizer.pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+class _Stopping(StoppingCriteria):
+    """Gives up a generation when the job is asked to stop."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        if self.stop.cause:
+            raise Interrupted(self.stop.cause)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,184 @@
+"""The evaluate stage: base and tuned model answer held-out questions, and are scored beside copying the example.
+
+Answers are kept in <run>/evaluation/<model>.jsonl as they come, a line a question ({"index", "answer", "nll",
+"tokens"}; the last line of an index counts), so that an interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlib import atomic
+from ftlib.data import tokenizing
+from ftlib.errors import InputError, Interrupted
+from ftlib.evaluate import scoring
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+
+SAMPLES = 3
+GROUPS = ("held-out", "unseen")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate."""
+
+    name: str
+    path: str
+    revision: str | None = None
+    adapter: Path | None = None
+
+
+def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
+    """Score the run's models; returns what evaluation.json then holds.
+
+    Raises InputError for missing files, Interrupted when asked to stop.
+    """
+    spec, provenance = run.spec(), run.provenance()
+    folder = run.path / "evaluation"
+    folder.mkdir(exist_ok=True)
+    questions = _questions(Path(run.prepared()["dataset"]) / "test.jsonl", spec.evaluate.pairs)
+    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision)
+    batches = _batches(questions, tokenizer, spec.evaluate.batch)
+    # Without a call to score, a few answers are shown and the rest is perplexity.
+    speaking = {i for i, question in questions.items() if question["expected_call"]} or set(list(questions)[:SAMPLES])
+    answers: dict[str, dict[int, Any]] = {}
+    for subject in _subjects(run):
+        store = folder / f"{subject.name}.jsonl"
+        answers[subject.name] = read_answers(store)
+        todo = [batch for batch in batches if not set(batch) <= set(answers[subject.name])]
+        if todo:
+            if stop.cause:
+                raise Interrupted(stop.cause)
+            for batch in _answer(subject, todo, questions, speaking, tokenizer, run, stop):
+                _append(store, batch)
+                answers[subject.name] |= {answer["index"]: answer for answer in batch}
+    evaluation: dict[str, Any] = {}
+    for group in GROUPS:
+        indices = [i for i, question in questions.items() if question["group"] == group]
+        if indices:
+            (evaluation if group == GROUPS[0] else evaluation.setdefault(group, {})).update(
+                _scores_of_all(
+                    [questions[i] for i in indices], {n: [a[i] for i in indices] for n, a in answers.items()}
+                )
+            )
+    samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)]
+    atomic.write_json(folder / "samples.json", samples[:SAMPLES])
+    atomic.write_json(run.evaluation_file, evaluation)
+    return evaluation
+
+
+def read_answers(store: Path) -> dict[int, Any]:
+    """Answers by question index; a line that a crash cut short is left out."""
+    found: dict[int, Any] = {}
+    if store.exists():
+        for line in store.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                answer = json.loads(line)
+                found[answer["index"]] = answer
+            except (ValueError, TypeError, KeyError):
+                continue
+    return found
+
+
+def _subjects(run: RunDir) -> Iterator[Subject]:
+    spec, path = run.spec(), str(run.provenance()["model_path"])
+    yield Subject("base", path, spec.model.revision)
+    made = run.export / ("merged" if spec.export.merged else "adapter")
+    if not made.is_dir():
+        raise InputError(f"{made}: is not there. Was the export stage completed?")
+    if spec.export.merged:
+        yield Subject("tuned", str(made))
+    else:
+        yield Subject("tuned", path, spec.model.revision, adapter=made)
+
+
+def _questions(file: Path, pairs: int) -> dict[int, Any]:
+    """The first `pairs` held-out questions and every unseen one, by line number from 0."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error}. Was the prepare stage completed?") from None
+    questions = {number: json.loads(line) for number, line in enumerate(lines) if line}
+    held_out = [number for number, question in questions.items() if question["group"] == GROUPS[0]]
+    left_out = set(held_out[pairs:])
+    return {number: question for number, question in questions.items() if number not in left_out}
+
+
+def _batches(questions: dict[int, Any], tokenizer: tokenizing.Tokenizer, size: int) -> list[list[int]]:
+    """Indices in batches of like lengths, longest first: what does not fit the memory shows at once.
+
+    The batches of a run are always the same, so that an answer does not depend on interruptions.
+    """
+    lengths = [len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()])]
+    order = [index for _, index in sorted(zip(lengths, questions, strict=True), key=lambda pair: (-pair[0], pair[1]))]
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _answer(
+    subject: Subject,
+    batches: list[list[int]],
+    questions: dict[int, Any],
+    speaking: set[int],
+    tokenizer: tokenizing.Tokenizer,
+    run: RunDir,
+    stop: StopFlag,
+) -> Iterator[list[dict[str, Any]]]:
+    """Answers of one model, a batch at a time; Interrupted when asked to stop."""
+    import torch
+
+    from ftlib.evaluate import answering
+
+    spec, plan = run.spec(), run.plan()
+    torch.set_num_threads(plan["threads"])
+    model = answering.load(
+        subject.path,
+        device=plan["device"],
+        dtype=spec.export.dtype,
+        revision=subject.revision,
+        adapter=subject.adapter,
+    )
+    answerer = answering.Answerer(model, tokenizer, max_new_tokens=spec.evaluate.max_new_tokens, stop=stop)
+    began, total, done = time.monotonic(), sum(map(len, batches)), 0
+    for batch in batches:
+        if stop.cause:
+            raise Interrupted(stop.cause)
+        asked = [index for index in batch if index in speaking]
+        texts = dict(
+            zip(asked, answerer.answers([questions[i]["prompt"] for i in asked]) if asked else [], strict=True)
+        )
+        nll = answerer.nll([questions[i]["prompt"] for i in batch], [questions[i]["response"] for i in batch])
+        yield [
+            {"index": index, "answer": texts.get(index), "nll": sum_of_nll, "tokens": tokens}
+            for index, (sum_of_nll, tokens) in zip(batch, nll, strict=True)
+        ]
+        done += len(batch)
+        left = (time.monotonic() - began) / done * (total - done)
+        print(f"{subject.name}: answered {done} of {total} questions, {left:.0f} s left", flush=True)
+    del model, answerer
+    gc.collect()
+
+
+def _append(store: Path, answers: list[dict[str, Any]]) -> None:
+    cut = store.exists() and store.stat().st_size > 0 and not store.read_bytes().endswith(b"\n")
+    with store.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut + "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+
+
+def _scores_of_all(questions: list[Any], answers: dict[str, list[Any]]) -> dict[str, Any]:
+    found = {name: scoring.scores(questions, given) for name, given in answers.items()}
+    return found | {"copy": scoring.scores(questions, scoring.copies(questions))}
+
+
+def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:
+    """A question and its answers for a person to read; `exact` says whether the tuned model is right."""
+    call = question["expected_call"]
+    exact = scoring.is_exact(call, answers["tuned"]["answer"]) if call else None
+    texts = {name: answer["answer"] for name, answer in answers.items()}
+    return {"prompt": question["prompt"], "response": question["response"], **texts, "exact": exact}

@@ -1,0 +1,67 @@
+"""Scores of answers against what was expected. Pure: no model, no files.
+
+A question is a line of a dataset's test.jsonl; an answer is {"answer": text or None, "nll": sum over the response's
+tokens in nats, "tokens": how many}, EOS included. valid_json, function and exact are shares of the questions that
+expect a call; perplexity is exp of the mean nll a token over all questions; n counts the questions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ftlib.data.formats import function_call_of, same_call
+
+Question = Mapping[str, Any]
+Answer = Mapping[str, Any]
+
+
+def scores(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+    """valid_json, function, exact, perplexity and n; null where the questions expect no call or nll is unknown."""
+    asked = [
+        (q["expected_call"], a["answer"] or "") for q, a in zip(questions, answers, strict=True) if q["expected_call"]
+    ]
+    tokens = sum(answer["tokens"] for answer in answers)
+    return {
+        "valid_json": _share([is_json_object(text) for _, text in asked]),
+        "function": _share([(function_call_of(text) or {}).get("name") == call["name"] for call, text in asked]),
+        "exact": _share([is_exact(call, text) for call, text in asked]),
+        "perplexity": _perplexity(sum(answer["nll"] for answer in answers), tokens) if tokens else None,
+        "n": len(questions),
+    }
+
+
+def copies(questions: Sequence[Question]) -> list[Answer]:
+    """The baseline's answers: the example that the prompt shows."""
+    return [
+        {
+            "answer": json.dumps({"function_call": q["example_call"]}) if q["example_call"] else None,
+            "nll": 0.0,
+            "tokens": 0,
+        }
+        for q in questions
+    ]
+
+
+def is_json_object(text: str) -> bool:
+    """Whether a text is one JSON object and nothing else but white space."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_exact(call: Mapping[str, Any], text: str) -> bool:
+    """Whether a text makes exactly this call: name, arguments, and their types."""
+    return same_call(function_call_of(text), call)
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    return round(sum(flags) / len(flags), 4) if flags else None
+
+
+def _perplexity(nll: float, tokens: int) -> float | None:
+    mean = nll / tokens
+    return round(math.exp(mean), 4) if mean < 700 else None

@@ -1,0 +1,44 @@
+"""What happened to a run: append-only JSON lines, one file per writer, merged by time when read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+Name = Literal[
+    "intended", "submitted", "started", "resumed", "checkpoint", "interrupted", "requeued", "completed", "failed", "cancelled"
+]
+
+
+def submit_writer() -> str:
+    """Name of this process as a writer on the login node."""
+    return f"submit-{socket.gethostname()}-{os.getpid()}"
+
+
+def append(folder: Path, writer: str, event: Name, **fields: Any) -> None:
+    """Add one event to the writer's own file and flush it to storage."""
+    folder.mkdir(exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n"
+    with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All events, oldest first. A line cut short by a crash is left out."""
+    found = []
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "time" in event and "event" in event:
+                found.append({"writer": path.stem, **event})
+    return sorted(found, key=lambda event: str(event["time"]))

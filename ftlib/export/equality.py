@@ -1,0 +1,62 @@
+"""How far two models' logits lie apart on the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from ftlib.data.dataset import IGNORED
+from ftlib.errors import Interrupted
+from ftlib.stop import StopFlag
+
+Logits = Callable[[dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Differences of logits over all real tokens; `spread` is the reference logits' standard deviation."""
+
+    max_abs: float
+    mean_abs: float
+    top1_agreement: float
+    spread: float
+    rows: int
+    tokens: int
+
+
+@torch.no_grad()
+def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, batch: int, stop: StopFlag) -> Difference:
+    """Compare on the first `count` rows, `batch` rows at once; raises Interrupted between batches."""
+    worst = total = squares = plain = agree = 0.0
+    entries = tokens = 0
+    for start in range(0, count, batch):
+        if stop.cause:
+            raise Interrupted(stop.cause)
+        inputs = default_collate([rows[i] for i in range(start, min(start + batch, count))])
+        # Every document ends with a target, so what follows a row's last one is padding.
+        real = inputs["labels"].ne(IGNORED).flip(1).cumsum(1).flip(1) > 0
+        one, two = (model(inputs).float()[real] for model in (reference, other))
+        gap = (one - two).abs()
+        worst, total = max(worst, float(gap.max())), total + float(gap.double().sum())
+        plain, squares = plain + float(one.double().sum()), squares + float(one.double().square().sum())
+        agree += float((one.argmax(-1) == two.argmax(-1)).sum())
+        entries, tokens = entries + one.numel(), tokens + one.shape[0]
+    spread = math.sqrt(max(0.0, squares / entries - (plain / entries) ** 2))
+    return Difference(worst, total / entries, agree / tokens, spread, count, tokens)
+
+
+def logits_of(model: torch.nn.Module, device: torch.device, autocast: bool = False) -> Logits:
+    """A function from packed rows (rows, seq) to `model`'s logits (rows, seq, vocabulary)."""
+
+    def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        moved = {name: inputs[name].to(device) for name in ("input_ids", "position_ids")}
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            # A cache would make the packed documents of a row see each other.
+            return model(**moved, use_cache=False).logits.cpu()  # type: ignore[no-any-return]
+
+    return logits

@@ -1,0 +1,174 @@
+"""The export stage: adapter and merged weights from the last checkpoint, and the proof that they are equal to it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ftlib import atomic
+from ftlib.data.dataset import PackedRows
+from ftlib.errors import FtError, Interrupted
+from ftlib.export.equality import compare, logits_of
+from ftlib.export.merge import write_merged
+from ftlib.rundir import RunDir
+from ftlib.spec import RunSpec
+from ftlib.stop import StopFlag
+from ftlib.train import saving
+from ftlib.train.arguments import prepare_process
+from ftlib.train.model import interruptible, load_trained
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ROWS = 64  # held-out rows compared, or all there are
+
+
+def export(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Write export/adapter, export/merged (if wished) and export/equality.json; says in one line what was written.
+
+    What an earlier life finished is kept. Raises FtError when the training is not complete or the exported files
+    do not compute what the trained model does; Interrupted between the parts.
+    """
+    spec, plan = run.spec(), run.plan()
+    device = prepare_process(spec, plan)
+    found = saving.find(run)
+    if found.folder is None or found.state is None or found.step < found.state.total:
+        have = f"the newest whole checkpoint is step {found.step} of {found.state.total}" if found.state else "none"
+        raise FtError(f"nothing to export yet: training is not complete ({have}). Run 'make resume RUN={run.name}'")
+    model_path = str(run.provenance()["model_path"])
+    run.export.mkdir(exist_ok=True)
+    atomic.sweep_temporaries(run.export)
+    parts = _Parts(run, spec, model_path, device, int(plan["micro_batch"]), found.folder, stop)
+    parts.adapter()
+    parts.merged_and_equality()
+    return parts.words()
+
+
+class _Parts:
+    """The parts of one export, each committed by a rename."""
+
+    def __init__(
+        self, run: RunDir, spec: RunSpec, model_path: str, device: torch.device, batch: int, checkpoint: Path,
+        stop: StopFlag,
+    ) -> None:  # fmt: skip
+        self.run, self.spec, self.model_path, self.device = run, spec, model_path, device
+        self.batch, self.checkpoint, self.stop = batch, checkpoint, stop
+        self.adapter_folder, self.merged_folder = run.export / "adapter", run.export / "merged"
+        self.equality_file = run.export / "equality.json"
+
+    def adapter(self) -> None:
+        """The checkpoint's adapter, by itself."""
+        self._stop_here()
+        if self.adapter_folder.exists():
+            return
+        atomic.require_space(self.run.export, saving.bytes_of(self.checkpoint), "the adapter")
+        temporary = atomic.temporary_beside(self.adapter_folder)
+        temporary.mkdir()
+        for name in ADAPTER:
+            shutil.copyfile(self.checkpoint / name, temporary / name)
+        config = json.loads((temporary / ADAPTER[0]).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = self.model_path
+        atomic.write_json(temporary / ADAPTER[0], config)
+        atomic.commit_folder(temporary, self.adapter_folder)
+        print(f"adapter: {self.adapter_folder}", flush=True)
+
+    def merged_and_equality(self) -> None:
+        """The merged weights, committed only when they, and the adapter, compute what the trained model does."""
+        wanted = self.spec.export.merged
+        # equality.json is written before the merged folder's rename: with both there, nothing is left to do.
+        if self.equality_file.exists() and self._equality()["passed"] and (self.merged_folder.exists() or not wanted):
+            return
+        temporary = atomic.temporary_beside(self.merged_folder)
+        try:
+            if wanted:
+                self._require_space_for_merged()
+                self._interruptible(
+                    lambda: write_merged(self.spec, self.model_path, self.device, self.adapter_folder, temporary)
+                )
+            found = self._compare(temporary if wanted else None)
+            atomic.write_json(self.equality_file, found)
+            if not found["passed"]:
+                raise FtError(
+                    f"the exported model is not equal to the trained one: {_summary(found)}; "
+                    f"{found['allowed']} is allowed (export.max_logit_diff). See {self.equality_file}"
+                )
+            if wanted:
+                atomic.commit_folder(temporary, self.merged_folder)
+                print(f"merged weights: {self.merged_folder} ({_summary(found)})", flush=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _compare(self, merged: Path | None) -> dict[str, Any]:
+        """What equality.json says: merged (if any) and adapter against the model as it was trained."""
+        trained = self._interruptible(lambda: load_trained(self.spec, self.model_path, self.device, self.checkpoint))
+        reference = logits_of(trained, self.device, autocast=self.device.type == "cuda")
+        rows = PackedRows(Path(self.run.prepared()["dataset"]) / "validation")
+        count = min(ROWS, len(rows))
+        allowed = self.spec.export.max_logit_diff
+        found: dict[str, Any] = {}
+        if merged is not None:
+            plain = self._interruptible(lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
+            other = logits_of(plain.eval(), self.device)
+            found = asdict(compare(reference, other, rows, count, self.batch, self.stop))
+            del plain, other
+        # The same base under both adapters: the logits of one are kept while the other is active.
+        trained.load_adapter(str(self.adapter_folder), "exported")
+
+        def under(name: str) -> Any:
+            def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+                trained.set_adapter(name, inference_mode=True)
+                return reference(inputs)
+
+            return logits
+
+        adapter = compare(under("default"), under("exported"), rows, count, self.batch, self.stop)
+        found = found or asdict(adapter)
+        passed = max(found["mean_abs"], adapter.mean_abs) <= allowed
+        return {
+            **found,
+            "allowed": allowed,
+            "passed": passed,
+            "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs},
+            "compared": "merged" if merged is not None else "adapter",
+            "checkpoint": self.checkpoint.name,
+            "device": self.device.type,
+        }
+
+    def _require_space_for_merged(self) -> None:
+        base = Path(self.model_path)
+        size = saving.bytes_of(base) if base.is_dir() else 0
+        # At most twice the base's files: a bf16 base written as fp32.
+        factor = 2 if self.spec.export.dtype == "float32" else 1
+        atomic.require_space(self.run.export, factor * size + (16 << 20), "the merged weights")
+
+    def _interruptible(self, work: Any) -> Any:
+        return interruptible(self.stop, work)
+
+    def _stop_here(self) -> None:
+        if self.stop.cause:
+            raise Interrupted(self.stop.cause)
+
+    def _equality(self) -> dict[str, Any]:
+        found = json.loads(self.equality_file.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+
+    def words(self) -> str:
+        """One line for the outcome."""
+        mib = saving.bytes_of(self.adapter_folder) / 2**20
+        words = f"exported the adapter ({mib:.1f} MiB)"
+        if self.spec.export.merged:
+            mib = saving.bytes_of(self.merged_folder) / 2**20
+            words += f" and merged {self.spec.export.dtype} weights ({mib:.1f} MiB)"
+        return f"{words}; {_summary(self._equality())}"
+
+
+def _summary(found: dict[str, Any]) -> str:
+    return (
+        f"logits differ by {found['mean_abs']:.2g} on average, {found['max_abs']:.2g} at most, same first choice for "
+        f"{found['top1_agreement']:.1%} of {found['tokens']:,} tokens"
+    )

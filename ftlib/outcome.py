@@ -1,0 +1,45 @@
+"""How one life of a stage ended: a file of one line that a shell can read, written after the life's commit.
+
+The line is `CODE WORDS`, CODE being the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again,
+1 failed) and WORDS a person's explanation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftlib import atomic
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One life's end."""
+
+    stage: str
+    life: int
+    code: int
+    words: str
+
+
+def write(folder: Path, outcome: Outcome) -> None:
+    """Commit the outcome of a life."""
+    folder.mkdir(exist_ok=True)
+    words = " ".join(outcome.words.split())
+    atomic.write_text(folder / f"{outcome.stage}-{outcome.life}", f"{outcome.code} {words}\n")
+
+
+def read(folder: Path, stage: str) -> list[Outcome]:
+    """Outcomes of a stage's lives, first life first."""
+    found = []
+    for path in folder.glob(f"{stage}-*"):
+        code, _, words = path.read_text(encoding="utf-8").strip().partition(" ")
+        life = path.name.removeprefix(f"{stage}-")
+        if life.isdigit() and code.isdigit():
+            found.append(Outcome(stage, int(life), int(code), words))
+    return sorted(found, key=lambda outcome: outcome.life)
+
+
+def done(folder: Path, stage: str) -> bool:
+    """Whether some life of the stage ended with 0."""
+    return any(outcome.code == 0 for outcome in read(folder, stage))

@@ -1,0 +1,68 @@
+"""How much memory training and export need. Formulas, so estimates; each says where it is from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftlib.plan.shapes import ModelShape
+from ftlib.spec import RunSpec
+
+GIB = 2**30
+# CUDA context, cuBLAS workspaces and the allocator's fragmentation.
+CUDA_RESERVED_GIB = 1.5
+# QLoRA (arXiv 2305.14314), section 3: 0.5 bit per parameter for constants, 0.127 when they are quantised too.
+NF4_BYTES = {False: (4 + 0.5) / 8, True: (4 + 0.127) / 8}
+OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}
+ADAM_FP32_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMemory:
+    """Parts of one GPU's memory in training, in GiB."""
+
+    weights_gib: float
+    adapters_gib: float
+    activations_gib: float
+    reserved_gib: float = CUDA_RESERVED_GIB
+
+    @property
+    def total_gib(self) -> float:
+        return self.weights_gib + self.adapters_gib + self.activations_gib + self.reserved_gib
+
+
+def training(shape: ModelShape, spec: RunSpec, micro_batch: int) -> GpuMemory:
+    """What one GPU holds while `micro_batch` rows of `seq_len` tokens are trained on."""
+    method = spec.method
+    linear_bytes = NF4_BYTES[method.double_quant] if method.kind == "qlora" else 2
+    weights = shape.linear_params * linear_bytes + shape.embedding_params * 2
+    # fp32 weight and gradient of each adapter parameter, and the optimizer's two moments.
+    state = 4 + 4 + OPTIMIZER_BYTES.get(spec.optim.name, ADAM_FP32_BYTES)
+    adapters = shape.lora_params(method.rank) * state
+    return GpuMemory(
+        weights_gib=weights / GIB,
+        adapters_gib=adapters / GIB,
+        activations_gib=activation_bytes(shape, spec, micro_batch) / GIB,
+    )
+
+
+def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> float:
+    """Saved activations in bf16, one layer's working set, and the logits with their fp32 copy and gradient."""
+    tokens = micro_batch * spec.data.seq_len
+    h, i = shape.hidden, shape.intermediate
+    # What a block saves for its backward pass: norm inputs, q k v, attention output, gate, up, their product,
+    # and the adapters' dropped-out copies of their inputs.
+    block = 2 * (8 * h + 4 * i + (4 * h + i if spec.method.dropout else 0)) * tokens
+    kept = 2 * h * tokens * shape.layers + block if spec.train.gradient_checkpointing else block * shape.layers
+    logits = (2 + 4 + 4) * shape.vocab * tokens
+    dequantised = 2 * max(a * b for a, b in shape.linears)
+    return kept + logits + dequantised
+
+
+def export_host_gib(shape: ModelShape) -> float:
+    """Host memory to merge in fp32: the weights once, a shard being written, and the interpreter."""
+    return 4 * shape.params * 1.25 / GIB + 3
+
+
+def load_host_gib(shape: ModelShape) -> float:
+    """Host memory to load the 16-bit weights on the way to the GPU, and the interpreter."""
+    return 2 * shape.params * 1.25 / GIB + 3

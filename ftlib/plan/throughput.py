@@ -1,0 +1,39 @@
+"""How long stages take: the floor from FLOPs and peak, and a stated share of it."""
+
+from __future__ import annotations
+
+from ftlib.plan.shapes import ModelShape
+from ftlib.spec import RunSpec
+
+# Share of the FLOP floor that an HF QLoRA loop reaches: 2,741 tok/s of 7,466 on an A100
+# (Llama-2-7B, length 2,048, FlashAttention-2; Unsloth's published comparison). Not measured here.
+ASSUMED_EFFICIENCY = 0.35
+# One core of a server CPU on small matrices, and a step's fixed cost; `make bench` measures the tiny recipe.
+CPU_FLOPS_PER_THREAD, CPU_STEP_S = 40e9, 0.03
+# Published decoding speed of a 7B model in bf16 (NexusRaven's evaluation): batch steps a second.
+DECODE_STEPS_PER_S_7B, PARAMS_7B = 31.0, 6.7e9
+CPU_DECODE_STEPS_PER_S = 60.0
+
+
+def flops_per_token(shape: ModelShape, spec: RunSpec) -> float:
+    """Forward and activation gradient (2N each), recompute (2N more); attention 2·S·h·L a forward, twice that back."""
+    recompute = 1 if spec.train.gradient_checkpointing else 0
+    attention = 2 * spec.data.seq_len * shape.hidden * shape.layers
+    return 2 * shape.matmul_params * (2 + recompute) + attention * (3 + recompute)
+
+
+def tokens_per_s(shape: ModelShape, spec: RunSpec, *, tflops: float | None, world_size: int, threads: int) -> float:
+    """Estimated training speed over all GPUs, or over `threads` of one CPU where `tflops` is None."""
+    if tflops is not None:
+        return world_size * tflops * 1e12 * ASSUMED_EFFICIENCY / flops_per_token(shape, spec)
+    step_tokens = spec.train.global_batch * spec.data.seq_len
+    step_s = step_tokens * flops_per_token(shape, spec) / (threads * CPU_FLOPS_PER_THREAD) + CPU_STEP_S
+    return step_tokens / step_s
+
+
+def evaluation_min(shape: ModelShape, spec: RunSpec, *, on_gpu: bool) -> float:
+    """Minutes to generate every answer with two models, each step a batch wide."""
+    steps = -(-spec.evaluate.pairs // spec.evaluate.batch) * spec.evaluate.max_new_tokens * 2
+    size = max(shape.params / PARAMS_7B, 0.01)
+    speed = DECODE_STEPS_PER_S_7B / size if on_gpu else CPU_DECODE_STEPS_PER_S / max(1.0, size * 100)
+    return steps / min(speed, 100.0) / 60

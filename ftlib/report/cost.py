@@ -1,0 +1,47 @@
+"""What a run cost, from its events: lives, wall time and GPU-hours of each stage."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any
+
+ENDS = ("completed", "interrupted", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage: how often it was started, seconds over all lives, GPUs it held."""
+
+    stage: str
+    lives: int
+    seconds: float
+    gpus: int
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPUs held times wall time, in hours."""
+        return self.gpus * self.seconds / 3600
+
+
+def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime) -> list[StageCost]:
+    """Costs of the stages that began, in order. A life still without an end lasts until its last event, or, when it is
+    the newest of its stage and the stage is running, until `now` (with a time zone).
+    """
+    lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for event in events:
+        if "stage" in event and isinstance(event.get("life"), int):
+            lives.setdefault(event["stage"], {}).setdefault(event["life"], []).append(event)
+    costs = []
+    for stage, found in lives.items():
+        found = {life: mine for life, mine in found.items() if any(event["event"] == "started" for event in mine)}
+        seconds = 0.0
+        for life, mine in found.items():
+            times = [datetime.datetime.fromisoformat(event["time"]) for event in mine if event["event"] != "submitted"]
+            ended = life < max(found) or any(event["event"] in ENDS for event in mine)
+            seconds += ((times[-1] if ended else now) - times[0]).total_seconds()
+        asked = (plan.get("stages") or {}).get(stage) or {}
+        gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if plan.get("device") == "cuda" else 0
+        if found:
+            costs.append(StageCost(stage, len(found), seconds, gpus))
+    return costs

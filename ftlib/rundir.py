@@ -1,0 +1,159 @@
+"""RunDir: one folder per run, where every hand-over between stages is a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftlib import atomic
+from ftlib.errors import InputError, nearest
+from ftlib.outcome import done
+from ftlib.recipe import read_spec
+from ftlib.spec import RunSpec
+
+STAGES = ("prepare", "train", "export", "evaluate")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunDir:
+    """Paths of a run, and the few files every stage reads. Making one touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.spec_file = path / "spec.json"
+        self.plan_file = path / "plan.json"
+        self.provenance_file = path / "provenance.json"
+        self.code = path / "code"
+        self.slurm = path / "slurm"
+        self.events = path / "events"
+        self.outcomes = path / "outcomes"
+        self.lives = path / "lives"
+        self.prepared_file = path / "prepared.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+        self.export = path / "export"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_file = path / "report.md"
+
+    def spec(self) -> RunSpec:
+        """The run's frozen wish."""
+        return read_spec(self.spec_file)
+
+    def plan(self) -> dict[str, Any]:
+        """The run's plan as plain data."""
+        return self._json(self.plan_file)
+
+    def provenance(self) -> dict[str, Any]:
+        """Cluster, code, lock, and what data the run was submitted with."""
+        return self._json(self.provenance_file)
+
+    def prepared(self) -> dict[str, Any]:
+        """What the prepare stage found and made."""
+        return self._json(self.prepared_file)
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}). Was the stage that writes it completed?") from None
+        assert isinstance(value, dict)
+        return value
+
+    def stage_done(self, stage: str) -> bool:
+        """Whether a life of the stage has ended well."""
+        return done(self.outcomes, stage)
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the only process on a login node or laptop that queues or runs stages of this run.
+
+        InputError says who is writing. A claim whose process is gone on this machine is taken over.
+        """
+        file = self.path / "writer"
+        me = f"{socket.gethostname()} {os.getpid()}"
+        for _ in range(2):
+            try:
+                handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                break
+            except FileExistsError:
+                host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
+                if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
+                    file.unlink(missing_ok=True)
+                    continue
+                raise InputError(
+                    f"run {self.name}: another process is writing this run folder (process {pid or '?'} on "
+                    f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
+                ) from None
+        else:
+            raise InputError(f"run {self.name}: another process has just begun to write this run folder")
+        with os.fdopen(handle, "w") as opened:
+            opened.write(me)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path]) -> RunDir:
+    """A new run folder with JSON `files` and a snapshot of the `code` folders: there whole, or not at all.
+
+    When the folder is there already, that one is the run.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    target = runs / name
+    if target.exists():
+        return RunDir(target)
+    temporary = atomic.temporary_beside(target)
+    run = RunDir(temporary)
+    try:
+        for folder in (run.slurm, run.events, run.outcomes, run.lives, run.checkpoints):
+            folder.mkdir(parents=True)
+        for file, value in files.items():
+            (temporary / file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        for place, source in code.items():
+            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+            shutil.copytree(source, run.code / place, ignore=ignored)
+        atomic.commit_folder(temporary, target)
+    except OSError as error:
+        raise InputError(f"{target}: the run folder cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return RunDir(target)
+
+
+def find(runs: Path, name: str) -> RunDir:
+    """The run called `name` in `runs`; InputError when there is none or the name leaves the folder."""
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them"
+        )
+    run = RunDir(runs / name)
+    if not run.spec_file.exists():
+        known = [run.name for run in every(runs)]
+        listed = f" Runs here: {', '.join(known[-10:])}." if known else f" There are no runs in {runs} yet."
+        raise InputError(f"RUN: there is no run {name!r}.{listed}{nearest(name, known)}")
+    return run
+
+
+def every(runs: Path) -> list[RunDir]:
+    """All runs, oldest first."""
+    found = [path for path in runs.glob("*") if NAME.fullmatch(path.name) and (path / "spec.json").exists()]
+    return [RunDir(path) for path in sorted(found, key=lambda path: (path / "spec.json").stat().st_mtime)]

@@ -1,0 +1,92 @@
+"""Talking to Slurm's commands: which cluster this is, the queue, accounting, cancel. Few calls, each batched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ftlib.errors import FtError, Unavailable
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as the scheduler sees it."""
+
+    id: str
+    state: str  # Slurm's long state name, such as PENDING
+    reason: str = ""  # why it is pending, in Slurm's words
+    comment: str = ""
+
+
+def use(slurm_conf: str | None) -> None:
+    """Make every later Slurm command of this process speak to one cluster, and only as we say.
+
+    SBATCH_* would override our scripts, and a SLURM_* of an interactive job would shape ours.
+    """
+    for name in list(os.environ):
+        if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF":
+            del os.environ[name]
+    if slurm_conf:
+        os.environ["SLURM_CONF"] = slurm_conf
+
+
+def call(*command: str) -> str:
+    """A Slurm command's output. Unavailable when there is no such command or no answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except FileNotFoundError:
+        raise Unavailable(f"{command[0]}: there is no such command here. Is this a login node?") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{command[0]} did not answer in {TIMEOUT_S} s; is the scheduler busy? Try again") from None
+    if done.returncode:
+        raise Unavailable(f"{' '.join(command[:3])} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def cluster_name() -> str | None:
+    """The ClusterName scontrol reports; None where there is no Slurm or none is configured."""
+    if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
+        return None
+    try:
+        text = call("scontrol", "show", "config")
+    except Unavailable as error:
+        if "configuration source" in str(error):
+            return None  # the client's package without any cluster behind it
+        raise
+    for line in text.splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "ClusterName":
+            return value.strip()
+    return None
+
+
+def jobs() -> list[Job]:
+    """My jobs that the controller still remembers, finished ones included for a while."""
+    separator = "\x1f"
+    text = call("squeue", "--me", "--noheader", "--states=all", f"--format={separator.join(['%i', '%T', '%r', '%k'])}")
+    return [Job(*line.split(separator)) for line in text.splitlines() if line.count(separator) == 3]
+
+
+def accounted(ids: Iterable[str]) -> list[Job]:
+    """The last known state of `ids` in the accounting database; nothing for those it does not know."""
+    listed = ",".join(ids)
+    if not listed:
+        return []
+    text = call("sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobID,State")
+    rows = (line.split("|") for line in text.splitlines())
+    return [Job(row[0], row[1].split(" ")[0]) for row in rows if len(row) == 2]
+
+
+def cancel(ids: Iterable[str]) -> None:
+    """scancel; jobs that are gone already are no error."""
+    listed = list(ids)
+    if not listed:
+        return
+    done = subprocess.run(["scancel", *listed], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode and "already" not in done.stderr and "Invalid job id" not in done.stderr:
+        raise FtError(f"scancel failed: {done.stderr.strip()}")

@@ -1,0 +1,221 @@
+"""RunSpec: what a person wishes for, resolved, validated and frozen. Its hash names the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ftlib.errors import InputError, nearest
+
+
+class Model(BaseModel):
+    """Frozen, and a field it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class ModelSpec(Model):
+    """The base model that is tuned."""
+
+    name: str = Field(description="A folder (absolute, or inside the checkout) or a name on the Hugging Face hub")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+
+
+class DataSpec(Model):
+    """Where the examples come from and how they become rows of tokens."""
+
+    path: str | None = Field(None, description="JSONL or JSON file of examples; without it the generator makes them")
+    functions: Literal["natural", "composed"] = Field("natural", description="The generator's set of functions")
+    pairs: int = Field(10_000, ge=1, description="How many pairs the generator makes for training")
+    template: Literal["alpaca", "brief"] = Field("alpaca", description="How an example becomes prompt and response")
+    seq_len: int = Field(1024, ge=16, description="Tokens in a packed row")
+    limit: int | None = Field(None, ge=1, description="Use only so many training examples")
+    held_out: float = Field(0.05, gt=0, lt=0.5, description="Share of a file held out, half validation, half test")
+    seed: int = Field(0, ge=0, description="Seed of the generator, of the split and of the limit's choice")
+
+
+class MethodSpec(Model):
+    """What is trained."""
+
+    kind: Literal["qlora", "lora"] = Field("qlora", description="qlora: adapters on a 4-bit base; lora: on the base")
+    rank: int = Field(16, ge=1, description="Rank of the adapters")
+    alpha: int = Field(32, ge=1, description="LoRA scaling: updates are multiplied by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Linear layers with an adapter")
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
+    double_quant: bool = Field(True, description="Quantise the quantisation constants too")
+
+
+class OptimSpec(Model):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "paged_adamw_8bit", description="Optimizer; paged ones page only on a GPU"
+    )
+    lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up")
+    warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm")
+
+
+class TrainSpec(Model):
+    """How long and in what portions."""
+
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; this or epochs")
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; this or steps")
+    global_batch: int = Field(16, ge=1, description="Rows per optimizer step, over all GPUs")
+    micro_batch: int | None = Field(None, ge=1, description="Rows per forward pass; without it the plan decides")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory")
+    log_every_steps: int = Field(10, ge=1, description="Steps between progress lines (metrics.jsonl has every step)")
+    eval_every_steps: int | None = Field(None, ge=1, description="Steps between validation losses; none without it")
+    save_every_steps: int = Field(100, ge=1, description="Steps between checkpoints")
+    deterministic: bool | None = Field(None, description="Bit-equal resumes; default: on a CPU yes, on a GPU no")
+    seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSpec:
+        if (self.steps is None) == (self.epochs is None):
+            found = "neither" if self.steps is None else "both"
+            raise ValueError(f"give exactly one of steps and epochs; found {found}")
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}; "
+                f"fitting micro_batch values: {divisors(self.global_batch)}"
+            )
+        return self
+
+
+class ExportSpec(Model):
+    """What is written beside the adapter, and how equal it must be."""
+
+    merged: bool = Field(True, description="Write merged weights, loadable by plain transformers")
+    dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights")
+    max_logit_diff: float = Field(
+        0.05, gt=0, description="Largest allowed mean |difference| of logits, exported to trained model"
+    )
+
+
+class EvaluateSpec(Model):
+    """How the model is judged."""
+
+    pairs: int = Field(256, ge=1, description="Held-out examples scored")
+    batch: int = Field(32, ge=1, description="Prompts generated at once")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer, in tokens")
+
+
+class TrackingSpec(Model):
+    """Weights & Biases; metrics.jsonl in the run folder is the truth either way."""
+
+    mode: Literal["offline", "online", "disabled"] = Field("offline", description="wandb mode")
+    project: str = Field("ftlib", description="wandb project")
+    entity: str | None = Field(None, description="wandb entity (user or team)")
+
+
+class ResourceSpec(Model):
+    """Overrides of what the plan would ask the scheduler for."""
+
+    nodes: int = Field(1, ge=1, description="Nodes of the training job")
+    gpus_per_node: int = Field(1, ge=1, description="GPUs a node of the training job")
+    train_time_min: int | None = Field(None, ge=1, description="Time limit of one life of the training job, in minutes")
+
+
+class RunSpec(Model):
+    """The whole wish. `RunSpec.run_hash` names it."""
+
+    recipe: str = Field(description="Name of the recipe this came from")
+    description: str = Field("", description="One line for people; not part of the hash")
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    method: MethodSpec = MethodSpec()
+    optim: OptimSpec = OptimSpec()
+    train: TrainSpec
+    export: ExportSpec = ExportSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    tracking: TrackingSpec = TrackingSpec()
+    resources: ResourceSpec = ResourceSpec()
+
+    def run_hash(self, *, data_digest: str, cluster: str) -> str:
+        """Eight hex digits from the wish, its data's content and the cluster's name."""
+        wish = self.model_dump(mode="json", exclude={"description"})
+        text = json.dumps([wish, data_digest, cluster], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def divisors(n: int) -> list[int]:
+    """Every whole number that divides `n`, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def validate(kind: type[BaseModel], values: dict[str, Any], where: str) -> BaseModel:
+    """`values` as a `kind`, or one InputError that lists every problem with field, found, allowed and nearest name."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, values, cast("dict[str, Any]", problem)) for problem in error.errors()]
+        raise InputError([f"{where}: {line}" for line in dict.fromkeys(lines)]) from None
+
+
+def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, Any]) -> str:
+    """One of pydantic's problems in our words."""
+    loc = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "tuple[")))]
+    field = ".".join(str(part) for part in loc) or "(the whole)"
+    found: Any = values
+    for part in loc:
+        try:
+            found = found[part]
+        except (KeyError, TypeError, IndexError):
+            found = None
+    if problem["type"] == "extra_forbidden":
+        names = fields_at(kind, [str(part) for part in loc[:-1]])
+        everywhere = [path for path in leaves(kind) if path.rsplit(".", 1)[-1] == str(loc[-1])]
+        hint = f" Did you mean {everywhere[0]}?" if everywhere else nearest(str(loc[-1]), names)
+        return f"{field} is no known field (found {found!r}). Allowed: {', '.join(names)}.{hint}"
+    if problem["type"] == "missing":
+        return f"{field} is missing and has no default"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if problem["type"] == "value_error":
+        return f"{field}: {message}"
+    if problem["type"] == "literal_error":
+        allowed = problem["ctx"]["expected"]
+        hint = nearest(str(found), allowed.replace("'", "").replace(" or ", ", ").split(", "))
+        return f"{field}: found {found!r}. Allowed: {allowed}.{hint}"
+    return f"{field}: {message[0].lower() + message[1:]} (found {found!r})"
+
+
+def fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the (nested) model at `path`."""
+    for part in path:
+        if part not in kind.model_fields:
+            return []
+        kind = _nested(kind.model_fields[part].annotation) or kind
+    return list(kind.model_fields)
+
+
+def leaves(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of every field that is not itself a model."""
+    found: list[str] = []
+    for name, field in kind.model_fields.items():
+        nested = _nested(field.annotation)
+        found += leaves(nested, f"{prefix}{name}.") if nested else [prefix + name]
+    return found
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

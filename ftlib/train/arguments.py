@@ -1,0 +1,78 @@
+"""From spec and plan to the Trainer's arguments, and a process that computes the same twice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ftlib.errors import InputError
+from ftlib.spec import RunSpec
+from ftlib.train import ranks
+
+
+def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
+    """Pin the threads, set the deterministic mode, and name this rank's device."""
+    torch.set_num_threads(int(plan["threads"]))
+    on_gpu = plan["device"] == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
+    deterministic = not on_gpu if spec.train.deterministic is None else spec.train.deterministic
+    if deterministic:
+        # cuBLAS reads it when the first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Filling fresh memory only helps code that reads what it never wrote, and costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: Path) -> TrainingArguments:
+    """The Trainer's arguments for `total` optimizer steps. With several ranks this also connects them."""
+    train, optim = spec.train, spec.optim
+    on_gpu = plan["device"] == "cuda"
+    rows = plan["micro_batch"] * plan["accumulation"] * ranks.world_size()
+    if rows != train.global_batch:
+        raise InputError(
+            f"the plan's micro_batch {plan['micro_batch']} x accumulation {plan['accumulation']} x "
+            f"{ranks.world_size()} processes is {rows} rows a step, not train.global_batch {train.global_batch}"
+        )
+    constant = "constant_with_warmup"
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=total,
+        per_device_train_batch_size=plan["micro_batch"],
+        gradient_accumulation_steps=plan["accumulation"],
+        learning_rate=optim.lr,
+        lr_scheduler_type=constant if optim.schedule == "constant" else optim.schedule,
+        warmup_steps=round(optim.warmup_share * total),
+        optim=optim.name,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        activation_checkpointing=train.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        ddp_backend="nccl" if on_gpu else "gloo",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        seed=train.seed,
+        data_seed=train.seed,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        remove_unused_columns=False,
+        # Saving, validating, logging and tracking are ours: in this order, at every step, and across lives.
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+    )

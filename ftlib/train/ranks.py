@@ -1,0 +1,62 @@
+"""What the ranks of one training job agree on. With one process every function is local and free."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from ftlib.stop import StopFlag
+
+
+def world_size() -> int:
+    """Number of processes in this job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number; 0 writes the run's files."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def agreed_stop(stop: StopFlag) -> str | None:
+    """The cause for which all ranks stop here, or None. Collective: every rank calls it at the same point."""
+    if world_size() == 1:
+        return stop.cause
+    flag = torch.tensor(int(bool(stop)), device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if not flag.item():
+        return None
+    causes: list[Any] = [None] * world_size()
+    dist.all_gather_object(causes, stop.cause)
+    return next(cause for cause in causes if cause)
+
+
+def summed(*values: float) -> list[float]:
+    """Each value summed over all ranks. Collective."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=_device())
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,94 @@
+"""One life of the training stage, from the run folder to a committed checkpoint of the last step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import distributed as dist
+
+from ftlib import atomic, events
+from ftlib.data.dataset import PackedRows
+from ftlib.errors import InputError, Interrupted
+from ftlib.metrics import MetricsWriter, read_metrics
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+from ftlib.train import ranks, saving
+from ftlib.train.arguments import prepare_process, training_arguments
+from ftlib.train.model import attach_adapter, interruptible, load_base
+from ftlib.train.order import total_steps
+from ftlib.train.tracking import Tracking
+from ftlib.train.trainer import FineTuner
+
+
+def train(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Train, or go on training, until the last step is committed; says in one line what was done.
+
+    Raises Interrupted (saved, or nothing begun yet), InputError, FtError.
+    """
+    began = time.perf_counter()
+    spec, plan = run.spec(), run.plan()
+    dataset = Path(run.prepared()["dataset"])
+    train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
+    if not len(train_rows):
+        raise InputError(f"{dataset / 'train'}: the dataset has no rows")
+    total = total_steps(spec.train, len(train_rows))
+    device = prepare_process(spec, plan)
+    arguments = training_arguments(spec, plan, total, run.checkpoints)
+    first = ranks.rank() == 0
+    if first:
+        atomic.sweep_temporaries(run.checkpoints)
+    found = ranks.from_first(saving.find(run) if first else None)
+    if found.state and found.step >= total and not found.state.evaluation_due:
+        return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
+    if first and (life > 1 or found.step):
+        print(f"life {life} goes on from step {found.step} of {total}", flush=True)
+        events.append(
+            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected
+        )
+    _stop_here(stop)
+    model_path = run.provenance()["model_path"]
+    if ranks.world_size() == 1:
+        base = interruptible(stop, lambda: load_base(spec, model_path, device))
+    else:  # One rank alone must not leave while the others wait for it.
+        base = load_base(spec, model_path, device)
+    model = attach_adapter(base, spec.method, spec.train.seed)
+    _stop_here(stop)
+    metrics = MetricsWriter(run.metrics_file, life) if first else None
+    tracking = Tracking(run, spec.tracking) if first else None
+    try:
+        trainer = FineTuner(
+            run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
+            validation_rows=validation_rows, metrics=metrics, tracking=tracking,
+        )  # fmt: skip
+        _stop_here(stop)
+        if first:
+            print(
+                f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
+                f"(ready after {time.perf_counter() - began:.1f} s)",
+                flush=True,
+            )
+        trainer.go_on_from(found)
+    finally:
+        if tracking:
+            tracking.finish()
+        if metrics:
+            metrics.close()
+    ranks.barrier()
+    if ranks.world_size() > 1:
+        dist.destroy_process_group()
+    return f"trained {total} steps{_final_loss(run)}"
+
+
+def _stop_here(stop: StopFlag) -> None:
+    """Nothing is trained yet, so there is nothing to save."""
+    if cause := ranks.agreed_stop(stop):
+        raise Interrupted(cause)
+
+
+def _final_loss(run: RunDir) -> str:
+    rows = read_metrics(run.metrics_file)
+    losses = [row["loss"] for row in rows if "loss" in row][-20:]
+    validation = [row["eval_loss"] for row in rows if "eval_loss" in row][-1:]
+    words = f", loss {sum(losses) / len(losses):.4f} over the last {len(losses)}" if losses else ""
+    return words + (f", validation loss {validation[0]:.4f}" if validation else "")

@@ -1,0 +1,249 @@
+"""transformers.Trainer, with every step recorded, saves that commit, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+
+from ftlib import checkpoint, events
+from ftlib.data.dataset import real_tokens
+from ftlib.errors import FtError, InputError, Interrupted
+from ftlib.metrics import MetricsWriter, read_metrics
+from ftlib.rundir import RunDir
+from ftlib.spec import TrainSpec
+from ftlib.stop import StopFlag
+from ftlib.train import ranks, saving
+from ftlib.train.order import Order
+from ftlib.train.progress import Progress
+from ftlib.train.tracking import Tracking
+
+
+class FineTuner(Trainer):
+    """One life of a training.
+
+    After each optimizer step, in this order: record it, agree whether to stop, save if it is due or we stop,
+    stop, validate if it is due. So a validation never stands between a warning and the save, and a checkpoint
+    says whether the validation of its step is still to be done.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: RunDir,
+        life: int,
+        stop: StopFlag,
+        spec: TrainSpec,
+        arguments: TrainingArguments,
+        model: torch.nn.Module,
+        train_rows: Dataset[Any],
+        validation_rows: Dataset[Any],
+        metrics: MetricsWriter | None,
+        tracking: Tracking | None,
+    ) -> None:
+        """`metrics` and `tracking` belong to rank 0 and are None elsewhere."""
+        self.run, self.life, self.stop, self.spec = run, life, stop, spec
+        self.metrics, self.tracking = metrics, tracking
+        self.progress = Progress(arguments.max_steps, spec.log_every_steps)
+        self.evaluation_due = False
+        self.saved_step: int | None = None
+        self._closed_step: int | None = None
+        self._tokens = 0
+        self._began = time.perf_counter()
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            data_collator=default_data_collator,
+        )
+        self.remove_callback(PrinterCallback)
+
+    # -- what the Trainer asks for ---------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        rows = len(self.train_dataset)
+        return Order(rows, self.args.max_steps * self.spec.global_batch, self.spec.seed)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimizer step, and the number of response tokens in all ranks' together."""
+        self._began = time.perf_counter()
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._tokens = sum(real_tokens(batch) for batch in batches)
+        return batches, items
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: the Trainer would walk over all parameters for each micro-batch."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Nothing: rows go to metrics.jsonl, and the Trainer's own history would be saved in every checkpoint."""
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.evaluation_due:  # Left over from the life that saved the checkpoint we go on from.
+            self._validate()
+        return prepared
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, learning_rate: float | None = None, **kwargs: Any
+    ) -> None:
+        step = self.state.global_step
+        if step == self._closed_step:  # The Trainer calls once more at the end of an epoch.
+            return
+        self._closed_step = step
+        self._record(tr_loss, grad_norm, learning_rate)
+        cause = ranks.agreed_stop(self.stop)
+        every, last = self.spec.eval_every_steps, step == self.args.max_steps
+        self.evaluation_due = every is not None and (step % every == 0 or last)
+        if cause or last or step % self.spec.save_every_steps == 0:
+            self.save()
+        if cause:
+            raise Interrupted(cause, step)
+        if self.evaluation_due:
+            self._validate()
+
+    # -- the parts of a step's end ---------------------------------------------------------------------------------
+
+    def _record(self, tr_loss: torch.Tensor, grad_norm: Any, lr: float | None) -> None:
+        """The step's row. Takes the step's loss out of the Trainer's running sum, which a resume would reset."""
+        step = self.state.global_step
+        loss, tokens = ranks.summed(tr_loss.item(), float(self._tokens))
+        tr_loss.zero_()
+        loss /= ranks.world_size()
+        norm = float(grad_norm)
+        seconds = time.perf_counter() - self._began
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FtError(
+                f"training diverged at step {step}: loss {loss}, gradient norm {norm}. Try a lower optim.lr or a "
+                f"longer optim.warmup_share"
+            )
+        if self.metrics is None:
+            return
+        speed = tokens / seconds
+        self.metrics.append(
+            step=step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens), tokens_per_s=round(speed, 1),
+            seconds=round(seconds, 4),
+        )  # fmt: skip
+        self.progress.step(step, loss=loss, lr=lr or 0.0, tokens=int(tokens), seconds=seconds)
+        if self.tracking:
+            self.tracking.log(step, loss=loss, lr=lr or 0.0, grad_norm=norm, tokens_per_s=speed)
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step, unless this life has just done so. Collective."""
+        step = self.state.global_step
+        if self.saved_step == step:
+            return
+        began = time.perf_counter()
+        first = ranks.rank() == 0
+        folder = saving.temporary(self.run, step, self.life)
+        try:
+            if first:
+                saving.begin(folder, self._checkpoint_bytes())
+            ranks.barrier()
+            self._write_state(folder, step)
+            ranks.barrier()
+            if first:
+                if self.metrics:
+                    self.metrics.sync()
+                target = checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step)
+                checkpoint.prune(self.run.checkpoints)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(
+                f"the checkpoint of step {step} could not be written: {error}. Earlier ones are whole; make room and "
+                f"run 'make resume RUN={self.run.name}'"
+            ) from error
+        if first:
+            seconds, size = round(time.perf_counter() - began, 3), saving.bytes_of(target)
+            events.append(
+                self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
+                seconds=seconds, bytes=size,
+            )  # fmt: skip
+        self.saved_step = step
+        ranks.barrier()
+
+    def _write_state(self, folder: Any, step: int) -> None:
+        """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
+        if ranks.rank() == 0:
+            # Without the look-up on the hub whether the base has these embeddings: we do not train them.
+            self.accelerator.unwrap_model(self.model).save_pretrained(str(folder), save_embedding_layers=False)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+            saving.TrainingState(
+                step=step,
+                total=self.args.max_steps,
+                evaluation_due=self.evaluation_due,
+                global_batch=self.spec.global_batch,
+                micro_batch=self.args.per_device_train_batch_size,
+                accumulation=self.args.gradient_accumulation_steps,
+                world_size=ranks.world_size(),
+            ).write(folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the adapter and two moments, fp32 at most, and small change."""
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return 13 * trained + (1 << 20)
+
+    def _validate(self) -> None:
+        """Do the validation that is due; a stop meanwhile saves it as still due."""
+        step = self.state.global_step
+        try:
+            loss = self.evaluate()["eval_loss"]
+        except Interrupted as interrupted:
+            self.save()
+            raise Interrupted(interrupted.cause, step) from None
+        self.evaluation_due = False
+        if self.metrics is not None:
+            self.metrics.append(step=step, eval_loss=loss)
+            print(f"step {step}/{self.args.max_steps}  validation loss {loss:.4f}", flush=True)
+            if self.tracking:
+                self.tracking.log(step, eval_loss=loss)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean loss over all response tokens of the validation rows, the same at any batch and world size.
+
+        Draws no random number, so the training goes on as if there had been none. Raises Interrupted.
+        """
+        rows: Any = self.eval_dataset
+        batch, world = self.args.per_device_train_batch_size, ranks.world_size()
+        starts = range(0, len(rows), batch)
+        self.model.eval()
+        loss = targets = 0.0
+        for turn in range(math.ceil(len(starts) / world)):
+            if cause := ranks.agreed_stop(self.stop):
+                raise Interrupted(cause)
+            # A rank that has run out of batches does the last one again, not counted: all make the same calls.
+            mine = turn * world + ranks.rank()
+            start = starts[min(mine, len(starts) - 1)]
+            inputs = default_data_collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            inputs = self._prepare_inputs(inputs)
+            count = inputs["labels"][:, 1:].ne(-100).sum()
+            with self.compute_loss_context_manager():
+                total = self.model(**inputs, num_items_in_batch=1, use_cache=False).loss
+            if mine < len(starts):
+                loss, targets = loss + float(total), targets + float(count)
+        loss, targets = ranks.summed(loss, targets)
+        return {"eval_loss": loss / max(targets, 1.0)}
+
+    # -- where a life begins ---------------------------------------------------------------------------------------
+
+    def go_on_from(self, found: saving.Found) -> None:
+        """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save."""
+        if found.state is not None:
+            self.saved_step = self._closed_step = found.step
+            done = {row["step"] for row in read_metrics(self.run.metrics_file) if "eval_loss" in row}
+            self.evaluation_due = ranks.from_first(found.state.evaluation_due and found.step not in done)
+            self.progress.resumed(found.step)
+            if found.state.world_size != ranks.world_size():
+                print("another number of processes than before: dropout draws other numbers from here on", flush=True)
+        self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)

@@ -1,0 +1,107 @@
+"""The command line behind the Makefile: `python -m jobs COMMAND`. Light imports only; heavy work is in the stages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from ftlib.errors import FtError, InputError, nearest
+
+DEFAULT_MODEL = "tiny"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: exit 64, with the nearest valid word."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}. {self.prog} --help lists what there is")
+
+
+def parser() -> Parser:
+    """All commands and options."""
+    top = Parser(prog="python -m jobs", description="Fine-tune language models on a Slurm cluster, or here.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, words: str, *options: str) -> None:
+        sub = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        for option in options:
+            OPTIONS[option](sub)
+
+    wish = ("model", "data", "cluster", "set")
+    command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
+    command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
+    command("status", "every run, or one: its stages and what they are doing", "run", "json")
+    command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
+    command("cancel", "end a run's jobs; it stays ended until it is resumed", "run!")
+    command("resume", "queue what is missing of a run", "run!")
+    command("schema", "JSON Schema of a recipe, for editors")
+    return top
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
+    "model": lambda p: p.add_argument("--model", default=DEFAULT_MODEL, help="recipe (default: %(default)s)"),
+    "data": lambda p: p.add_argument("--data", help="JSONL or JSON file of examples"),
+    "cluster": lambda p: p.add_argument("--cluster", help="profile; default: cluster.yaml's, else where this is"),
+    "set": lambda p: p.add_argument("--set", default="", help='changes: "optim.lr=1e-4 data.limit=1000"'),
+    "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, queue nothing"),
+    "new": lambda p: p.add_argument("--new", action="store_true", help="another run of the same wish"),
+    "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
+    "run": lambda p: p.add_argument("--run", help="name of a run"),
+    "run!": lambda p: p.add_argument("--run", required=True, help="name of a run"),
+    "stage": lambda p: p.add_argument("--stage", help="prepare, train, export or evaluate"),
+    "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as the log grows"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. A user's mistake is told in words, without a traceback."""
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        options = _parse(words)
+        return _dispatch(options)
+    except FtError as error:
+        for message in error.messages:
+            print(f"error: {message}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    top = parser()
+    subparsers = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    if words and not words[0].startswith("-") and words[0] not in subparsers.choices:
+        known = list(subparsers.choices)
+        raise InputError(f"unknown command {words[0]!r}. Allowed: {', '.join(known)}.{nearest(words[0], known)}")
+    options, unknown = top.parse_known_args(words)
+    if unknown:
+        valid = [name for a in subparsers.choices[options.command]._actions for name in a.option_strings]
+        raise InputError(
+            [
+                f"{options.command}: unknown option {word!r}. Allowed: {', '.join(valid)}.{nearest(word, valid)}"
+                for word in unknown
+            ]
+        )
+    return options
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "schema":
+        from ftlib.spec import RunSpec
+
+        print(json.dumps(RunSpec.model_json_schema(), indent=1))
+        return 0
+    if options.command in ("submit", "plan"):
+        from jobs import submit
+
+        return submit.plan(options) if options.command == "plan" else submit.submit(options)
+    from jobs import runs
+
+    commands = {"status": runs.status, "logs": runs.logs, "cancel": runs.cancel, "resume": runs.resume}
+    return commands[options.command](options)

@@ -1,0 +1,24 @@
+"""The evaluate stage: how good the tuned model is beside its base, and the run's report."""
+
+from __future__ import annotations
+
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+
+
+def main(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Evaluate the run's models, print the table, write the report; returns words for the outcome."""
+    from ftlib.evaluate.evaluate import evaluate
+    from ftlib.report.page import write_report
+    from ftlib.report.tables import evaluation_table, print_table
+
+    evaluation = evaluate(run, stop)
+    print_table(evaluation_table(evaluation))
+    report = write_report(run)
+    base, tuned = evaluation["base"], evaluation["tuned"]
+    words = [
+        f"{score} {base[score]:.4g} -> {tuned[score]:.4g}"
+        for score in ("exact", "perplexity")
+        if base[score] is not None and tuned[score] is not None
+    ]
+    return f"{', '.join(words)} on {tuned['n']} held-out pairs; the report is {report}"

@@ -1,0 +1,173 @@
+"""One run's stages on this machine, one after the other in the foreground, through submitit's local executor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from submitit.local.local import LocalExecutor, LocalJob
+
+from ftlib import events, modelfiles, outcome
+from ftlib.errors import DONE, INPUT_WRONG, RUN_AGAIN
+from ftlib.plan.plan import RunPlan
+from ftlib.profile import ClusterProfile
+from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import batch
+from jobs import stage as stage_module
+
+POLL_S = 0.1
+# Lives that end without a word, one after the other, before we give up.
+MOST_SILENT = 3
+YEAR_MIN = 525_600
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM of the foreground process: the first asks the stage to save, the second kills it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def run_stages(run: RunDir, profile: ClusterProfile) -> int:
+    """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`."""
+    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
+    interrupt = Interrupt()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number, stage in enumerate(STAGES, 1):
+            if run.stage_done(stage):
+                print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
+                continue
+            print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
+            variables = batch.environment(
+                profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache)
+            )
+            code = _stage(run, profile, stage, variables, interrupt)
+            if code != DONE:
+                return code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return DONE
+
+
+def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt) -> int:
+    """Lives of one stage until one is done, wrong, or stopped by the person: the epilogue's work, in the foreground."""
+    silent = 0
+    while True:
+        life = _next_life(run, stage)
+        _life(run, profile, stage, {**variables, "FT_LIFE": str(life)}, interrupt)
+        last = next((end for end in outcome.read(run.outcomes, stage) if end.life == life), None)
+        if last and last.code == DONE:
+            return DONE
+        if interrupt.count:
+            _cancelled(run, stage)
+            saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
+            print(f"\n{stage}: {saved}. make resume RUN={run.name} goes on from there.", flush=True)
+            return RUN_AGAIN
+        if last and last.code != RUN_AGAIN:
+            why = "" if last.code == INPUT_WRONG else f" The log: make logs RUN={run.name} STAGE={stage}"
+            print(f"{stage} failed in life {life}: {last.words}.{why}", file=sys.stderr, flush=True)
+            return last.code
+        silent = silent + 1 if last is None else 0
+        if silent >= MOST_SILENT:
+            print(f"{stage}: killed {silent} times before it could say why; giving up", file=sys.stderr, flush=True)
+            return 1
+        said = last.words if last else "ended without a word (killed?)"
+        events.append(run.events, events.submit_writer(), "requeued", stage=stage, life=life, cause=said)
+        print(f"{stage}: {said}; going on from the last checkpoint", flush=True)
+
+
+def _next_life(run: RunDir, stage: str) -> int:
+    for left in (run.slurm / stage).glob("*.save_tmp"):
+        left.unlink()
+    life = 1
+    while True:
+        try:
+            handle = os.open(run.lives / f"{stage}-{life}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            life += 1
+            continue
+        with os.fdopen(handle, "w") as file:
+            file.write(f"{os.getpid()} local {int(time.time())}\n")
+        return life
+
+
+def _life(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt) -> None:
+    """Start one life, show its log as it grows, pass Ctrl-C on as a request to save, return when it has ended."""
+    folder = run.slurm / stage
+    executor = LocalExecutor(folder, python=shlex.quote(profile.python) if profile.python else None)
+    executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
+    with _inherited(run.code, variables):
+        job = executor.submit(stage_module.run, str(run.path), stage)
+    assert isinstance(job, LocalJob) and job._process is not None
+    events.append(
+        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job.job_id, life=int(variables["FT_LIFE"])
+    )
+    log = Path(job.paths.stdout)
+    shown, asked = 0, 0
+    while True:
+        ended = job._process.poll() is not None
+        shown = _show(log, shown, last=ended)
+        if ended:
+            return
+        if interrupt.count > asked:
+            asked = interrupt.count
+            print("\nstopping: saving first (Ctrl-C again to kill)" if asked == 1 else "\nkilling", flush=True)
+            job._process.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
+            if asked > 1:
+                _kill_tasks(run, stage, int(variables["FT_LIFE"]))
+        time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def _inherited(folder: Path, variables: dict[str, str]) -> Iterator[None]:
+    """What a child started inside gets: working folder, environment, and Ctrl-C ignored (we pass it on as SIGTERM)."""
+    here, environment = Path.cwd(), dict(os.environ)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.chdir(folder)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(environment)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _show(log: Path, shown: int, *, last: bool) -> int:
+    """Print whole new lines of the log after byte `shown`, submitit's own left out; returns the new position."""
+    if not log.exists():
+        return shown
+    with log.open("rb") as file:
+        file.seek(shown)
+        new = file.read()
+    whole = new if last else new[: new.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        if line and not line.startswith("submitit "):
+            print("    " + line, flush=True)
+    return shown + len(whole)
+
+
+def _kill_tasks(run: RunDir, stage: str, life: int) -> None:
+    """SIGKILL the stage's own process: its controller is gone and cannot."""
+    for event in events.read(run.events):
+        if event["event"] == "started" and event.get("stage") == stage and event.get("life") == life:
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(event["job_id"]), signal.SIGKILL)
+
+
+def _cancelled(run: RunDir, stage: str) -> None:
+    for missing in STAGES[STAGES.index(stage) :]:
+        events.append(run.events, events.submit_writer(), "cancelled", stage=missing, user=os.environ.get("USER"))

@@ -1,0 +1,16 @@
+"""The prepare stage: examples become a packed dataset that later runs reuse."""
+
+from __future__ import annotations
+
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+
+
+def main(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Prepare the run's data; returns words for the outcome."""
+    from ftlib.data.prepare import prepare
+
+    prepared = prepare(run, stop)
+    train = prepared["train"]
+    found = "found" if prepared["reused"] else "packed"
+    return f"{found} {train['examples']:,} examples in {train['rows']:,} rows, {prepared['test']:,} to test with"

@@ -1,0 +1,85 @@
+"""One life of one stage: signals first, then the work, then the outcome. What a Slurm task or a local process runs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from ftlib import events, outcome
+from ftlib.errors import DONE, FtError, Interrupted
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+
+
+def run(folder: str, stage: str) -> None:
+    """Run `stage` of the run at `folder`; ends the process with the outcome's exit code."""
+    stop = StopFlag().install()
+    # A terminal's Ctrl-C reaches every process of the group; the foreground one decides and sends SIGTERM.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rundir = RunDir(Path(folder))
+    _assert_snapshot(rundir)
+    life = int(os.environ["FT_LIFE"])
+    rank = _set_rank()
+    code, words = _live(rundir, stage, life, rank, stop)
+    sys.stdout.flush()
+    # SystemExit passes through submitit and becomes the task's exit code.
+    sys.exit(code)
+
+
+def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> tuple[int, str]:
+    writer = f"{stage}-{life}"
+    if rank == 0:
+        job = os.environ.get("SLURM_JOB_ID") or str(os.getpid())
+        events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, node=socket.gethostname())
+    began = time.monotonic()
+    try:
+        words = str(importlib.import_module(f"jobs.{stage}").main(rundir, life, stop))
+        code, event = DONE, "completed"
+    except Interrupted as error:
+        words, code, event = str(error), error.exit_code, "interrupted"
+    except FtError as error:
+        words, code, event = "; ".join(error.messages), error.exit_code, "failed"
+        print(f"{stage} stopped:", *error.messages, sep="\n  ", flush=True)
+    except Exception as error:  # the last resort: every end of a life leaves an outcome
+        traceback.print_exc()
+        words, code, event = f"{type(error).__name__}: {error}", 1, "failed"
+    if rank == 0:
+        outcome.write(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+        events.append(
+            rundir.events,
+            writer,
+            event,  # type: ignore[arg-type]
+            stage=stage,
+            life=life,
+            code=code,
+            words=words,
+            seconds=round(time.monotonic() - began, 1),
+        )
+        print(f"{stage}: {words}", flush=True)
+    return code, words
+
+
+def _set_rank() -> int:
+    """torch's rank variables from Slurm's; a single process has none of them."""
+    world = int(os.environ.get("SLURM_NTASKS", "1"))
+    if world == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        return 0
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(world)
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    return int(os.environ["RANK"])
+
+
+def _assert_snapshot(rundir: RunDir) -> None:
+    """The code that runs is the code that was submitted, not whatever lies in front of it on the path."""
+    here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
+    if snapshot not in here.parents:
+        raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")

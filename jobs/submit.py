@@ -1,0 +1,86 @@
+"""`submit` and `plan`: from a wish to queued jobs, or to the words that say what they would be."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+
+from ftlib import atomic, rundir
+from ftlib.errors import InputError
+from ftlib.slurm import client
+from jobs import runs
+from jobs import wish as wishes
+from jobs.wish import RUNS, Wish
+
+# Checkpoints, the dataset and logs of a run beside its exported weights.
+SPARE_BYTES = 200 * 2**20
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print the plan, as a table or as JSON."""
+    wish = _wish(options)
+    if options.json:
+        print(json.dumps({"run": wish.name, **wish.plan.model_dump(mode="json")}, indent=1))
+    else:
+        _print_plan(wish, wish.name)
+    return 0
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Queue the wish's run, or say that it is there already."""
+    wish = _wish(options)
+    name = wishes.run_name(wish, new=options.new)
+    if options.dry_run:
+        return _dry_run(wish, name)
+    if missing := wish.profile.missing_account():
+        raise InputError(missing)
+    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
+            'SET="cluster.python=<an interpreter that has them>"'
+        )
+    known = (RUNS / name / "spec.json").exists()
+    if not known:
+        _print_plan(wish, name)
+        atomic.require_space(RUNS, _space_needed(wish), f"run {name}")
+    run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
+    if known:
+        print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
+        return runs.go_on(run, wish.profile, asked=False)
+    return runs.start(run, wish.profile)
+
+
+def _wish(options: argparse.Namespace) -> Wish:
+    return wishes.make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
+
+
+def _space_needed(wish: Wish) -> int:
+    """Merged weights, two checkpoints of adapters with their optimizer state, and some."""
+    from ftlib.plan import shapes
+
+    shape = shapes.from_config(wish.model.config, wish.spec.model.name)
+    merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
+    return merged + 3 * 12 * shape.lora_params(wish.spec.method.rank) + SPARE_BYTES
+
+
+def _dry_run(wish: Wish, name: str) -> int:
+    _print_plan(wish, name)
+    if wish.profile.scheduler is None:
+        print("Without Slurm these stages run here, one after the other; there are no scripts to show.")
+        return 0
+    from jobs import chain
+
+    client.use(wish.profile.scheduler.slurm_conf)
+    for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, cache=wish.cache):
+        print(f"\n===== {stage}.sbatch =====")
+        print(script.rstrip())
+    print("\nDry run: nothing was queued.")
+    return 0
+
+
+def _print_plan(wish: Wish, name: str) -> None:
+    from ftlib.report.plan import print_plan
+
+    print_plan(name, wish.spec, wish.plan)

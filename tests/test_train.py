@@ -1,0 +1,421 @@
+"""Training: NF4 for real, and a run that is the same however often it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ftlib import checkpoint, events
+from ftlib.errors import FtError, InputError, Interrupted
+from ftlib.metrics import MetricsWriter, read_metrics
+from ftlib.rundir import RunDir
+from ftlib.spec import RunSpec, validate
+from ftlib.stop import StopFlag
+
+torch = pytest.importorskip("torch", reason="training needs torch: the train extra")
+transformers = pytest.importorskip("transformers", reason="training needs transformers: the train extra")
+pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
+
+from ftlib.data.dataset import PackedRows  # noqa: E402
+from ftlib.train import run as training  # noqa: E402
+from ftlib.train.model import attach_adapter, check_quantised, linear_names, load_base, quantised_layers  # noqa: E402
+from ftlib.train.order import Order, total_steps  # noqa: E402
+
+STEPS, ROWS, SEQ_LEN, VOCABULARY = 30, 44, 48, 97
+MakeRun = Callable[..., RunDir]
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was() -> Iterator[None]:
+    """Training sets the process up for itself; other tests shall not feel it."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers, with a tokenizer of single characters."""
+    folder = tmp_path_factory.mktemp("base model")
+    write_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed rows by the on-disk format: tokens, response and positions, all of one shape."""
+    folder = tmp_path_factory.mktemp("dataset")
+    write_dataset(folder)
+    return folder
+
+
+def write_base(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    transformers.set_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t2").save_pretrained(folder)
+
+
+def write_dataset(folder: Path) -> None:
+    """Documents whose response repeats their prompt; two or three to a row, then padding."""
+    rng = np.random.default_rng(5)
+    for split, rows in (("train", ROWS), ("validation", 36)):
+        arrays = {
+            "tokens": np.full((rows, SEQ_LEN), 2, "uint16"),
+            "response": np.zeros((rows, SEQ_LEN), "uint8"),
+            "positions": np.zeros((rows, SEQ_LEN), "uint16"),
+        }
+        for row in range(rows):
+            at = 0
+            while at + 20 <= SEQ_LEN:
+                words = rng.integers(3, VOCABULARY, rng.integers(4, 9))
+                document = [1, *words, *words, 2]
+                end = at + len(document)
+                arrays["tokens"][row, at:end] = document
+                arrays["response"][row, at + 1 + len(words) : end] = 1
+                arrays["positions"][row, at:end] = range(len(document))
+                at = end
+            arrays["positions"][row, at:] = range(SEQ_LEN - at)
+        (folder / split).mkdir()
+        for name, array in arrays.items():
+            array.tofile(folder / split / f"{name}.bin")
+        meta = {"rows": rows, "seq_len": SEQ_LEN, "dtype": {name: str(array.dtype) for name, array in arrays.items()}}
+        (folder / split / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, base: Path, dataset: Path) -> MakeRun:
+    def make(name: str = "a-run", model: Path = base, micro_batch: int = 2, **overrides: dict[str, Any]) -> RunDir:
+        return write_run(tmp_path / name / "the-run", model, dataset, micro_batch, **overrides)
+
+    return make
+
+
+def write_run(folder: Path, model: Path, dataset: Path, micro_batch: int = 2, **overrides: dict[str, Any]) -> RunDir:
+    """A run folder as `submit` and `prepare` leave it. Always of the same name: a checkpoint knows its run's."""
+    wish: dict[str, Any] = {
+        "recipe": "test",
+        "model": {"name": str(model)},
+        "data": {"seq_len": SEQ_LEN},
+        "method": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "optim": {"name": "adamw_torch", "lr": 1e-2},
+        "train": {"steps": STEPS, "global_batch": 4, "eval_every_steps": 10, "save_every_steps": 8, "seed": 1,
+                  "gradient_checkpointing": False, "log_every_steps": 10},
+        "tracking": {"mode": "disabled"},
+    }  # fmt: skip
+    for section, values in overrides.items():
+        wish[section] = {**wish.get(section, {}), **values}
+    spec = validate(RunSpec, wish, "test")
+    run = RunDir(folder)
+    run.checkpoints.mkdir(parents=True)
+    run.spec_file.write_text(json.dumps(spec.model_dump(mode="json")))
+    plan = {"micro_batch": micro_batch, "accumulation": 4 // micro_batch, "world_size": 1, "threads": 1}
+    run.plan_file.write_text(json.dumps({**plan, "device": "cpu"}))
+    run.provenance_file.write_text(json.dumps({"model_path": str(model), "cache": str(folder / "cache")}))
+    run.prepared_file.write_text(json.dumps({"dataset": str(dataset), "train": {"rows": ROWS}}))
+    return run
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, step: int) -> None:
+    """The signal comes while `step` is being computed."""
+    append = MetricsWriter.append
+
+    def watched(self: MetricsWriter, **row: Any) -> None:
+        append(self, **row)
+        if row["step"] == step and "loss" in row:
+            stop.cause = stop.cause or "preemption"
+
+    monkeypatch.setattr(MetricsWriter, "append", watched)
+
+
+def live(run: RunDir, life: int, stop_after: int | None = None) -> str:
+    """One life; with `stop_after` it is interrupted there."""
+    stop = StopFlag()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if stop_after is None:
+            return training.train(run, life, stop)
+        stop_at(monkeypatch, stop, stop_after)
+        with pytest.raises(Interrupted) as caught:
+            training.train(run, life, stop)
+    assert caught.value.step == stop_after and caught.value.cause == "preemption"
+    return str(caught.value)
+
+
+def adapter_sha(run: RunDir, step: int = STEPS) -> str:
+    weights = checkpoint.folder_for(run.checkpoints, step) / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def trajectory(run: RunDir) -> list[tuple[Any, ...]]:
+    """What must be equal between two runs: everything but the clock and the life."""
+    names = ("step", "loss", "lr", "grad_norm", "tokens", "eval_loss")
+    return [tuple(row.get(name) for name in names) for row in read_metrics(run.metrics_file)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, base: Path, dataset: Path) -> RunDir:
+    run = write_run(tmp_path_factory.mktemp("uninterrupted") / "the-run", base, dataset)
+    words = live(run, 1)
+    assert words.startswith(f"trained {STEPS} steps, loss ")
+    return run
+
+
+def test_metrics_have_every_step_once_and_the_loss_falls(uninterrupted: RunDir) -> None:
+    rows = read_metrics(uninterrupted.metrics_file)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [10, 20, 30]
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "life", "time"} == set(steps[0])
+    assert sum(row["loss"] for row in steps[-5:]) < 0.9 * sum(row["loss"] for row in steps[:5])
+    assert all(0 < row["tokens"] < 4 * SEQ_LEN for row in steps), "padding is not counted"
+    kept = [folder.name for folder in checkpoint.committed(uninterrupted.checkpoints)]
+    assert kept == ["step-00000030", "step-00000024"]
+    saved = [event for event in events.read(uninterrupted.events) if event["event"] == "checkpoint"]
+    assert [event["step"] for event in saved] == [8, 16, 24, 30]
+    assert all(event["seconds"] > 0 and event["bytes"] > 10_000 for event in saved)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        pytest.param([5, 13], id="within-an-epoch-and-past-its-end"),
+        pytest.param([10, 24, 29], id="before-a-due-evaluation-and-at-a-due-save"),
+    ],
+)
+def test_resumed_equals_uninterrupted(make_run: MakeRun, uninterrupted: RunDir, stops: list[int]) -> None:
+    """Dropout, two micro-batches a step, evaluations in between, several epochs: to the last bit."""
+    run = make_run()
+    for life, stop in enumerate(stops, start=1):
+        live(run, life, stop_after=stop)
+    live(run, len(stops) + 1)
+    assert trajectory(run) == trajectory(uninterrupted)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+    resumed = [event["step"] for event in events.read(run.events) if event["event"] == "resumed"]
+    assert resumed == stops
+
+
+def test_a_killed_fresh_process_goes_on_bit_identically(make_run: MakeRun, uninterrupted: RunDir) -> None:
+    """SIGKILL leaves a half-written row and rows past the last checkpoint; SIGTERM in the next life saves."""
+    run = make_run()
+    live(run, 1, stop_after=8)
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom ftlib.stop import StopFlag\nstop = StopFlag().install()\n"
+        "from ftlib.errors import Interrupted\nfrom ftlib.rundir import RunDir\nfrom ftlib.train.run import train\n"
+        "try:\n    train(RunDir(Path(sys.argv[1])), 2, stop)\nexcept Interrupted as error:\n    sys.exit(error.exit_code)"
+    )
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 9, "lo')
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", code, str(run.path)], env=environment)
+    deadline = time.monotonic() + 60
+    while max((row["step"] for row in read_metrics(run.metrics_file)), default=0) < 12:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) in (75, 0)
+    assert checkpoint.committed(run.checkpoints)[0].name > "step-00000011"
+    live(run, 3)
+    assert trajectory(run) == trajectory(uninterrupted)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_a_stop_during_an_evaluation_leaves_it_due(make_run: MakeRun, uninterrupted: RunDir) -> None:
+    run, stop = make_run(), StopFlag()
+
+    class Watched(PackedRows):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if self.folder.name == "validation" and index == 9:
+                stop.cause = "time limit"
+            return super().__getitem__(index)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(training, "PackedRows", Watched)
+        with pytest.raises(Interrupted) as caught:
+            training.train(run, 1, stop)
+        assert caught.value.step == 10 and caught.value.cause == "time limit"
+        assert [row for row in read_metrics(run.metrics_file) if "eval_loss" in row] == []
+        stop.cause = None
+        with pytest.raises(Interrupted) as caught:  # Again during the evaluation that the next life does first.
+            training.train(run, 2, stop)
+        assert caught.value.step == 10
+    live(run, 3)
+    assert trajectory(run) == trajectory(uninterrupted)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_an_evaluation_changes_no_weights(make_run: MakeRun, uninterrupted: RunDir) -> None:
+    """A 4-bit layer that was once in eval mode must still give gradients, and no random number may be drawn."""
+    run = make_run(train={"eval_every_steps": None})
+    live(run, 1)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_another_micro_batch_reads_the_same_rows(make_run: MakeRun, uninterrupted: RunDir) -> None:
+    """Half the micro-batch and twice the accumulation: the same rows and the same loss a step, but for rounding."""
+    spec = {"method": {"dropout": 0.0}, "train": {"steps": 12, "eval_every_steps": None}}
+    losses = []
+    for micro_batch in (4, 1):
+        run = make_run(f"micro-{micro_batch}", micro_batch=micro_batch, **spec)
+        live(run, 1)
+        losses.append([(row["tokens"], row["loss"]) for row in read_metrics(run.metrics_file)])
+    for (tokens, loss), (other_tokens, other_loss) in zip(*losses, strict=True):
+        assert tokens == other_tokens and loss == pytest.approx(other_loss, rel=0.02)
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
+    make_run: MakeRun, uninterrupted: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    live(run, 1, stop_after=16)
+    weights = checkpoint.folder_for(run.checkpoints, 16) / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    live(run, 2)
+    said = capsys.readouterr().out
+    assert "step-00000016 is damaged" in said and "does not match its checksum" in said
+    assert "goes on from step 8" in said
+    assert trajectory(run) == trajectory(uninterrupted)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_a_finished_training_is_not_done_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(train={"steps": 3, "eval_every_steps": None})
+    live(run, 1)
+    before = run.metrics_file.read_bytes()
+    monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the model was loaded again"))
+    assert live(run, 2).startswith("already trained: the checkpoint of step 3")
+    assert run.metrics_file.read_bytes() == before
+
+
+def test_a_flag_before_the_first_step_stops_at_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while the base model is being loaded, which may take longer than a grace period."""
+    run, stop = make_run(), StopFlag()
+
+    def slow(*_: Any) -> None:
+        stop.cause = "preemption"
+        time.sleep(20)
+
+    monkeypatch.setattr(training, "load_base", slow)
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as caught:
+        training.train(run, 1, stop)
+    assert caught.value.step is None and time.monotonic() - began < 2
+    assert not list(run.checkpoints.iterdir())
+
+
+def test_every_linear_layer_is_quantised(base: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_base(make_run().spec(), str(base), torch.device("cpu"))
+    layers = quantised_layers(model)
+    assert len(layers) == 2 * 7 and "14 linear layers quantised to nf4" in capsys.readouterr().out
+    assert all(layer.weight.dtype is torch.uint8 and layer.weight.quant_type == "nf4" for layer in layers.values())
+    assert all(layer.weight.quant_state.nested for layer in layers.values()), "double quantisation"
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers.values())
+    with pytest.raises(FtError, match=r"0 of 14 linear layers are 4-bit"):
+        check_quantised(transformers.AutoModelForCausalLM.from_pretrained(base), linear_names(model.config))
+
+
+def test_lora_leaves_the_base_as_it_is(base: Path, make_run: MakeRun) -> None:
+    run = make_run(method={"kind": "lora"}, train={"steps": 2, "eval_every_steps": None})
+    assert not quantised_layers(load_base(run.spec(), str(base), torch.device("cpu")))
+    assert live(run, 1).startswith("trained 2 steps")
+
+
+def test_wrong_targets_name_the_right_ones(base: Path, make_run: MakeRun) -> None:
+    spec = make_run(method={"targets": ["q_proj", "v_porj"]}).spec()
+    model = load_base(spec, str(base), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"'v_porj' is unknown. Allowed: down_proj, .*Did you mean v_proj\?"):
+        attach_adapter(model, spec.method, 0)
+
+
+def test_missing_model_files_are_named(tmp_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(InputError, match=r"config\.json.*model\.safetensors"):
+        live(make_run(model=tmp_path), 1)
+
+
+def test_divergence_is_said_in_words(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(train={"steps": 3})
+    monkeypatch.setattr("ftlib.train.trainer.float_of", lambda _: float("nan"), raising=False)
+    original = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: original(self) * (float("nan") if self.ndim == 0 else 1))
+    with pytest.raises(FtError, match=r"diverged at step 1: loss nan"):
+        training.train(run, 1, StopFlag())
+
+
+def test_a_life_without_room_for_a_checkpoint_harms_nothing(
+    make_run: MakeRun, uninterrupted: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    live(run, 1, stop_after=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("ftlib.train.saving.atomic.shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+        with pytest.raises(InputError, match="no space left for a checkpoint"):
+            live(run, 2)
+    live(run, 3)
+    assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_wandb_is_offline_inside_the_run_and_never_in_the_way(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb", reason="tracking needs wandb: the train extra")
+    spec = {"train": {"steps": 2, "eval_every_steps": None}, "tracking": {"mode": "offline"}}
+    run = make_run("one", **spec)
+    live(run, 1, stop_after=1)
+    live(run, 2)
+    folders = sorted(path.name for path in (run.path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2 and all(name.endswith("-the-run") for name in folders), "one id in every life"
+    monkeypatch.setattr(wandb, "init", lambda **_: (_ for _ in ()).throw(RuntimeError("no service today")))
+    assert live(make_run("two", **spec), 1).startswith("trained 2 steps")
+    assert "no service today" in capsys.readouterr().out
+
+
+def test_order_is_epoch_by_epoch_and_depends_on_the_seed_alone() -> None:
+    order = list(Order(10, 25, seed=4))
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and len(order) == 25
+    assert order[:10] != order[10:20] and order == list(Order(10, 25, seed=4)) != list(Order(10, 25, seed=5))
+    assert list(Order(10, 12, seed=4)) == order[:12]
+
+
+def test_epochs_become_steps(make_run: MakeRun) -> None:
+    spec = make_run(train={"steps": None, "epochs": 1.5}).spec()
+    assert total_steps(spec.train, rows=10) == 4  # 15 rows, 4 at a time
+
+
+def test_read_metrics_lets_the_last_life_win(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    for life, steps in ((1, range(1, 8)), (2, range(4, 6)), (3, range(5, 7))):
+        writer = MetricsWriter(path, life)
+        for step in steps:
+            writer.append(step=step, loss=float(step))
+        if life == 1:
+            writer.append(step=3, eval_loss=0.5)
+            writer.append(step=6, eval_loss=0.7)
+        writer.close()
+    rows = read_metrics(path)
+    assert [(row["step"], row["life"]) for row in rows if "loss" in row] == [
+        (1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (6, 3)
+    ]  # fmt: skip
+    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(3, 0.5)], "6 is not done yet"
+    assert rows[3]["step"] == 3 and "eval_loss" in rows[3], "a validation row stands behind its step's"
