@@ -169,10 +169,11 @@ class TestSetUp:
         assert self.set_up(venv, "pass").returncode == 0 and (venv / "whole").exists()
 
     def test_a_second_one_at_the_same_time_waits_for_its_user(self, venv: Path) -> None:
-        (venv / "setup.pid").write_text(f"{os.uname().nodename} {os.getpid()}\n")
-        second = self.set_up(venv, "pass")
-        assert second.returncode == 69 and f"process {os.getpid()}" in second.stderr
-        (venv / "setup.pid").write_text(f"{os.uname().nodename} 999999999\n")
+        with subprocess.Popen(["sh", "-c", "sleep 60; :", "env/setup.sh"]) as other:
+            (venv / "setup.pid").write_text(f"{os.uname().nodename} {other.pid}\n")
+            second = self.set_up(venv, "pass")
+            other.kill()
+        assert second.returncode == 69 and f"process {other.pid}" in second.stderr
         assert self.set_up(venv, "pass").returncode == 0
 
     def test_a_folder_of_something_else_is_left_alone(self, venv: Path) -> None:
