@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Name = Literal[
-    "intended", "submitted", "started", "resumed", "checkpoint", "interrupted", "requeued", "completed", "failed", "cancelled"
+    "intended",
+    "submitted", "started", "resumed", "checkpoint", "interrupted", "requeued", "completed", "failed", "cancelled"
 ]
 
 
@@ -34,7 +35,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """All events, oldest first. A line cut short by a crash is left out."""
     found = []
     for path in folder.glob("*.jsonl"):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 event = json.loads(line)
             except ValueError:

@@ -30,6 +30,7 @@ class RunDir:
         self.name = path.name
         self.spec_file = path / "spec.json"
         self.plan_file = path / "plan.json"
+        self.adjustments_file = path / "adjustments.json"
         self.provenance_file = path / "provenance.json"
         self.code = path / "code"
         self.slurm = path / "slurm"
@@ -48,8 +49,10 @@ class RunDir:
         return read_spec(self.spec_file)
 
     def plan(self) -> dict[str, Any]:
-        """The run's plan as plain data."""
-        return self._json(self.plan_file)
+        """The run's plan as plain data, with what earlier lives taught (a smaller micro-batch) over it."""
+        taught = self._json(self.adjustments_file) if self.adjustments_file.exists() else {}
+        batch = ("micro_batch", "accumulation")
+        return {**self._json(self.plan_file), **{key: value for key, value in taught.items() if key in batch}}
 
     def provenance(self) -> dict[str, Any]:
         """Cluster, code, lock, and what data the run was submitted with."""

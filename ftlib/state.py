@@ -43,7 +43,7 @@ class StageState:
 
 
 def submissions(run: RunDir) -> dict[str, str]:
-    """The job id each stage was last queued under; local runs have process ids."""
+    """The job id each stage, and the guard, was last queued under; local runs have process ids."""
     return {event["stage"]: str(event["job_id"]) for event in events.read(run.events) if event["event"] == "submitted"}
 
 
@@ -109,6 +109,7 @@ def as_json(run: RunDir, found: dict[str, StageState]) -> dict[str, Any]:
         "run": run.name,
         "state": overall(found),
         "stages": {
-            name: {"state": s.state, "job_id": s.job_id, "lives": s.lives, "words": s.words} for name, s in found.items()
+            name: {"state": s.state, "job_id": s.job_id, "lives": s.lives, "words": s.words}
+            for name, s in found.items()
         },
     }

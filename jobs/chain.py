@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,11 @@ from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, client
+from ftlib.slurm import batch, client, settle
+from jobs import guard
 from jobs import stage as stage_module
+
+GUARD = "guard"
 
 
 class StageExecutor(SlurmExecutor):
@@ -35,8 +39,11 @@ def executor(
     profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, comment: str, after: str | None
 ) -> StageExecutor:
     """The submitit executor of a stage of the run folder `run`."""
-    variables = batch.environment(profile, plan, stage, run=run, cache=cache, hf=modelfiles.hf_home(cache))
-    made = StageExecutor(run / "slurm" / stage, python=shlex.quote(profile.python) if profile.python else None)
+    python = profile.python or sys.executable
+    variables = batch.environment(
+        profile, plan, stage, run=run, cache=cache, hf=modelfiles.hf_home(cache), python=python
+    )
+    made = StageExecutor(run / "slurm" / stage, python=shlex.quote(python))
     made.update_parameters(
         **batch.parameters(profile, plan, stage, run=run, environment=variables, comment=comment, after=after)
     )
@@ -54,14 +61,16 @@ def scripts(profile: ClusterProfile, plan: RunPlan, *, run: Path, cache: Path) -
         before = stage
 
 
-def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str]) -> dict[str, str]:
-    """Queue the run's stages that are neither completed nor among the `active` (stage -> job id); returns the new ones.
+def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_guard: bool = False) -> dict[str, str]:
+    """Queue the run's stages that are neither completed nor among the `active` (stage -> job id), and a guard for all.
 
-    Must be called under `run.claim()`. When sbatch refuses a stage, those queued before it stay and wait for the rest.
+    Returns the new jobs. Must be called under `run.claim()`. When sbatch refuses a stage, those queued before it stay
+    and wait for the rest.
     """
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
-    writer = events.submit_writer()
+    exclude = ",".join(filter(None, [profile.exclude, *settle.excluded_nodes(run.path)]))
+    profile = profile.model_copy(update={"exclude": exclude or None})
     queued: dict[str, str] = {}
     before: str | None = None
     for stage in STAGES:
@@ -70,19 +79,89 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str]) -> dict[
         if stage in active:
             before = active[stage]
             continue
-        nonce = uuid.uuid4().hex[:12]
+        nonce = _intend(run, stage)
         comment = f"ftlib {run.name} {stage} {nonce}"
         made = executor(profile, plan, stage, run=run.path, cache=cache, comment=comment, after=before)
-        events.append(run.events, writer, "intended", stage=stage, nonce=nonce)
         try:
             before = queued[stage] = made.submit(stage_module.run, str(run.path), stage).job_id
         except Exception as error:  # submitit's errors hold sbatch's own words
-            raise FtError(
-                f"sbatch refused {stage} of {run.name}: {str(error).strip().splitlines()[-1]}. "
-                f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
-            ) from None
-        events.append(run.events, writer, "submitted", stage=stage, job_id=before, nonce=nonce)
+            raise _refused(run, stage, queued, error) from None
+        _submitted(run, stage, before, nonce, by_guard=by_guard)
+    if queued:
+        watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
+        _queue_guard(run, profile, plan, cache, watched)
     return queued
+
+
+def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, cache: Path, watched: list[str]) -> None:
+    nonce = _intend(run, GUARD)
+    python = profile.python or sys.executable
+    variables = batch.environment(
+        profile, plan, STAGES[0], run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=python
+    )
+    made = StageExecutor(run.slurm / GUARD, python=shlex.quote(python))
+    comment = f"ftlib {run.name} {GUARD} {nonce}"
+    made.update_parameters(
+        **batch.guard_parameters(profile, run=run.path, environment=variables, comment=comment, watched=watched)
+    )
+    try:
+        job = made.submit(guard.run, str(run.path)).job_id
+    except Exception as error:
+        raise _refused(run, GUARD, {}, error) from None
+    _submitted(run, GUARD, job, nonce, by_guard=False)
+
+
+def _intend(run: RunDir, stage: str) -> str:
+    """Write down that a job is about to be queued; returns the word by which its comment tells it."""
+    nonce = uuid.uuid4().hex[:12]
+    events.append(run.events, events.submit_writer(), "intended", stage=stage, nonce=nonce)
+    return nonce
+
+
+def _submitted(run: RunDir, stage: str, job: str, nonce: str, *, by_guard: bool) -> None:
+    lives = len(list(run.lives.glob(f"{stage}-*")))
+    events.append(
+        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job, nonce=nonce, after_life=lives,
+        guard=by_guard,
+    )  # fmt: skip
+
+
+def _refused(run: RunDir, stage: str, queued: dict[str, str], error: Exception) -> FtError:
+    return FtError(
+        f"sbatch refused {stage} of {run.name}: {str(error).strip().splitlines()[-1]}. "
+        f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
+    )
+
+
+def adopt(run: RunDir) -> list[str]:
+    """Take in jobs that were queued by a submit which was killed before it could write down their ids.
+
+    The intent was written before sbatch was called, and the job carries its nonce in its comment. Returns the stages.
+    Must be called under `run.claim()`.
+    """
+    log = events.read(run.events)
+    answered = {event["nonce"] for event in log if event["event"] == "submitted" and "nonce" in event}
+    open_intents = {e["nonce"]: e["stage"] for e in log if e["event"] == "intended" and e["nonce"] not in answered}
+    if not open_intents:
+        return []
+    found = []
+    for job in client.jobs():
+        words = job.comment.split(" ")
+        if len(words) == 4 and words[:2] == ["ftlib", run.name] and words[3] in open_intents:
+            _place_pickle(run, words[2], job.id)
+            _submitted(run, words[2], job.id, words[3], by_guard=False)
+            found.append(words[2])
+    return found
+
+
+def _place_pickle(run: RunDir, stage: str, job: str) -> None:
+    """Give the adopted job its task: submitit renames the pickle only after sbatch has answered, and never did."""
+    folder = run.slurm / stage
+    target = folder / f"{job}_submitted.pkl"
+    left = sorted(folder.glob("*.pkl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    unnamed = [path for path in left if not path.name.endswith(("_submitted.pkl", "_result.pkl"))]
+    if not target.exists() and unnamed:
+        os.replace(unnamed[0], target)
 
 
 def scheduler_view(job_ids: list[str]) -> dict[str, tuple[str, str]]:

@@ -44,9 +44,9 @@ def parser() -> Parser:
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "model": lambda p: p.add_argument("--model", default=DEFAULT_MODEL, help="recipe (default: %(default)s)"),
     "data": lambda p: p.add_argument("--data", help="JSONL or JSON file of examples"),
-    "cluster": lambda p: p.add_argument("--cluster", help="profile; default: cluster.yaml's, else where this is"),
+    "cluster": lambda p: p.add_argument("--cluster", help="profile (default: cluster.yaml's, else this one)"),
     "set": lambda p: p.add_argument("--set", default="", help='changes: "optim.lr=1e-4 data.limit=1000"'),
-    "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts, queue nothing"),
+    "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts alone"),
     "new": lambda p: p.add_argument("--new", action="store_true", help="another run of the same wish"),
     "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
     "run": lambda p: p.add_argument("--run", help="name of a run"),

@@ -10,10 +10,11 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     """Evaluate the run's models, print the table, write the report; returns words for the outcome."""
     from ftlib.evaluate.evaluate import evaluate
     from ftlib.report.page import write_report
-    from ftlib.report.tables import evaluation_table, print_table
+    from ftlib.report.plan import console
+    from ftlib.report.tables import evaluation_table
 
     evaluation = evaluate(run, stop)
-    print_table(evaluation_table(evaluation))
+    console().print(evaluation_table(evaluation))
     report = write_report(run)
     base, tuned = evaluation["base"], evaluation["tuned"]
     words = [

@@ -50,7 +50,7 @@ def run_stages(run: RunDir, profile: ClusterProfile) -> int:
                 continue
             print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
             variables = batch.environment(
-                profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache)
+                profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable
             )
             code = _stage(run, profile, stage, variables, interrupt)
             if code != DONE:

@@ -34,6 +34,9 @@ def start(run: RunDir, profile: ClusterProfile) -> int:
             return code
         from jobs import chain
 
+        client.use(profile.scheduler.slurm_conf)
+        for stage in chain.adopt(run):
+            print(f"Found the job of {stage} that an interrupted submit had queued; it belongs to this run.")
         active = {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
         queued = chain.queue(run, profile, active)
     if queued:

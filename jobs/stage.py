@@ -26,13 +26,13 @@ def run(folder: str, stage: str) -> None:
     _assert_snapshot(rundir)
     life = int(os.environ["FT_LIFE"])
     rank = _set_rank()
-    code, words = _live(rundir, stage, life, rank, stop)
+    code = _live(rundir, stage, life, rank, stop)
     sys.stdout.flush()
     # SystemExit passes through submitit and becomes the task's exit code.
     sys.exit(code)
 
 
-def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> tuple[int, str]:
+def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:
     writer = f"{stage}-{life}"
     if rank == 0:
         job = os.environ.get("SLURM_JOB_ID") or str(os.getpid())
@@ -62,7 +62,7 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> t
             seconds=round(time.monotonic() - began, 1),
         )
         print(f"{stage}: {words}", flush=True)
-    return code, words
+    return code
 
 
 def _set_rank() -> int:

@@ -16,8 +16,8 @@ from ftlib import modelfiles, profile, recipe, rundir
 from ftlib.errors import InputError, unknown
 from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
-from ftlib.spec import RunSpec, file_digest
 from ftlib.slurm import client
+from ftlib.spec import RunSpec, file_digest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RECIPES = CHECKOUT / "jobs" / "recipes"
@@ -119,9 +119,8 @@ def _data(spec: RunSpec) -> tuple[Path | None, str, int | None]:
     from ftlib.data import sources
 
     path = Path(spec.data.path).expanduser()
-    path = path if path.is_absolute() else CHECKOUT / path
-    sources.check_file(path)
-    return path, file_digest(path), path.stat().st_size
+    found = sources.check_file(path if path.is_absolute() else CHECKOUT / path, spec.data)
+    return found.path, found.digest, found.bytes
 
 
 def files_of(wish: Wish, name: str) -> dict[str, Any]:

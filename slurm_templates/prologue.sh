@@ -1,5 +1,5 @@
 # First lines of every stage's batch script, on the host, in the run's code folder. Sourced.
-# Says which life this is and keeps the batch shell alive for the epilogue.
+# Says which life this is, settles earlier ones that nobody saw the end of, and keeps the shell alive for the epilogue.
 
 # At the time limit the batch shell gets SIGTERM, too; without this it dies before the epilogue.
 trap : TERM
@@ -7,9 +7,18 @@ trap : TERM
 # A save that a kill cut short would make submitit's next one fail.
 rm -f "$FT_RUN/slurm/$FT_STAGE/"*.save_tmp
 
-# The first number that nobody has taken: one file a life, created by one writer.
+# In an array one task's SLURM_JOB_ID may be the array's own.
+FT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
+FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
+FT_LOG="$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_0_log.out"
+
+# The first number that nobody has taken: one file a life, created by one writer. Lives share an appended log.
 FT_LIFE=1
-until (set -C; printf '%s %s %s\n' "${SLURM_JOB_ID:-0}" "$(uname -n)" "$(date +%s)" >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE") 2>/dev/null; do
+until (
+    set -C
+    printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" \
+        "$(stat -c %s "$FT_LOG" 2>/dev/null || echo 0)" >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE"
+) 2>/dev/null; do
     if [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ]; then
         echo "ftlib: $FT_RUN/lives cannot be written (moved, full, or not mounted on $(uname -n))"
         exit 1
@@ -17,3 +26,7 @@ until (set -C; printf '%s %s %s\n' "${SLURM_JOB_ID:-0}" "$(uname -n)" "$(date +%
     FT_LIFE=$((FT_LIFE + 1))
 done
 export FT_LIFE
+
+if [ "$FT_LIFE" -gt 1 ]; then
+    "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE"
+fi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
     run = tmp_path / "a b's run"
     for folder in ("events", "outcomes", "lives", "slurm/train"):
         (run / folder).mkdir(parents=True)
+    (run / "plan.json").write_text('{"micro_batch": 8, "accumulation": 2}')
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, body in {"scontrol": SCONTROL, "sleep": "#!/bin/bash\nexit 0\n"}.items():
@@ -77,6 +79,7 @@ def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
         Path(f"{calls}.n").unlink(missing_ok=True)
         script = f". slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n"
         said = {"FT_RUN": str(run), "FT_STAGE": "train", "FT_REQUEUE": "1", "SLURM_JOB_ID": "7", "CALLS": str(calls)}
+        said["FT_PYTHON"] = sys.executable
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=CHECKOUT,
@@ -126,15 +129,24 @@ def test_a_site_that_forbids_requeueing_is_obeyed(shell) -> None:  # type: ignor
     assert shell(says(75), FT_REQUEUE="0") == (75, [])
 
 
-def test_silent_interruptions_are_requeued_three_times_in_a_row(shell) -> None:  # type: ignore[no-untyped-def]
-    assert [shell("(exit 143)")[0] for _ in range(4)] == [75, 75, 75, 143]
-    assert shell(says(75))[0] == 75
-    assert shell("(exit 140)")[0] == 75
+def test_interruptions_before_a_word_could_be_said_are_requeued_but_not_for_ever(shell) -> None:  # type: ignore[no-untyped-def]
+    assert [shell("(exit 143)")[0] for _ in range(11)] == [75] * 9 + [143] * 2
 
 
-@pytest.mark.parametrize("code", [0, 1, 137])
-def test_no_outcome_is_a_failure_even_with_exit_code_0(shell, code: int) -> None:  # type: ignore[no-untyped-def]
-    assert shell(f"(exit {code})") == (code or 1, [])
+def test_no_outcome_is_never_done_and_a_kill_is_tried_again_twice(shell) -> None:  # type: ignore[no-untyped-def]
+    assert [shell("(exit 137)")[0] for _ in range(3)] == [75, 75, 137]
+    assert shell("(exit 0)")[0] == 1
+
+
+def test_a_bad_gpu_is_requeued_first_and_its_node_left_out_then(shell) -> None:  # type: ignore[no-untyped-def]
+    code, calls = shell(says(76), SLURMD_NODENAME="n2")
+    assert (code, calls) == (75, ["requeue Incomplete 7", "update JobId=7 ExcNodeList=n2"])
+
+
+def test_host_memory_that_ran_out_is_asked_for_half_again(shell) -> None:  # type: ignore[no-untyped-def]
+    words = 'echo "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0" >>"$FT_LOG"; (exit 137)'
+    code, calls = shell(words, SLURM_MEM_PER_NODE="4000")
+    assert (code, calls) == (75, ["requeue Incomplete 7", "update JobId=7 MinMemoryNode=6000"])
 
 
 if __name__ == "__main__":

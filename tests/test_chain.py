@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_the_chain_completes_one_stage_after_the_other(whole: RunDir, checkout: 
     ids = [found["stages"][stage]["job_id"] for stage in STAGES]
     rows = {stage: slurm.sacct(job)[0] for stage, job in zip(STAGES, ids, strict=True)}
     assert {row["State"] for row in rows.values()} == {"COMPLETED"}
-    for before, after in zip(STAGES, STAGES[1:], strict=False):
+    for before, after in pairwise(STAGES):
         assert rows[after]["Start"] >= rows[before]["End"]
     assert "gres/gpu" in rows["train"]["ReqTRES"]
     assert "gres/gpu" not in rows["prepare"]["ReqTRES"] + rows["export"]["ReqTRES"]

@@ -119,7 +119,9 @@ def test_schema_is_json_schema_with_a_description_on_every_field(checkout: Path)
             assert "description" in said or "$ref" in said, f"{name}.{field}"
 
 
-@pytest.mark.parametrize("words", [["submit", "--dry-run"], ["plan"], ["status"], ["submit", "--dry-run", "--data", "DATA"]])
+@pytest.mark.parametrize(
+    "words", [["submit", "--dry-run"], ["plan"], ["status"], ["submit", "--dry-run", "--data", "DATA"]]
+)
 def test_login_commands_import_nothing_heavy(checkout: Path, tmp_path: Path, words: list[str]) -> None:
     data = write(tmp_path, rows(200))
     code = (

@@ -77,7 +77,8 @@ def test_an_unknown_template_names_the_nearest():
 @pytest.mark.parametrize(
     "text",
     [
-        "", "null", "[]", "3", '"x"', "{", '{"name":"f","arguments":{}}', '{"function_call":{}}', '{"function_call":null}',
+        "", "null", "[]", "3", '"x"', "{", '{"name":"f","arguments":{}}', '{"function_call":{}}',
+        '{"function_call":null}',
         '{"function_call":{"name":"f"}}', '{"function_call":{"name":3,"arguments":{}}}',
         '{"function_call":{"name":"f","arguments":[]}}', '{"function_call":{"name":"f","arguments":{},"more":1}}',
         '{"function_call":{"name":"f","arguments":{}},"more":1}', '{"function_call":{"name":"f","arguments":{}}} and',
@@ -111,7 +112,9 @@ def test_calls_with_other_types_are_not_the_same():
         return {"name": "f", "arguments": {"x": value}}
 
     assert same_call({"arguments": {"a": 1, "b": 2}, "name": "f"}, {"name": "f", "arguments": {"b": 2, "a": 1}})
-    assert not same_call(call(1), call(1.0)) and not same_call(call(1), call(True)) and not same_call(call(1), call("1"))
+    assert (
+        not same_call(call(1), call(1.0)) and not same_call(call(1), call(True)) and not same_call(call(1), call("1"))
+    )
     assert not same_call(None, None)
 
 

@@ -15,6 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LOCKS = [ROOT / "env" / name for name in ("login.lock", "train.lock", "deepspeed.lock", "dev.lock")]
+VALUES = ["MODEL", "DATA", "CLUSTER", "SET", "RUN", "STAGE", "SWEEP", "NODES"]
+FLAGS = ["DRY_RUN", "NEW", "JSON", "FOLLOW", "WATCH"]
+VARIABLES = [*VALUES, *FLAGS, "VENV", "PYTHON", "ARGS"]
 ENTRY = re.compile(r"^([a-z0-9._-]+)==(\S+)", re.MULTILINE | re.IGNORECASE)
 
 
@@ -39,7 +42,8 @@ class Checkout:
 
     def make(self, *args: str, **env: str) -> tuple[list[str], list[str]]:
         """Run make; the argv that its Python got, and the set-up stages that it asked for."""
-        done = subprocess.run(["make", *args], cwd=self.folder, env=os.environ | env, capture_output=True, text=True)
+        env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | env
+        done = subprocess.run(["make", *args], cwd=self.folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         stages = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("stage ")]
         return json.loads(done.stdout), stages
@@ -61,11 +65,9 @@ def test_a_value_reaches_the_command_line_word_for_word(checkout: Checkout, valu
 
 
 def test_every_variable_is_the_option_of_its_name(checkout: Checkout) -> None:
-    values = ["MODEL", "DATA", "CLUSTER", "SET", "RUN", "STAGE", "SWEEP", "NODES"]
-    flags = ["DRY_RUN", "NEW", "JSON", "FOLLOW", "WATCH"]
-    argv, _ = checkout.make("submit", *(f"{name}=v {name}" for name in values), *(f"{name}=1" for name in flags))
-    want = [f"--{name.lower()}=v {name}" for name in values] + [f"--{name.lower().replace('_', '-')}" for name in flags]
-    assert argv == ["-m", "jobs", "submit", *want]
+    argv, _ = checkout.make("submit", *(f"{name}=v {name}" for name in VALUES), *(f"{name}=1" for name in FLAGS))
+    values = [f"--{name.lower()}=v {name}" for name in VALUES]
+    assert argv == ["-m", "jobs", "submit", *values, "--dry-run", "--new", "--json", "--follow", "--watch"]
 
 
 def test_what_is_empty_or_off_is_not_passed(checkout: Checkout) -> None:
@@ -85,6 +87,23 @@ def test_what_is_empty_or_off_is_not_passed(checkout: Checkout) -> None:
 )
 def test_a_target_sets_up_no_more_than_it_needs(checkout: Checkout, args: list[str], stages: list[str]) -> None:
     assert checkout.make(*args)[1] == stages
+
+
+def test_after_an_unfinished_set_up_no_stamp_counts(checkout: Checkout) -> None:
+    stages = ["login", "train", "dev"]
+    (checkout.folder / "env" / "setup.sh").write_text('echo "stage $1" >&2; : > "$3"\n')
+    assert checkout.make("test")[1] == stages
+    assert checkout.make("test")[1] == []
+    (checkout.folder / ".venv" / "setup.log").touch()
+    assert checkout.make("test")[1] == stages
+
+
+def test_a_changed_lock_is_installed(checkout: Checkout) -> None:
+    (checkout.folder / "env" / "setup.sh").write_text('echo "stage $1" >&2; : > "$3"\n')
+    assert checkout.make("test")[1] == ["login", "train", "dev"]
+    with (checkout.folder / "env" / "torch.txt").open("a") as file:
+        file.write("# newer\n")
+    assert checkout.make("test")[1] == ["train"]
 
 
 def test_pytest_gets_its_own_arguments(checkout: Checkout) -> None:
@@ -169,7 +188,7 @@ class TestSetUp:
         assert self.set_up(venv, "pass").returncode == 0 and (venv / "whole").exists()
 
     def test_a_second_one_at_the_same_time_waits_for_its_user(self, venv: Path) -> None:
-        with subprocess.Popen(["sh", "-c", "sleep 60; :", "env/setup.sh"]) as other:
+        with subprocess.Popen(["sh", "-c", "read line", "env/setup.sh"], stdin=subprocess.PIPE) as other:
             (venv / "setup.pid").write_text(f"{os.uname().nodename} {other.pid}\n")
             second = self.set_up(venv, "pass")
             other.kill()

@@ -60,7 +60,7 @@ def test_rows_that_cannot_be_shared_are_refused() -> None:
 
 
 def test_more_gpus_than_a_node_has_are_refused() -> None:
-    with pytest.raises(InputError, match="resources.gpus_per_node: 9 asked for, a node of 'gpu' has 8"):
+    with pytest.raises(InputError, match=r"resources\.gpus_per_node: 9 asked for, a node of 'gpu' has 8"):
         planned(spec("llama2-7b", train__global_batch=9, resources__gpus_per_node=9), site("a100"))
 
 

@@ -1,4 +1,4 @@
-"""Synthesis: what a fine-tuning experiment relies on (distinct, held out, no answer in the example, the same everywhere)."""
+"""Synthesis: distinct pairs, values held out, no answer in the example, the same everywhere."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_questions_are_distinct_and_all_functions_asked_for(rows, functions):
         found = rows[functions][split]
         assert len({json.dumps(row) for row in found}) == len(found)
         assert len({row["input"]["user_question"] for row in found}) > 0.999 * len(found)
-        assert {calls(row)[0]["name"] for row in found} == names
+        asked = {calls(row)[0]["name"] for row in found}
+        assert asked <= names and len(asked) == min(len(names), len(found))
 
 
 @pytest.mark.parametrize("functions", CATALOGUES)
@@ -123,8 +124,11 @@ def test_the_same_seed_gives_the_same_rows_in_another_process_and_another_seed_o
     )
     found = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         for seed in ("1", "2")
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+
 from ftlib.data.values import Value
 
 
@@ -53,7 +54,7 @@ _CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CHF", "CAD", "AUD", "SEK", "NOK", "I
 _LANGUAGES = ("French", "German", "Spanish", "Italian", "Turkish", "Japanese", "Polish", "Swahili")
 
 
-@lru_cache(maxsize=None)
+@cache
 def natural() -> tuple[Function, ...]:
     """Everyday functions to fine-tune on."""
     return (
@@ -195,13 +196,17 @@ def natural() -> tuple[Function, ...]:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def unseen() -> tuple[Function, ...]:
     """Functions like the natural ones that no training sees."""
     return (
         _function(
             "book_hotel",
-            [_free("city", "city"), _free("nights", "small"), _yes_no("breakfast", "with breakfast", "without breakfast")],
+            [
+                _free("city", "city"),
+                _free("nights", "small"),
+                _yes_no("breakfast", "with breakfast", "without breakfast"),
+            ],
             "Book a hotel in {city} for {nights} nights {breakfast}.",
             "I stay {nights} nights in {city}, {breakfast}.",
             "Find me a room {breakfast} in {city} for {nights} nights.",
@@ -217,7 +222,11 @@ def unseen() -> tuple[Function, ...]:
         ),
         _function(
             "search_trains",
-            [_free("destination", "city"), _one_of("seat", "first class", "second class"), _free("departure_date", "date")],
+            [
+                _free("destination", "city"),
+                _one_of("seat", "first class", "second class"),
+                _free("departure_date", "date"),
+            ],
             "Show {seat} trains to {destination} on {departure_date}.",
             "Which {seat} seats are there to {destination} for {departure_date}?",
             "On {departure_date} I travel to {destination} in {seat}. Which trains are there?",

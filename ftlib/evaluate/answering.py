@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 from ftlib.data import base_model
@@ -24,6 +25,7 @@ def load(model: str, *, device: str, dtype: str, revision: str | None = None, ad
     Raises InputError when the files are not there.
     """
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
+    transformers.utils.logging.disable_progress_bar()
     with base_model.loading(model, base_model.WEIGHTS, revision):
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map={"": device})
     if adapter is not None:

@@ -22,7 +22,8 @@ from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 
 SAMPLES = 3
-GROUPS = ("held-out", "unseen")
+TINY = 20_000_000
+HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,11 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
             for batch in _answer(subject, todo, questions, speaking, tokenizer, run, stop):
                 _append(store, batch)
                 answers[subject.name] |= {answer["index"]: answer for answer in batch}
-    evaluation: dict[str, Any] = {}
-    for group in GROUPS:
-        indices = [i for i, question in questions.items() if question["group"] == group]
-        if indices:
-            (evaluation if group == GROUPS[0] else evaluation.setdefault(group, {})).update(
-                _scores_of_all(
-                    [questions[i] for i in indices], {n: [a[i] for i in indices] for n, a in answers.items()}
-                )
-            )
+    by_group = {
+        group: _scores_of_all({i: question for i, question in questions.items() if question["group"] == group}, answers)
+        for group in dict.fromkeys(question["group"] for question in questions.values())
+    }
+    evaluation = by_group.pop(HELD_OUT) | by_group
     samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)]
     atomic.write_json(folder / "samples.json", samples[:SAMPLES])
     atomic.write_json(run.evaluation_file, evaluation)
@@ -78,7 +75,7 @@ def read_answers(store: Path) -> dict[int, Any]:
     """Answers by question index; a line that a crash cut short is left out."""
     found: dict[int, Any] = {}
     if store.exists():
-        for line in store.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in store.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 answer = json.loads(line)
                 found[answer["index"]] = answer
@@ -106,7 +103,7 @@ def _questions(file: Path, pairs: int) -> dict[int, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error}. Was the prepare stage completed?") from None
     questions = {number: json.loads(line) for number, line in enumerate(lines) if line}
-    held_out = [number for number, question in questions.items() if question["group"] == GROUPS[0]]
+    held_out = [number for number, question in questions.items() if question["group"] == HELD_OUT]
     left_out = set(held_out[pairs:])
     return {number: question for number, question in questions.items() if number not in left_out}
 
@@ -136,7 +133,6 @@ def _answer(
     from ftlib.evaluate import answering
 
     spec, plan = run.spec(), run.plan()
-    torch.set_num_threads(plan["threads"])
     model = answering.load(
         subject.path,
         device=plan["device"],
@@ -144,6 +140,8 @@ def _answer(
         revision=subject.revision,
         adapter=subject.adapter,
     )
+    # A token of a tiny model is too little work to share: threads would wait for each other most of the time.
+    torch.set_num_threads(plan["threads"] if model.num_parameters() > TINY else 1)
     answerer = answering.Answerer(model, tokenizer, max_new_tokens=spec.evaluate.max_new_tokens, stop=stop)
     began, total, done = time.monotonic(), sum(map(len, batches)), 0
     for batch in batches:
@@ -171,9 +169,10 @@ def _append(store: Path, answers: list[dict[str, Any]]) -> None:
         file.write("\n" * cut + "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
 
-def _scores_of_all(questions: list[Any], answers: dict[str, list[Any]]) -> dict[str, Any]:
-    found = {name: scoring.scores(questions, given) for name, given in answers.items()}
-    return found | {"copy": scoring.scores(questions, scoring.copies(questions))}
+def _scores_of_all(questions: dict[int, Any], answers: dict[str, dict[int, Any]]) -> dict[str, Any]:
+    asked = list(questions.values())
+    found = {name: scoring.scores(asked, [given[i] for i in questions]) for name, given in answers.items()}
+    return found | {"copy": scoring.scores(asked, scoring.copies(asked))}
 
 
 def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,8 @@ class _Parts:
             if not found["passed"]:
                 raise FtError(
                     f"the exported model is not equal to the trained one: {_summary(found)}; "
-                    f"{found['allowed']} is allowed (export.max_logit_diff). See {self.equality_file}"
+                    f"{found['allowed']:.2g} on average is allowed (export.max_logit_diff "
+                    f"{self.spec.export.max_logit_diff} x their spread). See {self.equality_file}"
                 )
             if wanted:
                 atomic.commit_folder(temporary, self.merged_folder)
@@ -103,12 +104,15 @@ class _Parts:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _compare(self, merged: Path | None) -> dict[str, Any]:
-        """What equality.json says: merged (if any) and adapter against the model as it was trained."""
+        """What equality.json says: merged (if any) and adapter against the model as it was trained.
+
+        Measured on the tiny base, as shares of the logits' spread: right merges 0.006 (float32) to 0.010
+        (bfloat16), merging into the original base or into 4 bit 0.15 and more, no adapter 0.6.
+        """
         trained = self._interruptible(lambda: load_trained(self.spec, self.model_path, self.device, self.checkpoint))
         reference = logits_of(trained, self.device, autocast=self.device.type == "cuda")
         rows = PackedRows(Path(self.run.prepared()["dataset"]) / "validation")
         count = min(ROWS, len(rows))
-        allowed = self.spec.export.max_logit_diff
         found: dict[str, Any] = {}
         if merged is not None:
             plain = self._interruptible(lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
@@ -127,11 +131,12 @@ class _Parts:
 
         adapter = compare(under("default"), under("exported"), rows, count, self.batch, self.stop)
         found = found or asdict(adapter)
-        passed = max(found["mean_abs"], adapter.mean_abs) <= allowed
+        # Both compute in bf16, whose rounding grows with the logits: a fixed number would fit one model only.
+        allowed = self.spec.export.max_logit_diff * found["spread"]
         return {
             **found,
             "allowed": allowed,
-            "passed": passed,
+            "passed": max(found["mean_abs"], adapter.mean_abs) <= allowed,
             "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs},
             "compared": "merged" if merged is not None else "adapter",
             "checkpoint": self.checkpoint.name,

@@ -25,8 +25,8 @@ class StageCost:
 
 
 def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime) -> list[StageCost]:
-    """Costs of the stages that began, in order. A life still without an end lasts until its last event, or, when it is
-    the newest of its stage and the stage is running, until `now` (with a time zone).
+    """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a
+    stage is taken to be running still, until `now` (with a time zone).
     """
     lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for event in events:
@@ -37,11 +37,17 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
         found = {life: mine for life, mine in found.items() if any(event["event"] == "started" for event in mine)}
         seconds = 0.0
         for life, mine in found.items():
-            times = [datetime.datetime.fromisoformat(event["time"]) for event in mine if event["event"] != "submitted"]
-            ended = life < max(found) or any(event["event"] in ENDS for event in mine)
-            seconds += ((times[-1] if ended else now) - times[0]).total_seconds()
+            began = _time(next(event for event in mine if event["event"] == "started"))
+            ends = [event for event in mine if event["event"] in ENDS]
+            last = ends[-1] if ends else mine[-1]
+            running = not ends and life == max(found)
+            seconds += ((now if running else _time(last)) - began).total_seconds()
         asked = (plan.get("stages") or {}).get(stage) or {}
         gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if plan.get("device") == "cuda" else 0
         if found:
             costs.append(StageCost(stage, len(found), seconds, gpus))
     return costs
+
+
+def _time(event: dict[str, Any]) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(event["time"])

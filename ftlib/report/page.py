@@ -44,7 +44,7 @@ def _quality(run: RunDir) -> str:
     lines += [_row([GROUP_WORDS[group], name, *cells]) for group, name, cells in evaluation_rows(evaluation)]
     words = (
         "`base` is the model before tuning, `tuned` after, `copy` answers with the example in the prompt. "
-        "Perplexity is of the right response, a token."
+        "Unseen functions are in no training. Perplexity is of the right response, a token."
     )
     return "\n\n".join(["## How good it is", "\n".join(lines), words, *_samples(run)])
 
@@ -81,7 +81,9 @@ def _again(run: RunDir) -> str:
     submit = " ".join(["make submit", *(f"{name}={shlex.quote(value)}" for name, value in words.items()), "NEW=1"])
     commands = [f"git checkout {commit}"] if commit else []
     changed = (
-        f"The checkout had changes that are in no commit; what ran is in `{run.code}`.\n" if code.get("changed") else ""
+        f"The checkout had changes that are in no commit; what ran is in `{run.code}`.\n\n"
+        if code.get("changed")
+        else ""
     )
     versions = {name: _version(name) for name in PACKAGES}
     facts = {
@@ -134,7 +136,7 @@ def _code(language: str, lines: list[str]) -> str:
 
 def _quoted(text: str) -> str:
     """Text in an indented block, whatever is in it."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 def _duration(seconds: float) -> str:

@@ -41,7 +41,8 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
     if plan.gpu_needed_gib is not None and plan.gpu_memory_gib is not None:
         share = plan.gpu_needed_gib / plan.gpu_memory_gib
         out.print(
-            f"  fits: {plan.gpu_needed_gib:.1f} GiB estimated of {plan.gpu_memory_gib:.0f} GiB on one {plan.gpu} ({share:.0%})",
+            f"  fits: {plan.gpu_needed_gib:.1f} GiB estimated of {plan.gpu_memory_gib:.0f} GiB on one {plan.gpu} "
+            f"({share:.0%})",
             markup=False,
         )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))

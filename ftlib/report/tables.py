@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 SHARES = (("valid_json", "valid JSON"), ("function", "right function"), ("exact", "exact arguments"))
-GROUP_WORDS = {"held-out": "held-out pairs", "unseen": "functions in no training"}
-WIDTH = 100
+GROUP_WORDS = {"held-out": "held-out pairs", "unseen": "unseen functions"}
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
@@ -27,11 +24,11 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, list[str
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:
     """evaluation.json as a table, a line a model, in sections for held-out pairs and for functions in no training."""
-    table = Table(title="Evaluation", box=box.SIMPLE_HEAD)
+    table = Table(title="Evaluation", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("asked on")
     table.add_column("model")
     for _, heading in (*SHARES, ("", "perplexity"), ("", "pairs")):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     before = None
     for group, name, cells in evaluation_rows(evaluation):
         if before not in (None, group):
@@ -40,13 +37,6 @@ def evaluation_table(evaluation: dict[str, Any]) -> Table:
         table.add_row("" if group == before else GROUP_WORDS[group], name, *cells, style=style)
         before = group
     return table
-
-
-def print_table(table: Table) -> None:
-    """Print to stdout; the same width in a log as in a narrow terminal, so that nothing is cut."""
-    console = Console(file=sys.stdout, width=WIDTH)
-    console.print(table)
-    sys.stdout.flush()
 
 
 def _percent(share: float | None) -> str:

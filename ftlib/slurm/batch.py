@@ -12,18 +12,20 @@ from ftlib.profile import ClusterProfile
 
 # The warning before the time limit: long enough for one step and one save, and at most a quarter of the job.
 SIGNAL_LEAD_S = 120
+GUARD_MIN = 10
 TEMPLATES = "slurm_templates"
 
 
 def environment(
-    profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, hf: Path
+    profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, hf: Path, python: str
 ) -> dict[str, str]:
-    """Every variable that a stage's processes rely on, said on purpose."""
+    """Every variable that a stage's processes rely on, said on purpose. `python` is the host's, for the epilogue."""
     partition = profile.partition(gpu=plan.stages[stage].gpus_per_node > 0)
     threads = str(plan.threads)
     said = {
         "FT_RUN": str(run),
         "FT_STAGE": stage,
+        "FT_PYTHON": python,
         "FT_REQUEUE": "1" if profile.scheduler and profile.scheduler.requeue else "0",
         # Caches fill small home folders.
         "HF_HOME": str(hf),
@@ -104,11 +106,42 @@ def parameters(
     }
 
 
+def guard_parameters(
+    profile: ClusterProfile, *, run: Path, environment: dict[str, str], comment: str, watched: list[str]
+) -> dict[str, Any]:
+    """submitit's parameters for the job of seconds that runs when one of the `watched` jobs ends badly."""
+    partition = profile.partition(gpu=False)
+    chosen = {"account": profile.account, "qos": profile.resolved_qos(gpu=False), "constraint": partition.constraint}
+    return {
+        "job_name": f"{run.name}.guard",
+        "partition": partition.name,
+        "time": GUARD_MIN,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": 1,
+        "comment": comment,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        **{key: value for key, value in chosen.items() if value is not None},
+        # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
+        "dependency": "?".join(f"afternotok:{job}" for job in watched),
+        "additional_parameters": {"kill-on-invalid-dep": "yes", "mem": "1G", "requeue": True},
+        "setup": [*_exports(profile, environment), _enter(run)],
+    }
+
+
 def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> list[str]:
     """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue."""
+    return [*_exports(profile, environment), _enter(run), f". {TEMPLATES}/prologue.sh"]
+
+
+def _exports(profile: ClusterProfile, environment: dict[str, str]) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    lines += [f"module load {shlex.quote(module)}" for module in profile.modules]
-    return [*lines, f"cd {shlex.quote(str(run / 'code'))} || exit 1", f". {TEMPLATES}/prologue.sh"]
+    return [*lines, *(f"module load {shlex.quote(module)}" for module in profile.modules)]
+
+
+def _enter(run: Path) -> str:
+    return f"cd {shlex.quote(str(run / 'code'))} || exit 1"
 
 
 def check_path(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from ftlib.train import ranks
 def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
     """Pin the threads, set the deterministic mode, and name this rank's device."""
     torch.set_num_threads(int(plan["threads"]))
+    # What our pinned libraries say of each other is of no use to a person who reads the log.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|transformers)\.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     on_gpu = plan["device"] == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
@@ -44,14 +49,13 @@ def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: 
             f"the plan's micro_batch {plan['micro_batch']} x accumulation {plan['accumulation']} x "
             f"{ranks.world_size()} processes is {rows} rows a step, not train.global_batch {train.global_batch}"
         )
-    constant = "constant_with_warmup"
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=total,
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
         learning_rate=optim.lr,
-        lr_scheduler_type=constant if optim.schedule == "constant" else optim.schedule,
+        lr_scheduler_type="constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
         warmup_steps=round(optim.warmup_share * total),
         optim=optim.name,
         weight_decay=optim.weight_decay,
@@ -60,9 +64,9 @@ def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: 
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
         bf16=on_gpu,
         use_cpu=not on_gpu,
-        ddp_backend="nccl" if on_gpu else "gloo",
+        # Named for one process, it would look for the others.
+        ddp_backend=None if ranks.world_size() == 1 else "nccl" if on_gpu else "gloo",
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         seed=train.seed,
         data_seed=train.seed,
         dataloader_num_workers=0,

@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ftlib.data.model_files import WEIGHTS, loading
+from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, Interrupted, unknown
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.stop import StopFlag
+from ftlib.train import ranks
 
 T = TypeVar("T")
 
@@ -55,14 +56,19 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTraine
     model.config.use_cache = False
     if method.kind == "qlora":
         count = check_quantised(model, linear_names(config))
-        print(f"base model: {count} linear layers quantised to {method.quant_type}", flush=True)
+        _say(f"base model: {count} linear layers quantised to {method.quant_type}")
         for module in quantised_layers(model).values():
             # With it on, an evaluation repacks the weights for inference for good, and later training
             # gets no gradient through them.
             module.support_avx512bf16_for_cpu = False
     else:
-        print(f"base model: not quantised, {str(dtype).removeprefix('torch.')}", flush=True)
+        _say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
     return model  # type: ignore[no-any-return]
+
+
+def _say(words: str) -> None:
+    if ranks.rank() == 0:
+        print(words, flush=True)
 
 
 def linear_names(config: Any) -> set[str]:
@@ -113,7 +119,7 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int) -> Pef
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert trainable and all(parameter.dtype is torch.float32 for parameter in trainable)
     total = sum(parameter.numel() for parameter in trainable)
-    print(f"adapter: rank {method.rank}, {total:,} trainable parameters", flush=True)
+    _say(f"adapter: rank {method.rank}, {total:,} trainable parameters")
     return adapted  # type: ignore[return-value]
 
 
@@ -127,7 +133,8 @@ def load_trained(spec: RunSpec, model_path: str, device: torch.device, checkpoin
 def interruptible(stop: StopFlag, work: Callable[[], T]) -> T:
     """`work()`, given up as soon as the flag is set: loading a large model may take longer than the grace period.
 
-    The work goes on in its thread until the process ends, so it must only read.
+    Work that is given up goes on in its thread until the process ends, so it must commit nothing, and the process
+    must not go on (transformers changes global state while it loads).
     """
     results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -137,13 +144,15 @@ def interruptible(stop: StopFlag, work: Callable[[], T]) -> T:
         except BaseException as error:
             results.put((None, error))
 
+    if stop.cause is not None:
+        raise Interrupted(stop.cause)
     threading.Thread(target=run, daemon=True).start()
     while True:
-        if stop.cause is not None:
-            raise Interrupted(stop.cause)
         try:
             result, error = results.get(timeout=0.1)
         except queue.Empty:
+            if stop.cause is not None:
+                raise Interrupted(stop.cause) from None
             continue
         if error is not None:
             raise error

@@ -1,0 +1,101 @@
+# The front door: `make help`. A variable given to make is the command line's option of the same name:
+#   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help submit status logs cancel resume plan schema tiny-base cluster cluster-down setup test lint bench lock clean
+
+VENV ?= .venv
+ifneq ($(words $(VENV)),1)
+$(error VENV names a folder without spaces, such as .venv)
+endif
+PY := $(VENV)/bin/python
+# PYTHON makes the virtual environment; left out, env/setup.sh looks for one.
+export PYTHON
+# A site's modules set these, and their packages would come before the locked ones.
+unexport PYTHONPATH PYTHONHOME
+
+# Options --------------------------------------------------------------------------------------------------------------
+VALUES := MODEL DATA CLUSTER SET RUN STAGE SWEEP NODES
+FLAGS := DRY_RUN NEW JSON FOLLOW WATCH
+# A flag is on when it is set, not empty and not 0.
+# Values go through the environment, word for word: neither make nor the shell reads the $, quotes or newlines in them.
+unexport $(VALUES) $(FLAGS)
+$(foreach v,$(VALUES),$(eval export OPT_$v := $$(value $v)))
+option = --$(shell echo $1 | tr A-Z_ a-z-)
+OPTIONS = $(foreach v,$(VALUES),$(if $(value $v),$(call option,$v)="$$OPT_$v")) \
+	$(foreach v,$(FLAGS),$(if $(filter-out 0,$(value $v)),$(call option,$v)))
+JOBS = @exec $(PY) -m jobs $@ $(OPTIONS)
+
+# Set-up: one stamp a lock, named by its content ----------------------------------------------------------------------
+stamp = $(VENV)/.$1-$(shell cat $2 | cksum | cut -d' ' -f1)
+LOGIN := $(call stamp,login,env/login.lock)
+TRAIN := $(call stamp,train,env/train.lock env/deepspeed.lock env/torch.txt)
+DEV := $(call stamp,dev,env/dev.lock)
+# An unfinished set-up may have to begin anew, with the first stage: then no stamp counts.
+ifneq ($(wildcard $(VENV)/setup.log),)
+.PHONY: $(LOGIN) $(TRAIN) $(DEV)
+endif
+
+$(LOGIN):
+	@sh env/setup.sh login $(VENV) $@
+$(TRAIN): $(LOGIN)
+	@sh env/setup.sh train $(VENV) $@
+$(DEV): $(LOGIN)
+	@sh env/setup.sh dev $(VENV) $@
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run: MODEL= DATA= CLUSTER= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
+	$(JOBS)
+
+plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
+	$(JOBS)
+
+status: $(LOGIN) ## the runs and their stages: RUN= JSON=1 WATCH=1
+	$(JOBS)
+
+logs: $(LOGIN) ## a run's log: RUN= STAGE= FOLLOW=1
+	$(JOBS)
+
+cancel: $(LOGIN) ## end a run, for good until it is resumed: RUN=
+	$(JOBS)
+
+resume: $(LOGIN) ## go on with a run that failed or was cancelled: RUN=
+	$(JOBS)
+
+schema: $(LOGIN) ## the recipes' JSON Schema, for editors
+	$(JOBS)
+
+# Around it ------------------------------------------------------------------------------------------------------------
+cluster: ## start a real Slurm of three nodes on this machine, to try things on
+	@python=$$(sh env/setup.sh python) && exec "$$python" env/local_slurm/cluster.py up $(value ARGS)
+
+cluster-down: ## stop it
+	@python=$$(sh env/setup.sh python) && exec "$$python" env/local_slurm/cluster.py down $(value ARGS)
+
+tiny-base: $(TRAIN) ## train anew the base model of MODEL=tiny
+	@exec $(PY) models/tiny-base/build.py $(value ARGS)
+
+setup: $(TRAIN) ## install all that runs need; the other targets do it when they need it: PYTHON= VENV=
+
+test: $(TRAIN) $(DEV) ## run the tests; REQUIRE=slurm: without Slurm they fail; ARGS="-k word" goes to pytest
+	@exec $(PY) -m pytest $(value ARGS)
+
+lint: $(DEV) ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
+	@for name in $(or $(value ARGS),$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+		echo "== $$name"; $(PY) -m "benchmarks.$$name" || exit; done
+
+lock: $(DEV) ## remake env/*.lock from pyproject.toml; ARGS=--upgrade takes newer versions
+	@sh env/lock.sh $(PY) $(value ARGS)
+
+clean: ## remove caches; the runs and the virtual environment stay
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache
+	@find . -path ./$(VENV) -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+help: ## this list
+	@echo "make TARGET [VARIABLE=value ...]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r target text; do \
+		printf '  %-13s %s\n' "$$target" "$$text"; done

@@ -1,0 +1,159 @@
+"""Why a life ended: from its outcome, its exit code, accounting and the log's known signatures. Standard library only.
+
+Runs on the batch host outside any container, so nothing here may need the project's packages.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Cause = Literal[
+    "preemption",
+    "time limit",
+    "idle GPU",
+    "node failure",
+    "host memory",
+    "GPU memory",
+    "bad GPU",
+    "collective",
+    "disk full",
+    "input",
+    "code",
+    "transient",
+    "killed",
+    "cancelled",
+]
+
+# What is read of a log: its end, where the reason stands.
+LOG_TAIL_BYTES = 64 * 1024
+
+# The first that matches decides, so the special stand before the general. Each was taken from a real log.
+SIGNATURES: dict[Cause, tuple[str, ...]] = {
+    "host memory": (
+        r"oom[_-]kill event|oom-kill|Out Of Memory",
+        r"Killed process \d+ .*anon-rss",
+        r"DefaultCPUAllocator: can't allocate memory",
+        r"^MemoryError",
+    ),
+    "bad GPU": (
+        r"NVRM: Xid|GPU has fallen off the bus|ERROR_LOST",
+        r"[Uu]ncorrectable ECC error",
+        r"CUDA error: (?:uncorrectable|hardware stack error|unknown error)",
+        r"device\(s\) is/are busy or unavailable",
+    ),
+    "GPU memory": (
+        r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError",
+        r"CUBLAS_STATUS_ALLOC_FAILED",
+    ),
+    "disk full": (r"No space left on device|Disk quota exceeded", r"\[Errno (?:28|122)\]"),
+    "collective": (
+        r"Watchdog caught collective operation timeout",
+        r"nccl(?:System|Remote|Internal)Error|NCCL (?:WARN|error)",
+        r"Connection closed by peer|connectFullMesh failed|gloo.*[Tt]imed out",
+        r"DistNetworkError|DistStoreError|Socket Timeout",
+        r"EADDRINUSE|Address already in use",
+    ),
+    "transient": (
+        r"Stale file handle|Input/output error|Transport endpoint is not connected",
+        r"\[Errno (?:5|116)\]",
+        r"Connection reset by peer|Temporary failure in name resolution|Read timed out|Service Unavailable",
+    ),
+    "code": (
+        r"^(?:ModuleNotFound|Import|Syntax|Name|Attribute|Type|Assertion|Key|Index|Value|NotImplemented|Runtime)Error\b",
+    ),
+}
+_COMPILED = {cause: re.compile("|".join(patterns), re.MULTILINE) for cause, patterns in SIGNATURES.items()}
+
+# What Slurm's accounting says of a job whose epilogue did not run.
+ACCOUNTED: dict[str, Cause] = {
+    "NODE_FAIL": "node failure",
+    "BOOT_FAIL": "node failure",
+    "PREEMPTED": "preemption",
+    "TIMEOUT": "time limit",
+    "DEADLINE": "time limit",
+    "OUT_OF_MEMORY": "host memory",
+    "CANCELLED": "cancelled",
+}
+
+PLAIN: dict[Cause, str] = {
+    "preemption": "another job with a higher claim took the node",
+    "time limit": "the job's time limit came near",
+    "idle GPU": "the GPU did nothing for longer than the site allows",
+    "node failure": "the node failed",
+    "host memory": "the host memory that was asked for ran out",
+    "GPU memory": "the GPU's memory ran out",
+    "bad GPU": "a GPU of this node is faulty",
+    "collective": "the processes lost touch with each other",
+    "disk full": "the disk or the quota is full",
+    "input": "the input is wrong",
+    "code": "the program failed, and would again",
+    "transient": "the file system or network failed for a moment",
+    "killed": "the process was killed, and nothing says by whom",
+    "cancelled": "its owner cancelled it",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause, and the log's line that shows it (empty where something else does)."""
+
+    cause: Cause
+    line: str
+
+
+def from_outcome(code: int, words: str) -> Cause | None:
+    """The cause an outcome states itself; None where it only says that something went wrong."""
+    if code == 64:
+        return "input"
+    if code == 76:
+        return "bad GPU"
+    if code == 75:
+        causes: tuple[Cause, ...] = ("time limit", "idle GPU")
+        return next((cause for cause in causes if f"({cause})" in words), "preemption")
+    return None
+
+
+def from_log(text: str) -> Finding | None:
+    """The first known signature; None without one."""
+    for cause, pattern in _COMPILED.items():
+        if found := pattern.search(text):
+            start = text.rfind("\n", 0, found.start()) + 1
+            end = text.find("\n", found.end())
+            return Finding(cause, text[start : end if end >= 0 else None].strip()[:300])
+    return None
+
+
+def life_cause(*, code: int, outcome: str | None, log: str, accounted: str = "") -> Finding:
+    """Why a life ended.
+
+    code: exit code srun returned, or the outcome's. outcome: the outcome's words, None without one. log: the end of
+    this life's log. accounted: Slurm's state of the job, where it has one already.
+    """
+    if outcome is not None and (said := from_outcome(code, outcome)):
+        return Finding(said, outcome)
+    if shown := from_log(f"{log}\n{outcome or ''}"):
+        return shown
+    state = accounted.split(" ")[0]
+    if state in ACCOUNTED:
+        return Finding(ACCOUNTED[state], f"Slurm says {accounted}")
+    if outcome is not None:
+        return Finding("code", outcome)
+    if code == 140:
+        return Finding("time limit", "SIGUSR2 came before the handler stood")
+    if code == 143:
+        return Finding("preemption", "SIGTERM came before the handler stood")
+    return Finding("killed", f"exit code {code}")
+
+
+def tail(path: Path, start: int = 0) -> str:
+    """The end of a log file from byte `start` on (earlier lives wrote what is before); empty without a file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(start, size - LOG_TAIL_BYTES))
+            return file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,81 @@
+"""The guard: a job of seconds that runs when a job of the chain ended badly. It settles what no epilogue saw.
+
+It goes on with the run within its budget (a site that forbids requeueing, a lost batch host), leaves alone what an
+epilogue has stopped, and never revives what its owner has cancelled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ftlib import events, state
+from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import client, policy, settle
+
+# Jobs of one stage that ended before a life could begin, before we stop.
+MOST_STILLBORN = 3
+ENDED_BY_OWNER = "CANCELLED"
+
+
+def run(folder: str) -> None:
+    """What the guard's job runs."""
+    rundir = RunDir(Path(folder))
+    print(decide(rundir), flush=True)
+
+
+def decide(run: RunDir) -> str:
+    """Go on with the run, or not; returns why."""
+    from jobs import chain
+    from jobs.wish import stored_profile
+
+    profile = stored_profile(run)
+    client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
+    jobs = state.submissions(run)
+    stage = next((name for name in STAGES if not run.stage_done(name)), None)
+    if stage is None or stage not in jobs:
+        return "every stage is done" if stage is None else f"{stage} was never queued"
+    log = events.read(run.events)
+    if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
+        return f"{stage} was cancelled by its owner; it stays so"
+    slurm = chain.scheduler_view([jobs[stage]]).get(jobs[stage], ("", ""))[0]
+    if slurm == ENDED_BY_OWNER:
+        events.append(run.events, events.submit_writer(), "cancelled", stage=stage, job_id=jobs[stage])
+        return f"{stage} was cancelled by its owner; it stays so"
+    if state.SLURM_STATES.get(slurm) in ("queued", "running"):
+        return f"{stage} is {slurm}: nothing to do"
+    lives = len(list(run.lives.glob(f"{stage}-*")))
+    words = _stop_reason(run, stage, lives, jobs[stage])
+    if words:
+        return words
+    with run.claim():
+        # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
+        behind = [jobs[name] for name in STAGES[STAGES.index(stage) + 1 :] if name in jobs]
+        client.cancel(behind)
+        queued = chain.queue(run, profile, {}, by_guard=True)
+    return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+
+
+def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:
+    """Why the stage must not be queued again; None when it may. Settles its last life where nobody has."""
+    log = events.read(run.events)
+    ours = [e for e in log if e.get("stage") == stage]
+    since = max((i for i, e in enumerate(ours) if e["event"] == "submitted" and not e.get("guard")), default=0)
+    tried = [e for e in ours[since:] if e["event"] == "submitted" and e.get("after_life") == lives]
+    if len(tried) >= MOST_STILLBORN:
+        words = f"{len(tried)} jobs in a row ended before they began"
+        events.append(run.events, events.submit_writer(), "failed", stage=stage, job_id=job, words=words)
+        return words
+    if lives == 0 or tried:
+        return None
+    settle.earlier(run.path, stage, lives + 1, events.submit_writer())
+    last = [e for e in events.read(run.events) if e.get("stage") == stage and e.get("life") == lives and "cause" in e]
+    if last and last[-1]["event"] == "failed":
+        return f"{stage}: {last[-1].get('words', 'it was stopped')}"
+    micro_batch = int(run.plan()["micro_batch"]) if stage == "train" else None
+    decision = policy.decide(settle.settled_lives(run.path, stage, lives + 1), micro_batch=micro_batch)
+    if decision.requeue:
+        return None
+    events.append(
+        run.events, events.submit_writer(), "failed", stage=stage, life=lives, job_id=job, words=decision.words
+    )
+    return f"{stage}: {decision.words}"
