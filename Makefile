@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs cancel resume plan schema tiny-base cluster cluster-down setup test lint bench lock clean
+.PHONY: help submit status logs why verify cancel resume plan schema tiny-base cluster cluster-down setup test lint bench lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -54,6 +54,12 @@ status: $(LOGIN) ## the runs and their stages: RUN= JSON=1 WATCH=1
 	$(JOBS)
 
 logs: $(LOGIN) ## a run's log: RUN= STAGE= FOLLOW=1
+	$(JOBS)
+
+why: $(LOGIN) ## what happened in each life of a run, and what to do now: RUN=
+	$(JOBS)
+
+verify: $(LOGIN) ## check a run's checkpoints: RUN=
 	$(JOBS)
 
 cancel: $(LOGIN) ## end a run, for good until it is resumed: RUN=

@@ -91,7 +91,11 @@ def newest(checkpoints: Path, *, run: str) -> tuple[Path | None, dict[str, list[
     return None, rejected
 
 
-def prune(checkpoints: Path, *, keep: int = 2) -> None:
-    """Keep the newest `keep`. Checks nothing again: the caller has just committed the newest."""
-    for folder in committed(checkpoints)[keep:]:
-        atomic.discard_folder(folder)
+def prune(checkpoints: Path, *, run: str, keep: int = 2) -> None:
+    """Keep the newest `keep` that verify, and what is newer than they; the caller has just committed the newest."""
+    whole = 1
+    for folder in committed(checkpoints)[1:]:
+        if whole >= keep:
+            atomic.discard_folder(folder)
+        elif not problems(folder, run=run):
+            whole += 1

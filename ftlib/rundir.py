@@ -50,9 +50,13 @@ class RunDir:
 
     def plan(self) -> dict[str, Any]:
         """The run's plan as plain data, with what earlier lives taught (a smaller micro-batch) over it."""
-        taught = self._json(self.adjustments_file) if self.adjustments_file.exists() else {}
         batch = ("micro_batch", "accumulation")
-        return {**self._json(self.plan_file), **{key: value for key, value in taught.items() if key in batch}}
+        taught = {key: value for key, value in self.adjustments().items() if key in batch}
+        return {**self._json(self.plan_file), **taught}
+
+    def adjustments(self) -> dict[str, Any]:
+        """What earlier lives taught (ftlib.slurm.settle writes it); empty at first."""
+        return self._json(self.adjustments_file) if self.adjustments_file.exists() else {}
 
     def provenance(self) -> dict[str, Any]:
         """Cluster, code, lock, and what data the run was submitted with."""

@@ -96,7 +96,7 @@ class ExportSpec(Model):
     merged: bool = Field(True, description="Write merged weights, loadable by plain transformers")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights")
     max_logit_diff: float = Field(
-        0.05, gt=0, description="Largest allowed mean |difference| of logits, exported to trained model"
+        0.05, gt=0, description="Allowed mean |difference| of logits to the trained model's, as a share of their spread"
     )
 
 

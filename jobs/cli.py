@@ -35,6 +35,8 @@ def parser() -> Parser:
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
     command("status", "every run, or one: its stages and what they are doing", "run", "json")
     command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
+    command("why", "what happened in each life of a run, and what to do now", "run!")
+    command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
     command("cancel", "end a run's jobs; it stays ended until it is resumed", "run!")
     command("resume", "queue what is missing of a run", "run!")
     command("schema", "JSON Schema of a recipe, for editors")
@@ -103,5 +105,5 @@ def _dispatch(options: argparse.Namespace) -> int:
         return submit.plan(options) if options.command == "plan" else submit.submit(options)
     from jobs import runs
 
-    commands = {"status": runs.status, "logs": runs.logs, "cancel": runs.cancel, "resume": runs.resume}
-    return commands[options.command](options)
+    run: Callable[[argparse.Namespace], int] = getattr(runs, options.command)
+    return run(options)

@@ -129,6 +129,22 @@ def logs(options: argparse.Namespace) -> int:
                 time.sleep(0.5)
 
 
+def why(options: argparse.Namespace) -> int:
+    """Print what happened in each life of a run, and what to do now."""
+    from ftlib.report import plan, why
+
+    run = rundir.find(RUNS, options.run)
+    why.print_why(run, look([run])[run.name], plan.console())
+    return DONE
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check every checkpoint of a run; 1 when one is damaged."""
+    from ftlib.report import plan, why
+
+    return DONE if why.print_verify(rundir.find(RUNS, options.run), plan.console()) else 1
+
+
 def cancel(options: argparse.Namespace) -> int:
     """End a run's jobs."""
     run = rundir.find(RUNS, options.run)

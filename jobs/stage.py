@@ -11,6 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
+from submitit import JobEnvironment
+
 from ftlib import events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
@@ -28,8 +30,9 @@ def run(folder: str, stage: str) -> None:
     rank = _set_rank()
     code = _live(rundir, stage, life, rank, stop)
     sys.stdout.flush()
-    # SystemExit passes through submitit and becomes the task's exit code.
-    sys.exit(code)
+    sys.stderr.flush()
+    # Not sys.exit: the outcome is committed, and an abandoned load or a library's thread must not change the end.
+    os._exit(code)
 
 
 def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:
@@ -75,6 +78,9 @@ def _set_rank() -> int:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = str(world)
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    # The first node of the list, resolved where the task runs; a port of the job's own below the ephemeral ones.
+    os.environ["MASTER_ADDR"] = JobEnvironment().hostnames[0]
+    os.environ["MASTER_PORT"] = str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
     return int(os.environ["RANK"])
 
 

@@ -89,8 +89,16 @@ def test_renamed_to_another_step_is_refused(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step)
-        checkpoint.prune(tmp_path)
+        checkpoint.prune(tmp_path, run="r")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_a_damaged_one_does_not_count_among_the_kept(tmp_path: Path) -> None:
+    for step in range(1, 4):
+        save(tmp_path, step)
+    cut(checkpoint.folder_for(tmp_path, 2))
+    checkpoint.prune(tmp_path, run="r")
+    assert checkpoint.folder_for(tmp_path, 1).exists() and checkpoint.folder_for(tmp_path, 3).exists()
 
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -170,9 +170,7 @@ def test_merging_into_4_bit_is_refused(trained: RunDir) -> None:
 
 def test_packed_documents_do_not_see_each_other(trained: RunDir) -> None:
     """The comparison reads rows as training does: another first document changes no logit of the second."""
-    model = load_trained(
-        trained.spec(), trained.provenance()["model_path"], CPU, trained.checkpoints / "step-00000030"
-    )
+    model = load_trained(trained.spec(), trained.provenance()["model_path"], CPU, trained.checkpoints / "step-00000030")
     row = PackedRows(Path(trained.prepared()["dataset"]) / "validation")[0]
     second = int((row["position_ids"] == 0).nonzero()[1])
     other = {name: tensor.clone()[None] for name, tensor in row.items()}

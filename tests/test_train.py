@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,7 +310,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
 
 
 def test_a_finished_training_is_not_done_again(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(train={"steps": 3, "eval_every_steps": None})
+    run = make_run(train={"steps": 3})
     live(run, 1)
     before = run.metrics_file.read_bytes()
     monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the model was loaded again"))
@@ -381,6 +382,30 @@ def test_a_life_without_room_for_a_checkpoint_harms_nothing(
             live(run, 2)
     live(run, 3)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_disk_that_fills_while_saving_harms_nothing(
+    make_run: MakeRun, uninterrupted: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "none", run.checkpoints], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    # Room is checked before each save; here it goes between the check and the write.
+    monkeypatch.setattr("ftlib.atomic.require_space", lambda *_: None)
+    filler = run.checkpoints / "filler"
+    try:
+        live(run, 1, stop_after=8)
+        filler.write_bytes(bytes(shutil.disk_usage(run.checkpoints).free - (60 << 10)))
+        with pytest.raises(InputError, match=r"checkpoint of step 16 could not be written.*Earlier ones are whole"):
+            live(run, 2)
+        filler.unlink()
+        assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000008"]
+        live(run, 3)
+        assert adapter_sha(run) == adapter_sha(uninterrupted)
+    finally:
+        subprocess.run(["umount", "--lazy", run.checkpoints], check=True)
 
 
 def test_wandb_is_offline_inside_the_run_and_never_in_the_way(

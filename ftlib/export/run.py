@@ -21,7 +21,8 @@ from ftlib.spec import RunSpec
 from ftlib.stop import StopFlag
 from ftlib.train import saving
 from ftlib.train.arguments import prepare_process
-from ftlib.train.model import interruptible, load_trained
+from ftlib.train.interruptible import interruptible
+from ftlib.train.model import load_trained
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 ROWS = 64  # held-out rows compared, or all there are

@@ -17,7 +17,7 @@ from ftlib.spec import Model, RunSpec, divisors
 FILL = 0.9
 # More tokens a micro-batch than this win little: dequantisation is then 2 % of a step.
 MICRO_BATCH_TOKENS = 8192
-TOKENS_PER_PAIR = {"brief": 70, "alpaca": 190}
+TOKENS_PER_PAIR = {"brief": 125, "alpaca": 210}
 BYTES_PER_TOKEN = 3.5
 STAGE_START_MIN = 0.3
 LEAST_TIME_MIN = 20

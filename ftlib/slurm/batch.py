@@ -41,12 +41,15 @@ def environment(
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
+        # Threads that spin while they wait starve each other where jobs share cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
     }
     if profile.scheduler and profile.scheduler.slurm_conf:
         said["SLURM_CONF"] = profile.scheduler.slurm_conf
     if plan.device == "cpu":
         said["CUDA_VISIBLE_DEVICES"] = ""
+        said["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for one, and warn
     if plan.deterministic and plan.device == "cuda":
         said["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if not profile.compute_internet:

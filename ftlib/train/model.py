@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -16,12 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from ftlib.data.base_model import WEIGHTS, loading
-from ftlib.errors import FtError, InputError, Interrupted, unknown
+from ftlib.errors import FtError, InputError, unknown
 from ftlib.spec import MethodSpec, RunSpec
-from ftlib.stop import StopFlag
 from ftlib.train import ranks
-
-T = TypeVar("T")
 
 
 def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTrainedModel:
@@ -50,7 +44,11 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTraine
                 "model.name: Falcon cannot be trained on packed rows: its attention mixes the documents of a row"
             )
         model = AutoModelForCausalLM.from_pretrained(
-            model_path, revision=revision, dtype=dtype, device_map={"": str(device)}, attn_implementation="sdpa",
+            model_path,
+            revision=revision,
+            dtype=dtype,
+            device_map={"": str(device)},
+            attn_implementation="sdpa",
             **options,
         )
     model.config.use_cache = False
@@ -128,32 +126,3 @@ def load_trained(spec: RunSpec, model_path: str, device: torch.device, checkpoin
     model = attach_adapter(load_base(spec, model_path, device), spec.method, spec.train.seed)
     model.load_adapter(str(checkpoint), "default", is_trainable=False)
     return model.eval()
-
-
-def interruptible(stop: StopFlag, work: Callable[[], T]) -> T:
-    """`work()`, given up as soon as the flag is set: loading a large model may take longer than the grace period.
-
-    Work that is given up goes on in its thread until the process ends, so it must commit nothing, and the process
-    must not go on (transformers changes global state while it loads).
-    """
-    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            results.put((work(), None))
-        except BaseException as error:
-            results.put((None, error))
-
-    if stop.cause is not None:
-        raise Interrupted(stop.cause)
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-        try:
-            result, error = results.get(timeout=0.1)
-        except queue.Empty:
-            if stop.cause is not None:
-                raise Interrupted(stop.cause) from None
-            continue
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]

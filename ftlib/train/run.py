@@ -15,7 +15,8 @@ from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from ftlib.train import ranks, saving
 from ftlib.train.arguments import prepare_process, training_arguments
-from ftlib.train.model import attach_adapter, interruptible, load_base
+from ftlib.train.interruptible import interruptible
+from ftlib.train.model import attach_adapter, load_base
 from ftlib.train.order import total_steps
 from ftlib.train.tracking import Tracking
 from ftlib.train.trainer import FineTuner
@@ -39,7 +40,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     if first:
         atomic.sweep_temporaries(run.checkpoints)
     found = ranks.from_first(saving.find(run) if first else None)
-    if found.state and found.step >= total and not found.state.evaluation_due:
+    if found.step >= total and not found.evaluation_due:
         return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
     if first and (life > 1 or found.step):
         print(f"life {life} goes on from step {found.step} of {total}", flush=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftlib import atomic, checkpoint
+from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
 
 STATE = "training.json"
@@ -43,6 +44,7 @@ class Found:
     folder: Path | None
     state: TrainingState | None
     rejected: dict[str, list[str]]
+    evaluation_due: bool = False  # The validation of that step is still to be done.
 
     @property
     def step(self) -> int:
@@ -55,7 +57,12 @@ def find(run: RunDir) -> Found:
     folder, rejected = checkpoint.newest(run.checkpoints, run=run.name)
     for name, reasons in rejected.items():
         print(f"checkpoint {name} is damaged and not used: {'; '.join(reasons[:3])}", flush=True)
-    return Found(folder, TrainingState.read(folder) if folder else None, rejected)
+    if folder is None:
+        return Found(None, None, rejected)
+    state = TrainingState.read(folder)
+    # The save came before the validation, which the same life may have done after it.
+    done = {row["step"] for row in read_metrics(run.metrics_file) if "eval_loss" in row}
+    return Found(folder, state, rejected, state.evaluation_due and state.step not in done)
 
 
 def temporary(run: RunDir, step: int, life: int) -> Path:

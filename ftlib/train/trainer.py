@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from ftlib import checkpoint, events
 from ftlib.data.dataset import real_tokens
 from ftlib.errors import FtError, InputError, Interrupted
-from ftlib.metrics import MetricsWriter, read_metrics
+from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
 from ftlib.spec import TrainSpec
 from ftlib.stop import StopFlag
@@ -143,24 +146,18 @@ class FineTuner(Trainer):
         began = time.perf_counter()
         first = ranks.rank() == 0
         folder = saving.temporary(self.run, step, self.life)
-        try:
-            if first:
-                saving.begin(folder, self._checkpoint_bytes())
-            ranks.barrier()
-            self._write_state(folder, step)
-            ranks.barrier()
-            if first:
-                if self.metrics:
-                    self.metrics.sync()
-                target = checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step)
-                checkpoint.prune(self.run.checkpoints)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(
-                f"the checkpoint of step {step} could not be written: {error}. Earlier ones are whole; make room and "
-                f"run 'make resume RUN={self.run.name}'"
-            ) from error
         if first:
+            saving.begin(folder, self._checkpoint_bytes())
+        ranks.barrier()
+        with self._full_disk_in_words(folder):
+            self._write_state(folder, step)
+        ranks.barrier()
+        if first:
+            if self.metrics:
+                self.metrics.sync()
+            with self._full_disk_in_words(folder):
+                target = checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step)
+            checkpoint.prune(self.run.checkpoints, run=self.run.name)
             seconds, size = round(time.perf_counter() - began, 3), saving.bytes_of(target)
             events.append(
                 self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
@@ -169,7 +166,21 @@ class FineTuner(Trainer):
         self.saved_step = step
         ranks.barrier()
 
-    def _write_state(self, folder: Any, step: int) -> None:
+    @contextlib.contextmanager
+    def _full_disk_in_words(self, folder: Path) -> Iterator[None]:
+        """Each library reports a failed write in its own way; earlier checkpoints are whole in any case."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(folder.parent).free / 2**20
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(
+                f"the checkpoint of step {self.state.global_step} could not be written, with {free:,.1f} MiB free in "
+                f"{folder.parent} ({str(error).splitlines()[0]}). Earlier ones are whole; free some space or quota, "
+                f"then 'make resume RUN={self.run.name}'"
+            ) from error
+
+    def _write_state(self, folder: Path, step: int) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
         if ranks.rank() == 0:
             # Without the look-up on the hub whether the base has these embeddings: we do not train them.
@@ -241,8 +252,7 @@ class FineTuner(Trainer):
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save."""
         if found.state is not None:
             self.saved_step = self._closed_step = found.step
-            done = {row["step"] for row in read_metrics(self.run.metrics_file) if "eval_loss" in row}
-            self.evaluation_due = ranks.from_first(found.state.evaluation_due and found.step not in done)
+            self.evaluation_due = found.evaluation_due
             self.progress.resumed(found.step)
             if found.state.world_size != ranks.world_size():
                 print("another number of processes than before: dropout draws other numbers from here on", flush=True)
