@@ -23,7 +23,7 @@ def submit_writer() -> str:
 def append(folder: Path, writer: str, event: Name, **fields: Any) -> None:
     """Add one event to the writer's own file and flush it to storage."""
     folder.mkdir(exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
     line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n"
     with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line)

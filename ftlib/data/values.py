@@ -38,6 +38,7 @@ Salt Lake City, UT|Salzburg|San Diego, CA|San Francisco, CA|Santiago|Sao Paulo|S
 Shanghai|Singapore|Skopje|Sofia|Split|Stockholm|Stuttgart|Sydney|Tallinn|Tampa, FL|Tangier|Tbilisi|Tokyo|Toronto
 Toulouse|Trieste|Tucson, AZ|Tunis|Turin|Utrecht|Valencia|Vancouver|Venice|Verona|Vienna|Vilnius|Warsaw|Wellington
 Winnipeg|Zagreb|Zurich""", "|")
+_AREAS = words("East Greater North Old South West")
 _FIRST = words("""
 Ada Alan Amir Anna Bella Bruno Carla Chen Clara Daniel Diego Elena Emil Fatima Felix Grace Hana Hugo Ines Ivan Jonas
 Julia Kira Lena Leo Linus Maria Marek Mina Nadia Noah Olga Omar Paula Priya Rosa Samir Sofia Tariq Vera""")
@@ -83,7 +84,7 @@ def _pools() -> dict[str, tuple[Value, ...]]:
     rng = random.Random("value pools")
     months = [f"{year}-{month:02}" for year in (2025, 2026, 2027) for month in range(1, 13)]
     kinds: dict[str, Iterable[Value]] = {
-        "city": _CITIES,
+        "city": [*_CITIES, *_product(_AREAS, _CITIES)],
         "person": _product(_FIRST, _LAST),
         "title": _product(_TITLE_A, _TITLE_B) + _product(_TITLE_B, _TITLE_A),
         "errand": _product(_DEED, _THING),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, unknown
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import ranks
+
+# On a CPU it looks for a faster kernel on a hub and warns; its own serve.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTrainedModel:
