@@ -91,7 +91,7 @@ def test_the_chain_completes_one_stage_after_the_other(whole: RunDir, checkout: 
 
 def test_each_stage_ran_the_snapshot_and_said_its_intent_first(whole: RunDir) -> None:
     names = [event["event"] for event in events.read(whole.events) if event["writer"].startswith("submit-")]
-    assert names == ["intended", "submitted"] * 4
+    assert names == ["intended", "submitted"] * 5  # the stages and their guard
     assert (whole.code / "ftlib" / "spec.py").exists()
 
 
