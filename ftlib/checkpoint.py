@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
-from ftlib import atomic
+from ftlib import atomic, sealing
+from ftlib.sealing import Sealed
+from ftlib.sealing import digest as digest  # of one file: what tests and reports compare
 
 MANIFEST = "manifest.json"
 PREFIX = "step-"
-
-
-def digest(path: Path) -> str:
-    """blake2b of a file, in hex: fast, and no two contents share it."""
-    state = hashlib.blake2b(digest_size=20)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
+FORMAT = 2
 
 
 def folder_for(checkpoints: Path, step: int) -> Path:
@@ -31,14 +25,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def commit(temporary: Path, checkpoints: Path, *, run: str, step: int) -> Path:
-    """Seal `temporary` with a manifest and rename it into `checkpoints`.
+def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: dict[str, Sealed] | None = None) -> Path:
+    """Give `temporary` its manifest and rename it into `checkpoints`.
 
-    A folder of that step which does not verify is replaced; one that does is kept, for it holds the same state.
+    sealed: what those who wrote the files hashed right then; without it all of them are hashed here. A folder of that
+    step which does not verify is replaced; one that does is kept, for it holds the same state.
     """
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    listed = {str(f.relative_to(temporary)): {"bytes": f.stat().st_size, "blake2b": digest(f)} for f in files}
-    atomic.write_json(temporary / MANIFEST, {"format": 1, "run": run, "step": step, "files": listed})
+    files = sealing.seal(temporary) if sealed is None else sealed
+    listed = dict(sorted(files.items()))
+    atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "run": run, "step": step, "files": listed})
     target = folder_for(checkpoints, step)
     if target.exists() and problems(target, run=run):
         atomic.discard_folder(target)
@@ -50,8 +45,9 @@ def problems(folder: Path, *, run: str) -> list[str]:
     """Why `folder` must not be resumed from, one line per reason; empty when every byte verifies."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (entry["bytes"], entry["blake2b"]) for name, entry in manifest["files"].items()}
-        owner, step = manifest["run"], manifest["step"]
+        if manifest["format"] != FORMAT:
+            return [f"{MANIFEST} has format {manifest['format']!r}; this code reads {FORMAT}"]
+        files, owner, step = sealing.entries(manifest), manifest["run"], manifest["step"]
     except FileNotFoundError:
         return [f"{MANIFEST} is missing: the save was never finished"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -61,17 +57,7 @@ def problems(folder: Path, *, run: str) -> list[str]:
         found.append(f"belongs to run {owner!r}, not to {run!r}")
     if not folder.name.removeprefix(PREFIX).isdigit() or step != step_of(folder):
         found.append(f"its manifest is of step {step}")
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
-    found += [f"{name} is not in the manifest" for name in sorted(present - set(files))]
-    for name, (size, checksum) in sorted(files.items()):
-        path = folder / name
-        if name not in present:
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != size:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {size}")
-        elif digest(path) != checksum:
-            found.append(f"{name} does not match its checksum")
-    return found
+    return found + sealing.damage(folder, files, MANIFEST)
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -91,11 +77,25 @@ def newest(checkpoints: Path, *, run: str) -> tuple[Path | None, dict[str, list[
     return None, rejected
 
 
-def prune(checkpoints: Path, *, run: str, keep: int = 2) -> None:
-    """Keep the newest `keep` that verify, and what is newer than they; the caller has just committed the newest."""
+def prune(
+    checkpoints: Path,
+    *,
+    run: str,
+    keep: int = 2,
+    best: int | None = None,
+    every: int | None = None,
+    verified: Collection[int] = (),
+) -> None:
+    """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
+
+    The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not
+    read once more, which would cost as much as the save.
+    """
     whole = 1
     for folder in committed(checkpoints)[1:]:
+        step = step_of(folder)
         if whole >= keep:
-            atomic.discard_folder(folder)
-        elif not problems(folder, run=run):
+            if step != best and not (every and step % every == 0):
+                atomic.discard_folder(folder)
+        elif step in verified or not problems(folder, run=run):
             whole += 1

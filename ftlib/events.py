@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 Name = Literal[
     "intended",
-    "submitted", "started", "resumed", "checkpoint", "interrupted", "requeued", "completed", "failed", "cancelled"
+    "submitted", "started", "resumed", "first_step", "checkpoint",
+    "interrupted", "requeued", "completed", "failed", "cancelled",
 ]
 
 

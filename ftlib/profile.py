@@ -41,6 +41,10 @@ class Partition(Model):
     environment: dict[str, str] = Field({}, description="Variables for jobs here, such as NCCL_SOCKET_IFNAME")
 
 
+# Where nobody has counted yet.
+KILL_EVERY_H = 24.0
+
+
 class Scheduler(Model):
     """How Slurm behaves here."""
 
@@ -50,6 +54,9 @@ class Scheduler(Model):
     requeue: bool = Field(True, description="Jobs may be requeued")
     poll_interval_s: float = Field(30, ge=0, description="Least time between two questions to the scheduler")
     kill_wait_s: int = Field(30, ge=0, description="Seconds from SIGTERM to SIGKILL at the time limit")
+    kill_every_h: float = Field(
+        KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning"
+    )
 
 
 class ClusterProfile(Model):
@@ -71,6 +78,9 @@ class ClusterProfile(Model):
     environment: dict[str, str] = Field({}, description="Variables for every job")
     python: str | None = Field(None, description="Interpreter of the jobs; default: the one that submits")
     compute_internet: bool = Field(True, description="Compute nodes reach the internet")
+    gpu_idle_limit_min: int | None = Field(
+        None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing"
+    )
 
     def partition(self, *, gpu: bool) -> Partition:
         """The partition chosen for GPU or CPU stages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -29,13 +30,30 @@ class DataSpec(Model):
     """Where the examples come from and how they become rows of tokens."""
 
     path: str | None = Field(None, description="JSONL or JSON file of examples; without it the generator makes them")
+    hub: str | None = Field(None, description="Dataset on the Hugging Face hub, such as yahma/alpaca-cleaned")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub dataset")
+    split: str = Field("train", description="Split of the hub dataset")
+    format: Literal["alpaca", "prompt", "messages", "oasst-trees", "oasst-messages"] | None = Field(
+        None, description="What a row of the file or hub dataset is; without it the rows themselves tell"
+    )
     functions: Literal["natural", "composed"] = Field("natural", description="The generator's set of functions")
     pairs: int = Field(10_000, ge=1, description="How many pairs the generator makes for training")
-    template: Literal["alpaca", "brief"] = Field("alpaca", description="How an example becomes prompt and response")
+    template: Literal["alpaca", "brief", "chatml", "guanaco"] = Field(
+        "alpaca", description="How an example becomes prompt and response"
+    )
     seq_len: int = Field(1024, ge=16, description="Tokens in a packed row")
     limit: int | None = Field(None, ge=1, description="Use only so many training examples")
+    share: float | None = Field(None, gt=0, le=1, description="Use only this share of the training examples")
     held_out: float = Field(0.05, gt=0, lt=0.5, description="Share of a file held out, half validation, half test")
-    seed: int = Field(0, ge=0, description="Seed of the generator, of the split and of the limit's choice")
+    seed: int = Field(0, ge=0, description="Seed of the generator, of the split and of the choice of limit and share")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if self.path and self.hub:
+            raise ValueError(f"give one of path and hub; found path {self.path!r} and hub {self.hub!r}")
+        if self.hub and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub):
+            raise ValueError(f"hub: {self.hub!r} is no dataset's name, such as yahma/alpaca-cleaned; a file is a path")
+        return self
 
 
 class MethodSpec(Model):
@@ -73,7 +91,12 @@ class TrainSpec(Model):
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass: less memory")
     log_every_steps: int = Field(10, ge=1, description="Steps between progress lines (metrics.jsonl has every step)")
     eval_every_steps: int | None = Field(None, ge=1, description="Steps between validation losses; none without it")
-    save_every_steps: int = Field(100, ge=1, description="Steps between checkpoints")
+    save_every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; without it the measured cost of a save decides"
+    )
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best"
+    )
     deterministic: bool | None = Field(None, description="Bit-equal resumes; default: on a CPU yes, on a GPU no")
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
 

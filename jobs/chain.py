@@ -122,7 +122,7 @@ def _submitted(run: RunDir, stage: str, job: str, nonce: str, *, by_guard: bool)
     lives = len(list(run.lives.glob(f"{stage}-*")))
     events.append(
         run.events, events.submit_writer(), "submitted", stage=stage, job_id=job, nonce=nonce, after_life=lives,
-        guard=by_guard,
+        automatic=by_guard,
     )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def parser() -> Parser:
     wish = ("model", "data", "cluster", "set")
     command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
+    command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "every run, or one: its stages and what they are doing", "run", "json")
     command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
     command("why", "what happened in each life of a run, and what to do now", "run!")
@@ -103,6 +104,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from jobs import submit
 
         return submit.plan(options) if options.command == "plan" else submit.submit(options)
+    if options.command == "layers":
+        from jobs import layers
+
+        return layers.layers(options)
     from jobs import runs
 
     run: Callable[[argparse.Namespace], int] = getattr(runs, options.command)

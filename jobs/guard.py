@@ -59,7 +59,7 @@ def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:
     """Why the stage must not be queued again; None when it may. Settles its last life where nobody has."""
     log = events.read(run.events)
     ours = [e for e in log if e.get("stage") == stage]
-    since = max((i for i, e in enumerate(ours) if e["event"] == "submitted" and not e.get("guard")), default=0)
+    since = max((i for i, e in enumerate(ours) if e["event"] == "submitted" and not e.get("automatic")), default=0)
     tried = [e for e in ours[since:] if e["event"] == "submitted" and e.get("after_life") == lives]
     if len(tried) >= MOST_STILLBORN:
         words = f"{len(tried)} jobs in a row ended before they began"

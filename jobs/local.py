@@ -15,16 +15,16 @@ from types import FrameType
 from submitit.local.local import LocalExecutor, LocalJob
 
 from ftlib import events, modelfiles, outcome
-from ftlib.errors import DONE, INPUT_WRONG, RUN_AGAIN
+from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch
+from ftlib.slurm import batch, settle
 from jobs import stage as stage_module
 
 POLL_S = 0.1
-# Lives that end without a word, one after the other, before we give up.
-MOST_SILENT = 3
+# The exit code of a process that SIGKILL ended, as a shell says it.
+KILLED = 137
 YEAR_MIN = 525_600
 
 
@@ -63,10 +63,11 @@ def run_stages(run: RunDir, profile: ClusterProfile) -> int:
 
 def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt) -> int:
     """Lives of one stage until one is done, wrong, or stopped by the person: the epilogue's work, in the foreground."""
-    silent = 0
+    automatic = False
     while True:
         life = _next_life(run, stage)
-        _life(run, profile, stage, {**variables, "FT_LIFE": str(life)}, interrupt)
+        job = _life(run, profile, stage, {**variables, "FT_LIFE": str(life)}, interrupt, automatic=automatic)
+        automatic = True
         last = next((end for end in outcome.read(run.outcomes, stage) if end.life == life), None)
         if last and last.code == DONE:
             return DONE
@@ -75,17 +76,15 @@ def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str
             saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
             print(f"\n{stage}: {saved}. make resume RUN={run.name} goes on from there.", flush=True)
             return RUN_AGAIN
-        if last and last.code != RUN_AGAIN:
-            why = "" if last.code == INPUT_WRONG else f" The log: make logs RUN={run.name} STAGE={stage}"
-            print(f"{stage} failed in life {life}: {last.words}.{why}", file=sys.stderr, flush=True)
-            return last.code
-        silent = silent + 1 if last is None else 0
-        if silent >= MOST_SILENT:
-            print(f"{stage}: killed {silent} times before it could say why; giving up", file=sys.stderr, flush=True)
-            return 1
-        said = last.words if last else "ended without a word (killed?)"
-        events.append(run.events, events.submit_writer(), "requeued", stage=stage, life=life, cause=said)
-        print(f"{stage}: {said}; going on from the last checkpoint", flush=True)
+        verdict = settle.end(
+            run.path, stage, life, last.code if last else KILLED, job.job_id, Path(job.paths.stdout)
+        )
+        if verdict.do != "requeue":
+            said = f"{last.words}\n" if last else ""
+            print(f"{said}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
+            return verdict.code
+        print(f"{stage}: {verdict.words}", flush=True)
+        time.sleep(verdict.backoff_s)
 
 
 def _next_life(run: RunDir, stage: str) -> int:
@@ -103,7 +102,15 @@ def _next_life(run: RunDir, stage: str) -> int:
         return life
 
 
-def _life(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt) -> None:
+def _life(
+    run: RunDir,
+    profile: ClusterProfile,
+    stage: str,
+    variables: dict[str, str],
+    interrupt: Interrupt,
+    *,
+    automatic: bool,
+) -> LocalJob[None]:
     """Start one life, show its log as it grows, pass Ctrl-C on as a request to save, return when it has ended."""
     folder = run.slurm / stage
     executor = LocalExecutor(folder, python=shlex.quote(profile.python) if profile.python else None)
@@ -111,22 +118,24 @@ def _life(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str,
     with _inherited(run.code, variables):
         job = executor.submit(stage_module.run, str(run.path), stage)
     assert isinstance(job, LocalJob) and job._process is not None
+    life = int(variables["FT_LIFE"])
     events.append(
-        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job.job_id, life=int(variables["FT_LIFE"])
-    )
+        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job.job_id, after_life=life - 1,
+        automatic=automatic,
+    )  # fmt: skip
     log = Path(job.paths.stdout)
     shown, asked = 0, 0
     while True:
         ended = job._process.poll() is not None
         shown = _show(log, shown, last=ended)
         if ended:
-            return
+            return job
         if interrupt.count > asked:
             asked = interrupt.count
             print("\nstopping: saving first (Ctrl-C again to kill)" if asked == 1 else "\nkilling", flush=True)
             job._process.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
             if asked > 1:
-                _kill_tasks(run, stage, int(variables["FT_LIFE"]))
+                _kill_tasks(run, stage, life)
         time.sleep(POLL_S)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,9 @@ from ftlib import events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
+
+# On a CPU bitsandbytes looks for a faster kernel on a hub when it is imported, and warns; its own serve.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def run(folder: str, stage: str) -> None:

@@ -12,12 +12,15 @@ FT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
 FT_LOG="$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_0_log.out"
 
-# The first number that nobody has taken: one file a life, created by one writer. Lives share an appended log.
+# Lives share appended logs, one a rank: where this life's part begins.
+ft_sizes="$(cd "$FT_RUN/slurm/$FT_STAGE" && stat -c %n:%s "${FT_JOB}"_*_log.out 2>/dev/null | tr '\n' ' ')"
+
+# The first number that nobody has taken: one file a life, created by one writer.
 FT_LIFE=1
 until (
     set -C
-    printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" \
-        "$(stat -c %s "$FT_LOG" 2>/dev/null || echo 0)" >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE"
+    printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" "$ft_sizes" \
+        >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE"
 ) 2>/dev/null; do
     if [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ]; then
         echo "ftlib: $FT_RUN/lives cannot be written (moved, full, or not mounted on $(uname -n))"

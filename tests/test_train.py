@@ -192,7 +192,7 @@ def test_metrics_have_every_step_once_and_the_loss_falls(uninterrupted: RunDir) 
     kept = [folder.name for folder in checkpoint.committed(uninterrupted.checkpoints)]
     assert kept == ["step-00000030", "step-00000024"]
     saved = [event for event in events.read(uninterrupted.events) if event["event"] == "checkpoint"]
-    assert [event["step"] for event in saved] == [8, 16, 24, 30]
+    assert [event["step"] for event in saved] == [8, 10, 16, 20, 24, 30], "each due one, and each new best"
     assert all(event["seconds"] > 0 and event["bytes"] > 10_000 for event in saved)
 
 
@@ -237,13 +237,13 @@ train(RunDir(Path(sys.argv[1])), 2, StopFlag())
 
 
 def test_a_fresh_process_goes_on_and_its_sudden_death_loses_nothing(make_run: MakeRun, uninterrupted: RunDir) -> None:
-    """It resumes at 8, commits 16 and is killed at 18, in the middle of a row."""
+    """It resumes at 8, commits 10 (the best) and 16, and is killed at 18, in the middle of a row."""
     run = make_run()
     live(run, 1, stop_after=8)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run([sys.executable, "-c", KILLED_AT, str(run.path)], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [folder.name for folder in checkpoint.committed(run.checkpoints)] == ["step-00000016", "step-00000008"]
+    assert [folder.name for folder in checkpoint.committed(run.checkpoints)] == ["step-00000016", "step-00000010"]
     live(run, 3)
     assert trajectory(run) == trajectory(uninterrupted)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
@@ -271,6 +271,45 @@ def test_a_stop_during_an_evaluation_leaves_it_due(make_run: MakeRun, uninterrup
     live(run, 3)
     assert trajectory(run) == trajectory(uninterrupted)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_when_it_saves_changes_nothing(make_run: MakeRun, uninterrupted: RunDir) -> None:
+    for name, train in (("measured", {"save_every_steps": None}), ("every-step", {"save_every_steps": 1})):
+        run = make_run(name, train=train)
+        live(run, 1)
+        assert trajectory(run) == trajectory(uninterrupted) and adapter_sha(run) == adapter_sha(uninterrupted)
+
+
+def test_without_an_interval_it_saves_early_and_says_what_follows(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(train={"save_every_steps": None, "eval_every_steps": None})
+    live(run, 1)
+    saved = [event["step"] for event in events.read(run.events) if event["event"] == "checkpoint"]
+    assert saved == [20, 30], "before the first save its cost is not known"
+    said = capsys.readouterr().out
+    assert "a checkpoint every" in said and "a kill without warning is expected every 24 h (0 in 0.0 h so far)" in said
+
+
+def test_the_best_and_every_nth_are_kept(make_run: MakeRun) -> None:
+    run = make_run(train={"steps": 20, "eval_every_steps": 5, "keep_every_steps": 8, "save_every_steps": 3})
+    losses = iter([3.0, 2.0, 4.0, 5.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ftlib.train.trainer.FineTuner.evaluate", lambda self: {"eval_loss": next(losses)})
+        live(run, 1, stop_after=13)
+        live(run, 2)  # The best is known to a later life, too.
+    kept = [checkpoint.step_of(folder) for folder in checkpoint.committed(run.checkpoints)]
+    assert kept == [20, 18, 16, 10, 8]
+
+
+def test_the_parts_of_a_start_are_recorded(make_run: MakeRun) -> None:
+    run = make_run(train={"steps": 4, "eval_every_steps": None})
+    live(run, 1, stop_after=2)
+    live(run, 2)
+    firsts = [event for event in events.read(run.events) if event["event"] == "first_step"]
+    assert [(event["life"], event["step"]) for event in firsts] == [(1, 1), (2, 3)]
+    parts = {"imports_s", "check_s", "load_s", "optimizer_s", "first_step_s"}
+    assert all(parts <= event.keys() and all(event[part] >= 0 for part in parts) for event in firsts)
 
 
 def test_an_evaluation_changes_no_weights(make_run: MakeRun, uninterrupted: RunDir) -> None:
@@ -304,7 +343,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_used(
     live(run, 2)
     said = capsys.readouterr().out
     assert "step-00000016 is damaged" in said and "does not match its checksum" in said
-    assert "goes on from step 8" in said
+    assert "goes on from step 10" in said
     assert trajectory(run) == trajectory(uninterrupted)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
 
@@ -378,7 +417,7 @@ def test_a_life_without_room_for_a_checkpoint_harms_nothing(
     live(run, 1, stop_after=8)
     with monkeypatch.context() as patch:
         patch.setattr("ftlib.train.saving.atomic.shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
-        with pytest.raises(InputError, match="no space left for a checkpoint"):
+        with pytest.raises(FtError, match=r"No space left on device .* for a checkpoint of about"):
             live(run, 2)
     live(run, 3)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
@@ -398,7 +437,7 @@ def test_a_disk_that_fills_while_saving_harms_nothing(
     try:
         live(run, 1, stop_after=8)
         filler.write_bytes(bytes(shutil.disk_usage(run.checkpoints).free - (60 << 10)))
-        with pytest.raises(InputError, match=r"checkpoint of step 16 could not be written.*Earlier ones are whole"):
+        with pytest.raises(FtError, match=r"No space left on device.*Earlier ones are whole"):
             live(run, 2)
         filler.unlink()
         assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000008"]

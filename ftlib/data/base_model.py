@@ -37,7 +37,7 @@ def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | Non
             raise InputError(f"model.name: the files in {folder} cannot be loaded: {found}") from error
         raise InputError(
             f"model.name: {model}{f' (revision {revision})' if revision else ''} could not be loaded. Looked for "
-            f"{' and '.join(map(' or '.join, needed))} in the cache {_hub_cache()}{_network()}. {found} "
+            f"{' and '.join(map(' or '.join, needed))} in the cache {hub_cache()}{network()}. {found} "
             + _how_to_stage(model, Path("/path/to", folder.name))
         ) from error
 
@@ -47,12 +47,14 @@ def missing_files(folder: Path, needed: tuple[tuple[str, ...], ...]) -> list[str
     return [" or ".join(group) for group in needed if not any((folder / name).is_file() for name in group)]
 
 
-def _hub_cache() -> Path:
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it fetched."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
 
 
-def _network() -> str:
+def network() -> str:
+    """The words for whether the network was tried, too."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     return "; the network was not tried (HF_HUB_OFFLINE is set)" if offline else " and on the hub"
 

@@ -1,17 +1,18 @@
 """Prompt formats: what the model reads (prompt) and what it must write (response), and the calls within.
 
-Rows are Alpaca rows {"instruction", "input" (optional), "output"} or plain {"prompt", "response"}.
-An input or output may be text or a JSON object; objects are written as compact JSON.
+Rows are Alpaca rows {"instruction", "input" (optional), "output"}, plain {"prompt", "response"}, or conversations
+{"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written
+as compact JSON.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlib.errors import InputError, unknown
+from ftlib.errors import InputError, nearest, unknown
 
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -23,14 +24,21 @@ _ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+ROLES = ("system", "user", "assistant", "tool")
+CHATML_END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: `response` follows `prompt` with nothing in between."""
+    """One training example: `response` follows `prompt` with nothing in between.
+
+    A conversation's earlier turns stand in `before`: a prompt, its response, the next prompt, … Every response is a
+    target of the loss, and after each the text ends (EOS).
+    """
 
     prompt: str
     response: str
+    before: tuple[str, ...] = ()
 
 
 def render(row: Mapping[str, Any], template: str) -> Example:
@@ -38,18 +46,30 @@ def render(row: Mapping[str, Any], template: str) -> Example:
 
     "alpaca": the two prompts of Stanford Alpaca, with and without input.
     "brief": for tiny models; function-calling rows lose their constant instruction and show the example first.
+    "chatml": <|im_start|>role … <|im_end|>; a function-calling row's example is in the system message.
+    "guanaco": ### Human: … ### Assistant: …, as in openassistant-guanaco.
     """
     if template not in TEMPLATES:
         raise InputError(unknown("template", template, TEMPLATES))
     if "prompt" in row:
         return Example(row["prompt"], _text(row["response"]))
-    return Example(TEMPLATES[template](row), _text(row["output"]))
+    if template in _CHATS:
+        *before, prompt, response = _CHATS[template].texts(row["messages"] if "messages" in row else _messages(row))
+        return Example(prompt, response, tuple(before))
+    return Example(_PROMPTS[template](row), _text(row["output"]))
 
 
-def problem(row: object) -> str | None:
-    """What is wrong with a row, in words, or None. It names the field, what was found and what is allowed."""
+def problem(row: object, template: str = "") -> str | None:
+    """What is wrong with a row, in words, or None. It names the field, what was found and what is allowed.
+
+    With a `template`, a conversation that the template cannot hold is wrong, too.
+    """
     if not isinstance(row, dict):
         return f"a row must be a JSON object, found {_kind(row)}"
+    if "messages" in row:
+        if template in _PROMPTS:
+            return f"is a conversation; data.template={template} holds none. Allowed: {', '.join(_CHATS)}"
+        return _messages_problem(row["messages"])
     ask, answer = ("prompt", "response") if "prompt" in row or "response" in row else ("instruction", "output")
     for field in (ask, answer):
         if field not in row:
@@ -64,6 +84,27 @@ def problem(row: object) -> str | None:
     if not row[answer] or not _text(row[answer]).strip():
         return f"field {answer!r} is empty: there is nothing to learn"
     return None
+
+
+def _messages_problem(messages: object) -> str | None:
+    if not isinstance(messages, list):
+        return f"field 'messages' must be a list, found {_kind(messages)}"
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number}"
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            found = ", ".join(map(repr, message)) if isinstance(message, dict) else _kind(message)
+            return f"{where} must be an object with 'role' and 'content', found {found}"
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            return f"{where}: 'role' is {role!r}. Allowed: {', '.join(ROLES)}.{nearest(str(role), ROLES)}"
+        if not isinstance(content, str | dict):
+            return f"{where}: 'content' must be text or a JSON object, found {_kind(content)}"
+        if not content or not _text(content).strip():
+            return f"{where}: 'content' is empty"
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        return "field 'messages' has no message of the assistant: there is nothing to learn"
+    return "field 'messages' begins with the assistant: there is nothing to answer" if roles[0] == "assistant" else None
 
 
 def function_call_of(text: str) -> dict[str, Any] | None:
@@ -86,6 +127,8 @@ def function_call_of(text: str) -> dict[str, Any] | None:
 def expected_call(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The call that a row's output asks for, or None for rows of another kind."""
     output = row.get("output", row.get("response"))
+    if "messages" in row:
+        output = next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "assistant")
     return function_call_of(_text(output)) if isinstance(output, str | dict) else None
 
 
@@ -110,12 +153,57 @@ def _alpaca(row: Mapping[str, Any]) -> str:
 
 def _brief(row: Mapping[str, Any]) -> str:
     given = row.get("input") or ""
-    if isinstance(given, dict) and set(given) == {"user_question", "function_call_example"}:
+    if _shows_a_call(given):
         return f"example: {_text(given['function_call_example'])}\nuser: {given['user_question']}\ncall: "
     return f"user: {row['instruction']}\n" + (f"input: {_text(given)}\n" if given else "") + "answer: "
 
 
-TEMPLATES: dict[str, Callable[[Mapping[str, Any]], str]] = {"alpaca": _alpaca, "brief": _brief}
+def _shows_a_call(given: Any) -> bool:
+    return isinstance(given, dict) and set(given) == {"user_question", "function_call_example"}
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An Alpaca row as a conversation."""
+    given = row.get("input") or ""
+    answer = {"role": "assistant", "content": row["output"]}
+    if _shows_a_call(given):
+        system = f"{row['instruction']}\nFunction call example: {_text(given['function_call_example'])}"
+        question = str(given["user_question"])
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}, answer]
+    ask = row["instruction"] + (f"\n\n{_text(given)}" if given else "")
+    return [{"role": "user", "content": ask}, answer]
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """How a template writes a message: opening, gap, content, closing; `between` it and the next."""
+
+    openings: Mapping[str, str]
+    gap: str = ""
+    closing: str = ""
+    between: str = ""
+
+    def texts(self, messages: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Prompt, response, prompt, response, …; what follows the last response is left out."""
+        texts: list[str] = []
+        prompt = ""
+        for message in messages:
+            opening, content = self.openings[message["role"]], self.gap + _text(message["content"]) + self.closing
+            if message["role"] == "assistant":
+                texts += [prompt + opening, content]
+                prompt = self.between
+            else:
+                prompt += opening + content + self.between
+        return texts
+
+
+_PROMPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {"alpaca": _alpaca, "brief": _brief}
+_CHATS = {
+    "chatml": _Chat({role: f"<|im_start|>{role}\n" for role in ROLES}, closing=CHATML_END, between="\n"),
+    # The space stands before the answer, not at the prompt's end: so vocabularies know the first word.
+    "guanaco": _Chat(dict(zip(ROLES, ("### System:", "### Human:", "### Assistant:", "### Tool:"), strict=True)), " "),
+}
+TEMPLATES = (*_PROMPTS, *_CHATS)
 
 
 def _text(value: Any) -> str:

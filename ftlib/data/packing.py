@@ -55,7 +55,7 @@ def write(folder: Path, documents: Documents, *, vocabulary: int, pad: int, seed
     """Pack `documents` into a new `folder`; returns its meta."""
     seq_len = documents.longest
     tokens, lengths = np.asarray(documents.tokens), np.asarray(documents.lengths)
-    prompt_lengths = np.asarray(documents.prompt_lengths)
+    targets = np.asarray(documents.targets)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     rows = best_fit_decreasing(lengths, seq_len, seed)
     types = {
@@ -73,11 +73,12 @@ def write(folder: Path, documents: Documents, *, vocabulary: int, pad: int, seed
     for number, row in enumerate(rows):
         at = 0
         for document in row:
-            length, prompt = int(lengths[document]), int(prompt_lengths[document])
+            length, its = int(lengths[document]), slice(starts[document], starts[document + 1])
             end = at + length
-            out["tokens"][number, at:end] = tokens[starts[document] : starts[document + 1]]
+            out["tokens"][number, at:end] = tokens[its]
+            out["response"][number, at:end] = targets[its]
             # A document's first token has nothing before it to be predicted from.
-            out["response"][number, at + max(1, prompt) : end] = 1
+            out["response"][number, at] = 0
             out["positions"][number, at:end] = counting[:length]
             at = end
         out["positions"][number, at:] = counting[: seq_len - at]

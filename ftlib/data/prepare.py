@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlib import atomic
-from ftlib.data import packing, sources, tokenizing
+from ftlib.data import hub, packing, sources, tokenizing
 from ftlib.data.formats import example_call, expected_call, render
 from ftlib.errors import InputError, Interrupted
 from ftlib.rundir import RunDir
@@ -35,8 +35,14 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     """
     began = time.monotonic()
     spec, provenance = run.spec(), run.provenance()
-    path = Path(provenance["data_path"]) if provenance["data_path"] else None
-    data_digest = _unchanged(path, provenance["data_digest"]) if path else "generator"
+    source: Path | list[sources.Row] | None = None
+    named, data_digest = "generator", "generator"
+    if provenance["data_path"]:
+        source = Path(provenance["data_path"])
+        named, data_digest = str(source), _unchanged(source, provenance["data_digest"])
+    elif spec.data.hub:
+        source = hub.fetch(spec.data)
+        named, data_digest = hub.name(spec.data), hub.digest(source)
     tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision)
     digest = dataset_digest(spec, data_digest, tokenizer)
     datasets = Path(provenance["cache"]) / "datasets"
@@ -51,8 +57,9 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
         _sweep_abandoned(datasets)
         temporary = atomic.temporary_beside(folder)
         try:
-            source = {"digest": digest, "source": str(path or "generator"), "data_digest": data_digest}
-            meta = source | {"tokenizer": provenance["model_path"]} | _build(temporary, spec, path, tokenizer, stop)
+            origin = {"digest": digest, "source": named, "data_digest": data_digest}
+            print(f"reading {named}", flush=True)
+            meta = origin | {"tokenizer": provenance["model_path"]} | _build(temporary, spec, source, tokenizer, stop)
             atomic.write_json(temporary / "meta.json", meta)
             if folder.exists() and _whole(folder) is None:
                 atomic.discard_folder(folder)
@@ -71,8 +78,8 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
 def dataset_digest(spec: RunSpec, data_digest: str, tokenizer: tokenizing.Tokenizer) -> str:
     """32 hex digits from all that decides a dataset: the data, how it is cut, the tokenizer, this package."""
     code = [file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    # Where the file lies decides nothing; how many pairs are tested decides how many the generator makes.
-    wish = spec.data.model_dump(mode="json", exclude={"path"}) | {"test_pairs": spec.evaluate.pairs}
+    # Where the rows lie decides nothing; how many pairs are tested decides how many the generator makes.
+    wish = spec.data.model_dump(mode="json", exclude={"path", "hub", "revision"}) | {"test_pairs": spec.evaluate.pairs}
     parts = [data_digest, wish, tokenizer.digest(), code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -111,15 +118,16 @@ def _sweep_abandoned(datasets: Path) -> None:
 
 
 def _build(
-    folder: Path, spec: RunSpec, path: Path | None, tokenizer: tokenizing.Tokenizer, stop: StopFlag
+    folder: Path,
+    spec: RunSpec,
+    source: Path | list[sources.Row] | None,
+    tokenizer: tokenizing.Tokenizer,
+    stop: StopFlag,
 ) -> dict[str, Any]:
     """Write the parts of a dataset into `folder`; returns their counts."""
-    rows = sources.read(spec.data, path, test_pairs=spec.evaluate.pairs)
-    print(
-        f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test examples "
-        f"from {path or 'the generator'}",
-        flush=True,
-    )
+    rows = sources.read(spec.data, source, test_pairs=spec.evaluate.pairs)
+    counted = {"training": rows.train, "validation": rows.validation, "test": rows.test}
+    print(", ".join(f"{len(part):,} {name}" for name, part in counted.items()), "examples", flush=True)
     counts: dict[str, Any] = {}
     for part, chosen in (("train", rows.train), ("validation", rows.validation)):
         documents = tokenizing.Documents(spec.data.seq_len)
@@ -177,4 +185,6 @@ def _encode(
 def _question(row: sources.Row, group: str, template: str) -> dict[str, Any]:
     example = render(row, template)
     calls = {"expected_call": expected_call(row), "example_call": example_call(row)}
-    return {"prompt": example.prompt, "response": example.response, **calls, "group": group}
+    # A conversation's last answer is asked for; its earlier turns stand before the question, as in training.
+    prompt = [*example.before, example.prompt] if example.before else example.prompt
+    return {"prompt": prompt, "response": example.response, **calls, "group": group}

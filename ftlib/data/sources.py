@@ -1,27 +1,31 @@
-"""Where examples come from: a file of rows or the generator, split into train, validation and test. No torch.
+"""Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test.
 
-A login node calls `check_file` when a run is submitted; the prepare stage calls `read`.
+A login node calls `check_file` when a run is submitted; the prepare stage calls `read`. No torch.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
+import math
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from ftlib.data import conversations
 from ftlib.data.formats import problem
 from ftlib.data.synthesis import generate
 from ftlib.errors import InputError, nearest
 from ftlib.spec import DataSpec, file_digest
 
 Row = dict[str, Any]
+Placed = conversations.Placed
 Part = Literal["train", "validation", "test"]
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LISTED = 20
@@ -30,7 +34,7 @@ UNSEEN_PAIRS = 64
 
 @dataclass(frozen=True)
 class FileSummary:
-    """A data file that was read whole and found good. `digest`: sha256 of its bytes; counts are rows."""
+    """A data file that was read whole and found good. `digest`: sha256 of its bytes; counts are examples."""
 
     path: Path
     rows: int
@@ -57,32 +61,33 @@ def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
     """
     data = data or DataSpec()
     counts = {"train": 0, "validation": 0, "test": 0}
-    for row in _good_rows(path):
+    for row in good_rows(_rows(path), str(path), data):
         counts[part_of(row, data)] += 1
-    _check_parts(path, counts, data)
+    _check_parts(str(path), counts, data)
     return FileSummary(path, sum(counts.values()), file_digest(path), path.stat().st_size, **counts)
 
 
-def read(data: DataSpec, path: Path | None, *, test_pairs: int) -> Sources:
-    """All rows of the file at `path`, or of the generator without one, seeded by `data.seed`.
+def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) -> Sources:
+    """All examples of a file, of the rows of a hub dataset, or of the generator without either, seeded by `data.seed`.
 
-    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. A file's
-    `data.held_out` share is its validation and test parts.
+    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. Of a file or
+    dataset, the share `data.held_out` is the validation and test parts.
     """
-    if path is None:
+    if source is None:
         train = generate(data.functions, "train", data.pairs, data.seed)
         validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
         held_out = generate(data.functions, "test", test_pairs, data.seed)
         unseen = generate("unseen", "test", UNSEEN_PAIRS, data.seed)
         groups = {"held-out": held_out, "unseen": unseen}
-        return Sources(_limit(train, data), validation, [(group, row) for group in groups for row in groups[group]])
+        return Sources(_chosen(train, data), validation, [(group, row) for group in groups for row in groups[group]])
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    for row in _good_rows(path):
+    where = str(source) if isinstance(source, Path) else f"data.hub={data.hub}"
+    for row in good_rows(_rows(source), where, data) if isinstance(source, Path) else source:
         parts[part_of(row, data)].append(row)
-    _check_parts(path, {part: len(rows) for part, rows in parts.items()}, data)
+    _check_parts(where, {part: len(rows) for part, rows in parts.items()}, data)
     # Only the first so many are evaluated: the order must not be the file's, which may be sorted.
     random.Random(data.seed).shuffle(parts["test"])
-    return Sources(_limit(parts["train"], data), parts["validation"], [("held-out", row) for row in parts["test"]])
+    return Sources(_chosen(parts["train"], data), parts["validation"], [("held-out", row) for row in parts["test"]])
 
 
 def part_of(row: Row, data: DataSpec) -> Part:
@@ -97,53 +102,79 @@ def part_of(row: Row, data: DataSpec) -> Part:
 def _rank(row: Row, seed: int, purpose: str = "") -> int:
     """64 bits from what a row says (not from fields nobody reads, such as an id)."""
     content = [row.get(field) or "" for field in ("instruction", "input", "output", "prompt", "response")]
+    content += [[(message["role"], message["content"]) for message in row["messages"]]] if "messages" in row else []
     text = json.dumps([purpose, seed, content], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _limit(rows: list[Row], data: DataSpec) -> list[Row]:
-    """`data.limit` rows chosen by the seed, in their old order."""
-    if data.limit is None or data.limit >= len(rows):
+def _chosen(rows: list[Row], data: DataSpec) -> list[Row]:
+    """As many rows as `data.share` and `data.limit` leave, chosen by the seed, in their old order."""
+    count = math.ceil(len(rows) * (data.share or 1))
+    count = min(count, data.limit or count)
+    if count >= len(rows):
         return rows
     ranks = [(_rank(row, data.seed, "limit"), index) for index, row in enumerate(rows)]
-    return [rows[index] for _, index in sorted(sorted(ranks)[: data.limit], key=lambda pair: pair[1])]
+    return [rows[index] for _, index in sorted(sorted(ranks)[:count], key=lambda pair: pair[1])]
 
 
-def _check_parts(path: Path, counts: dict[str, int], data: DataSpec) -> None:
+def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:
     if empty := [part for part, rows in counts.items() if not rows]:
         total = sum(counts.values())
         advice = "give more rows"
-        if (larger := min(0.4, round(10 / total, 2))) > data.held_out:
+        if (larger := min(0.4, round(10 / max(1, total), 2))) > data.held_out:
             advice += f', or hold out more with SET="data.held_out={larger}"'
         raise InputError(
-            f"{path}: {total} rows are too few: data.held_out={data.held_out} leaves none for {' and '.join(empty)}; "
+            f"{where}: {total} rows are too few: data.held_out={data.held_out} leaves none for {' and '.join(empty)}; "
             f"{advice}"
         )
 
 
-def _good_rows(path: Path) -> Iterator[Row]:
-    """Every row of a file; after the last, InputError if some were bad or there was none."""
+def good_rows(rows: Iterable[Placed], where: str, data: DataSpec) -> Iterator[Row]:
+    """The examples in the rows of a file or dataset; after the last, InputError if some were bad or there was none.
+
+    Message trees become their best paths; `data.format`, else the first row, says whether the rows are such.
+    """
     bad: list[str] = []
-    rows = unlisted = 0
-    for place, row in _rows(path):
-        rows += 1
-        wrong = row if isinstance(row, str) else problem(row)
+    examples = unlisted = 0
+    for place, row in _as_examples(iter(rows), data):
+        examples += 1
+        wrong = row if isinstance(row, str) else _not_of(data.format, row) or problem(row, data.template)
         if wrong is None:
             if not bad:
                 yield cast(Row, row)
         elif len(bad) < LISTED:
-            bad.append(f"{path}, {place}: {wrong}")
+            bad.append(f"{where}, {place}: {wrong}")
         else:
             unlisted += 1
     if unlisted:
-        bad.append(f"{path}: and {unlisted} more")
+        bad.append(f"{where}: and {unlisted} more")
     if bad:
         raise InputError(bad)
-    if not rows:
-        raise InputError(f"{path}: is empty; it must hold one JSON object a line, or a list of them in a .json file")
+    if not examples:
+        raise InputError(f"{where}: is empty; it must hold one JSON object a line, or a list of them in a .json file")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
+def _as_examples(rows: Iterator[Placed], data: DataSpec) -> Iterator[Placed]:
+    head = next(rows, None)
+    if head is None:
+        return rows
+    rows, kind = itertools.chain([head], rows), data.format
+    if kind == "oasst-trees" or (kind is None and conversations.is_tree(head[1])):
+        return conversations.from_trees(rows)
+    if kind == "oasst-messages" or (kind is None and conversations.is_message(head[1])):
+        return conversations.from_messages(rows)
+    return rows
+
+
+def _not_of(kind: str | None, row: object) -> str | None:
+    """Why a row is not of the format that was asked for, or None."""
+    field = {"alpaca": "instruction", "prompt": "prompt", "messages": "messages"}.get(kind or "")
+    if field is None or not isinstance(row, dict) or field in row:
+        return None
+    return f"is not of data.format={kind}: field {field!r} is missing; found {', '.join(map(repr, row)) or 'no fields'}"
+
+
+def _rows(path: Path) -> Iterator[Placed]:
     """Every row as (its place in words, its value); a value that is a str says why the row cannot be read."""
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     if f".{kind}" not in KINDS:
@@ -165,7 +196,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path}: cannot be read: {error}") from None
 
 
-def _items(path: Path, text: bytes) -> Iterator[tuple[str, object]]:
+def _items(path: Path, text: bytes) -> Iterator[Placed]:
     """The rows of a .json file, which is one list."""
     if not text.strip():
         return

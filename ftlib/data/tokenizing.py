@@ -1,6 +1,6 @@
-"""Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS.
+"""Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS, and so on for each turn.
 
-Prompt and response are encoded apart and joined, so the ids of a prompt at inference are exactly those in training.
+Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in training.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ftlib.data import base_model
-from ftlib.data.formats import Example
+from ftlib.data.formats import CHATML_END, Example
 from ftlib.errors import InputError
+
+# A question, or one with earlier turns: prompt, response, prompt, …, the question.
+Prompt = str | Sequence[str]
 
 
 class Tokenizer:
@@ -41,19 +44,32 @@ class Tokenizer:
         """sha256 over all that decides the ids of a text."""
         return hashlib.sha256(json.dumps([self._backend.to_str(), self.bos, self.eos, self.pad]).encode()).hexdigest()
 
-    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    def prompts(self, texts: Sequence[Prompt]) -> list[list[int]]:
         """Ids of prompts, ready for the model to continue."""
-        return [self.bos + ids for ids in self._encode(texts)]
+        return [tokens for tokens, _ in self.documents([[text] if isinstance(text, str) else text for text in texts])]
+
+    def documents(self, documents: Sequence[Sequence[str]]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each document (prompt, response, prompt, …) its ids and, for each id, 1 in a response; EOS ends these."""
+        encoded = iter(self.encode([text for texts in documents for text in texts]))
+        for texts in documents:
+            ids, targets = list(self.bos), [0] * len(self.bos)
+            for turn, _ in enumerate(texts):
+                added = next(encoded) + ([self.eos] if turn % 2 else [])
+                ids += added
+                targets += [turn % 2] * len(added)
+            yield ids, targets
 
     def responses(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of responses, EOS included."""
-        return [[*ids, self.eos] for ids in self._encode(texts)]
+        return [[*ids, self.eos] for ids in self.encode(texts)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """Generated ids as text, special tokens left out."""
-        return str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Generated ids as text up to ChatML's end mark, special tokens left out."""
+        text = str(self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text.partition(CHATML_END)[0]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, nothing added."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
@@ -66,28 +82,28 @@ def load(model: str, revision: str | None = None) -> Tokenizer:
 
 
 class Documents:
-    """Encoded examples in flat arrays, those longer than `longest` tokens left out and counted."""
+    """Encoded examples in flat arrays, those longer than `longest` tokens left out and counted.
+
+    `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt.
+    """
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
         self.tokens = array("I")
+        self.targets = array("B")
         self.lengths = array("I")
-        self.prompt_lengths = array("I")
         self.dropped_too_long = 0
 
     def add(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[bool]:
         """Encode and append examples; for each, whether it was kept."""
-        prompts = tokenizer.prompts([example.prompt for example in examples])
-        responses = tokenizer.responses([example.response for example in examples])
+        texts = [[*example.before, example.prompt, example.response] for example in examples]
         kept = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            length = len(prompt) + len(response)
-            kept.append(length <= self.longest)
+        for tokens, targets in tokenizer.documents(texts):
+            kept.append(len(tokens) <= self.longest)
             if not kept[-1]:
                 self.dropped_too_long += 1
                 continue
-            self.tokens.extend(prompt)
-            self.tokens.extend(response)
-            self.lengths.append(length)
-            self.prompt_lengths.append(len(prompt))
+            self.tokens.extend(tokens)
+            self.targets.extend(targets)
+            self.lengths.append(len(tokens))
         return kept

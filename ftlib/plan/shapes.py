@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlib.errors import InputError
+from ftlib.plan import architectures
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Dimensions of a Llama-like decoder. All counts are of single parameters."""
+    """Dimensions of a decoder. All counts are of single parameters."""
 
     hidden: int
     intermediate: int
     layers: int
-    heads: int
-    kv_heads: int
     vocab: int
     tied: bool
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(in, out) of each linear layer of one block: q, k, v, o, gate, up, down."""
-        h, kv, i = self.hidden, self.hidden * self.kv_heads // self.heads, self.intermediate
-        return ((h, h), (h, kv), (h, kv), (h, h), (h, i), (h, i), (i, h))
+    linears: tuple[tuple[int, int], ...]  # (in, out) of each linear layer of one block
+    linear_names: tuple[str, ...]  # their names within the model, {i} being the block
+    other_params: int  # norms, biases
 
     @property
     def linear_params(self) -> int:
@@ -38,49 +34,41 @@ class ModelShape:
 
     @property
     def params(self) -> int:
-        """All parameters, norms left out."""
-        return self.linear_params + self.embedding_params
+        """All parameters."""
+        return self.linear_params + self.embedding_params + self.other_params
 
     @property
     def matmul_params(self) -> int:
         """Parameters that each token is multiplied with: linear layers and head."""
         return self.linear_params + self.vocab * self.hidden
 
-    def lora_params(self, rank: int) -> int:
-        """Parameters of adapters of `rank` on every linear layer."""
-        return self.layers * rank * sum(a + b for a, b in self.linears)
+    def lora_params(self, rank: int, targets: str | Sequence[str] = "all-linear") -> int:
+        """Parameters of adapters of `rank` on the linear layers whose names end with a target."""
+        wanted = [
+            pair
+            for name, pair in zip(self.linear_names, self.linears, strict=True)
+            if isinstance(targets, str) or any(f".{name}".endswith(f".{target}") for target in targets)
+        ]
+        return self.layers * rank * sum(a + b for a, b in wanted)
 
 
 # config.json of models whose files need not be on the login node.
-KNOWN: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-2-7b-hf": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
-}
+KNOWN: dict[str, dict[str, Any]] = architectures.table()["models"]
 
 
 def from_config(config: dict[str, Any], where: str) -> ModelShape:
     """The shape that a transformers config.json describes; InputError names what it lacks."""
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing:
-        raise InputError(
-            f"model.name: {where} describes a {config.get('model_type', 'model')!r} without {', '.join(missing)}; "
-            "Llama-like models are known"
-        )
+    found = architectures.parameters(config, where)
+    matrices = [parameter for parameter in found if parameter.kind == "linear" and len(parameter.shape) == 2]
+    large = {id(p) for p in matrices} | {id(p) for p in found if p.kind in ("embedding", "head")}
+    sizes = architectures.dimensions(config, where)
     return ModelShape(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
+        hidden=sizes["hidden"],
+        intermediate=sizes["intermediate"],
         layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
+        vocab=sizes["vocab"],
+        tied=architectures.flag(config, "tie_word_embeddings", where),
+        linears=tuple((parameter.shape[1], parameter.shape[0]) for parameter in matrices),
+        linear_names=tuple(parameter.layer for parameter in matrices),
+        other_params=sum(p.size * p.copies for p in found if id(p) not in large),
     )

@@ -13,6 +13,7 @@ from typing import Literal
 Cause = Literal[
     "preemption",
     "time limit",
+    "by hand",
     "idle GPU",
     "node failure",
     "host memory",
@@ -65,6 +66,7 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"^(?:ModuleNotFound|Import|Syntax|Name|Attribute|Type|Assertion|Key|Index|Value|NotImplemented|Runtime)Error\b",
     ),
 }
+_RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? [\d,\[\]-]+: (.*)$", re.MULTILINE)
 _COMPILED = {cause: re.compile("|".join(patterns), re.MULTILINE) for cause, patterns in SIGNATURES.items()}
 
 # What Slurm's accounting says of a job whose epilogue did not run.
@@ -76,11 +78,15 @@ ACCOUNTED: dict[str, Cause] = {
     "DEADLINE": "time limit",
     "OUT_OF_MEMORY": "host memory",
     "CANCELLED": "cancelled",
+    "REQUEUED": "by hand",
+    # No epilogue saw it, so the batch shell itself was killed.
+    "FAILED": "killed",
 }
 
 PLAIN: dict[Cause, str] = {
     "preemption": "another job with a higher claim took the node",
     "time limit": "the job's time limit came near",
+    "by hand": "someone requeued it, or sent it the signal to save and begin anew",
     "idle GPU": "the GPU did nothing for longer than the site allows",
     "node failure": "the node failed",
     "host memory": "the host memory that was asked for ran out",
@@ -119,11 +125,19 @@ def from_outcome(code: int, words: str) -> Cause | None:
 def from_log(text: str) -> Finding | None:
     """The first known signature; None without one."""
     for cause, pattern in _COMPILED.items():
+        if cause == "collective" and (killed := _first_rank_killed(text)):
+            return killed
         if found := pattern.search(text):
             start = text.rfind("\n", 0, found.start()) + 1
             end = text.find("\n", found.end())
             return Finding(cause, text[start : end if end >= 0 else None].strip()[:300])
     return None
+
+
+def _first_rank_killed(text: str) -> Finding | None:
+    """A rank that SIGKILL ended takes the others with it, which then complain of a lost connection."""
+    first = _RANK_ENDED.search(text)
+    return Finding("killed", first[0].strip()) if first and first[1].startswith("Killed") else None
 
 
 def life_cause(*, code: int, outcome: str | None, log: str, accounted: str = "") -> Finding:

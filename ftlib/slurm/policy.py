@@ -15,6 +15,7 @@ from ftlib.slurm.diagnose import PLAIN, Cause
 BUDGET: dict[Cause, int | None] = {
     "preemption": None,
     "time limit": None,
+    "by hand": None,
     "idle GPU": 0,
     "node failure": 10,
     "host memory": 2,
@@ -29,7 +30,7 @@ BUDGET: dict[Cause, int | None] = {
     "cancelled": 0,
 }
 # Not the run's own doing: these lives may end without a new step as often as the site likes, up to SILENT_MOST.
-FOREIGN: frozenset[Cause] = frozenset({"preemption", "time limit", "node failure"})
+FOREIGN: frozenset[Cause] = frozenset({"preemption", "time limit", "by hand", "node failure"})
 MOST_WITHOUT_PROGRESS = 3
 SILENT_MOST = 10
 BACKOFF_S = {"transient": 30, "collective": 15}
@@ -51,6 +52,7 @@ MEND: dict[Cause, str] = {
     "cancelled": "nothing; make resume RUN={run} would go on",
     "preemption": "nothing; it goes on by itself",
     "time limit": "nothing; it goes on by itself",
+    "by hand": "nothing; it goes on by itself",
 }
 
 

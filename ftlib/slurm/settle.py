@@ -16,22 +16,50 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftlib import atomic, events
 from ftlib.slurm import diagnose, policy
+from ftlib.slurm.diagnose import Finding
 from ftlib.slurm.policy import Life
 
 ADJUSTMENTS = "adjustments.json"
 EXCLUSION_H = 24
+# Slurm warns up to a minute before the lead that was asked for, which is two minutes at most.
+NEAR_LIMIT_S = 210
+# Accounting writes a second or two after the fact, with the controller's clock.
+CLOCKS_S = 5
 
 
-def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> str:
-    """Decide about the life that has just ended; records it and returns the line for the shell."""
+@dataclass(frozen=True)
+class Verdict:
+    """What the epilogue does: requeue, leave it to the guard where the site forbids that, or stop."""
+
+    do: Literal["requeue", "leave", "stop"]
+    code: int  # how the job exits where it is not requeued
+    words: str
+    backoff_s: int = 0
+    exclude: str = "-"
+    mem_mib: str = "-"
+
+    def line(self) -> str:
+        """For the shell."""
+        if self.do == "requeue":
+            return f"requeue {self.backoff_s} {self.exclude} {self.mem_mib} {self.words}"
+        return f"{self.do} {self.code} {self.words}"
+
+
+def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Verdict:
+    """Decide about the life that has just ended, and record it."""
     outcome = _outcome(run, stage, life)
-    text = diagnose.tail(log, start=_log_start(run, stage, life))
+    starts = _log_starts(run, stage, life)
+    logs = sorted(log.parent.glob(f"{job}_*_log.out")) or [log]
+    text = "\n".join(diagnose.tail(path, start=starts.get(path.name, 0)) for path in logs)
     found = diagnose.life_cause(code=outcome[0] if outcome else code, outcome=outcome[1] if outcome else None, log=text)
+    if found.cause in ("preemption", "time limit") and "SLURM_JOB_ID" in os.environ:
+        found = _as_slurm_tells(found, run, stage, life, job)
     lives = [*settled_lives(run, stage, life), Life(found.cause, _progressed(run, stage, life))]
     adjusted = adjustments(run)
     decision = policy.decide(lives, micro_batch=adjusted.get("micro_batch") or _micro_batch(run, stage))
@@ -51,12 +79,9 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> str
         run / "events", f"{stage}-{life}-epilogue", event, stage=stage, life=life, job_id=job, code=code,
         cause=found.cause, line=found.line, words=decision.words, node=os.uname().nodename,
     )  # fmt: skip
-    if decision.requeue and not may_requeue:
-        return f"leave 75 {decision.words}"
     if decision.requeue:
-        return f"requeue {decision.backoff_s} {node} {memory} {decision.words}"
-    final = outcome[0] if outcome and outcome[0] not in (0, 75) else (code or 1)
-    return f"stop {final} {decision.words}"
+        return Verdict("requeue" if may_requeue else "leave", 75, decision.words, decision.backoff_s, node, memory)
+    return Verdict("stop", outcome[0] if outcome and outcome[0] not in (0, 75) else (code or 1), decision.words)
 
 
 def earlier(run: Path, stage: str, life: int, writer: str) -> None:
@@ -66,7 +91,7 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
         if number in settled:
             continue
         job = (run / "lives" / f"{stage}-{number}").read_text(encoding="utf-8").split(" ")[0]
-        state = _accounted(job, _life_of_job(run, stage, number, job))
+        state = _accounted(run, stage, number, job)
         cause = diagnose.ACCOUNTED.get(state.split(" ")[0], "node failure")
         words = f"{diagnose.PLAIN[cause]} (Slurm says {state})" if state else "its node or its batch shell was lost"
         events.append(
@@ -102,7 +127,7 @@ def settled_lives(run: Path, stage: str, life: int) -> list[Life]:
     known: dict[int, diagnose.Cause] = {}
     first = 1
     for event in events.read(run / "events"):
-        if event["event"] == "submitted" and event.get("stage") == stage and not event.get("guard"):
+        if event["event"] == "submitted" and event.get("stage") == stage and not event.get("automatic"):
             first = int(event.get("after_life", 0)) + 1
         elif _settles(event, stage) and event.get("cause") in policy.BUDGET:
             known[int(event["life"])] = event["cause"]
@@ -127,10 +152,11 @@ def _outcome(run: Path, stage: str, life: int) -> tuple[int, str] | None:
     return (int(code), words) if code.isdigit() else None
 
 
-def _log_start(run: Path, stage: str, life: int) -> int:
-    """Where this life's part of the appended log begins; the prologue wrote it down."""
+def _log_starts(run: Path, stage: str, life: int) -> dict[str, int]:
+    """Where this life's part of each rank's appended log begins: the prologue wrote it down as name:bytes."""
     words = (run / "lives" / f"{stage}-{life}").read_text(encoding="utf-8").split()
-    return int(words[3]) if len(words) > 3 and words[3].isdigit() else 0
+    pairs = (word.rpartition(":") for word in words[3:])
+    return {name: int(size) for name, _, size in pairs if size.isdigit()}
 
 
 def _micro_batch(run: Path, stage: str) -> int | None:
@@ -156,21 +182,51 @@ def _exclude(run: Path, adjusted: dict[str, Any], node: str, why: str) -> None:
     atomic.write_json(run / ADJUSTMENTS, changed)
 
 
-def _life_of_job(run: Path, stage: str, life: int, job: str) -> int:
-    """The how-manieth life of its own job this one was: sacct lists a job's lives in order."""
-    files = (run / "lives" / f"{stage}-{number}" for number in range(1, life + 1))
-    return sum(path.exists() and path.read_text(encoding="utf-8").split(" ")[0] == job for path in files)
+def _as_slurm_tells(found: Finding, run: Path, stage: str, life: int, job: str) -> Finding:
+    """The same warning has several senders, and Slurm knows which it was. What it does not say stays as it is."""
+    told = diagnose.ACCOUNTED.get(_accounted(run, stage, life, job).split(" ")[0])
+    if told in policy.FOREIGN:
+        return Finding(told, found.line)
+    known = dict(word.partition("=")[::2] for word in _ask("scontrol", "show", "job", "-o", job).split())
+    if known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
+        return Finding("preemption", found.line)
+    ends = known.get("EndTime", "")
+    if not ends.isdigit():  # The controller does not answer: by what was planned.
+        ends = str(_start(run, stage, life) + _planned_s(run, stage)) if found.cause == "time limit" else ""
+    if not ends:
+        return found
+    near = int(ends) - time.time() < NEAR_LIMIT_S
+    return Finding("time limit" if near else "by hand", found.line)
 
 
-def _accounted(job: str, nth: int) -> str:
-    """Slurm's state of the job's `nth` life; empty where accounting has no answer."""
-    command = ["sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "State"]
+def _accounted(run: Path, stage: str, life: int, job: str) -> str:
+    """Slurm's state of this life of the job; empty where accounting has no answer."""
+    began, states = _start(run, stage, life), []
+    for line in _ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "Start,State").splitlines():
+        start, _, state = line.partition("|")
+        if start.isdigit() and int(start) <= began + CLOCKS_S:
+            states.append((int(start), state.strip()))
+    return max(states)[1] if states else ""
+
+
+def _start(run: Path, stage: str, life: int) -> int:
+    """When the life began, in seconds since 1970; 0 where it was killed while it wrote that down."""
+    words = (run / "lives" / f"{stage}-{life}").read_text(encoding="utf-8").split()
+    return int(words[2]) if len(words) > 2 else 0
+
+
+def _planned_s(run: Path, stage: str) -> int:
+    return 60 * int(json.loads((run / "plan.json").read_text(encoding="utf-8"))["stages"][stage]["time_min"])
+
+
+def _ask(*command: str) -> str:
+    """A Slurm command's answer, times in seconds since 1970; empty without one."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        said = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=said)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    states = done.stdout.split("\n")
-    return states[nth - 1].strip() if done.returncode == 0 and len(states) >= nth else ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def main(words: list[str]) -> None:
@@ -180,7 +236,7 @@ def main(words: list[str]) -> None:
         earlier(run, stage, life, f"{stage}-{life}-prologue")
     else:
         code, job, log = words[4:7]
-        print(end(run, stage, life, int(code), job, Path(log)))
+        print(end(run, stage, life, int(code), job, Path(log)).line())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, unknown
 from ftlib.spec import MethodSpec, RunSpec
-from ftlib.train import ranks
-
-# On a CPU it looks for a faster kernel on a hub and warns; its own serve.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+from ftlib.train import quantised, ranks
 
 
-def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTrainedModel:
+def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None) -> PreTrainedModel:
     """The frozen base on `device`: 4-bit for qlora, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
 
+    cache: where 4-bit weights are kept for the next life, if that pays; to the bit what quantising anew gives.
     Raises InputError when its files are missing or cannot be read, FtError when a layer was not quantised.
     """
     method = spec.method
@@ -47,9 +44,15 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTraine
             raise InputError(
                 "model.name: Falcon cannot be trained on packed rows: its attention mixes the documents of a row"
             )
+        kept = None
+        if cache and method.kind == "qlora":
+            kept = quantised.place(cache, model_path, revision, method, dtype, device)
+        found = kept is not None and quantised.sound(kept, remove=ranks.rank() == 0)
+        if found:
+            options = {}  # They say themselves how they were quantised.
         model = AutoModelForCausalLM.from_pretrained(
-            model_path,
-            revision=revision,
+            str(kept) if found else model_path,
+            revision=None if found else revision,
             dtype=dtype,
             device_map={"": str(device)},
             attn_implementation="sdpa",
@@ -58,11 +61,16 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device) -> PreTraine
     model.config.use_cache = False
     if method.kind == "qlora":
         count = check_quantised(model, linear_names(config))
-        _say(f"base model: {count} linear layers quantised to {method.quant_type}")
+        before = " (kept from an earlier life)" if found else ""
+        _say(f"base model: {count} linear layers quantised to {method.quant_type}{before}")
         for module in quantised_layers(model).values():
             # With it on, an evaluation repacks the weights for inference for good, and later training
             # gets no gradient through them.
             module.support_avx512bf16_for_cpu = False
+        if found:
+            model.config._name_or_path = model.name_or_path = model_path
+        elif kept is not None and ranks.rank() == 0:
+            quantised.keep(model, kept)
     else:
         _say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
     return model  # type: ignore[no-any-return]

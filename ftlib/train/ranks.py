@@ -27,15 +27,32 @@ def _device() -> torch.device:
 
 def agreed_stop(stop: StopFlag) -> str | None:
     """The cause for which all ranks stop here, or None. Collective: every rank calls it at the same point."""
+    return agreed(stop, False)[0]
+
+
+def agreed(stop: StopFlag, save_due: bool) -> tuple[str | None, bool]:
+    """`agreed_stop`, and whether the first rank finds a save due, at the price of one. Collective."""
     if world_size() == 1:
-        return stop.cause
-    flag = torch.tensor(int(bool(stop)), device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if not flag.item():
-        return None
+        return stop.cause, save_due
+    flags = torch.tensor([int(bool(stop)), int(save_due and rank() == 0)], device=_device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    stopping, due = flags.tolist()
+    return (_first_cause(stop) if stopping else None), bool(due)
+
+
+def _first_cause(stop: StopFlag) -> str:
     causes: list[Any] = [None] * world_size()
     dist.all_gather_object(causes, stop.cause)
-    return next(cause for cause in causes if cause)
+    return str(next(cause for cause in causes if cause))
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def summed(*values: float) -> list[float]:

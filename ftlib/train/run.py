@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 
 from ftlib import atomic, events
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import InputError, Interrupted
 from ftlib.metrics import MetricsWriter, read_metrics
+from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from ftlib.train import ranks, saving
 from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
+from ftlib.train.interval import Cadence, History, history
 from ftlib.train.model import attach_adapter, load_base
 from ftlib.train.order import total_steps
+from ftlib.train.starting import StartTimes
 from ftlib.train.tracking import Tracking
 from ftlib.train.trainer import FineTuner
+from ftlib.train.watch import GpuWatch
 
 
 def train(run: RunDir, life: int, stop: StopFlag) -> str:
@@ -27,8 +32,9 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
 
     Raises Interrupted (saved, or nothing begun yet), InputError, FtError.
     """
-    began = time.perf_counter()
-    spec, plan = run.spec(), run.plan()
+    times = StartTimes()
+    spec, plan, provenance = run.spec(), run.plan(), run.provenance()
+    site = provenance.get("profile") or {}
     dataset = Path(run.prepared()["dataset"])
     train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
     if not len(train_rows):
@@ -47,34 +53,42 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         events.append(
             run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected
         )
+    times.done("check_s")
     _stop_here(stop)
-    model_path = run.provenance()["model_path"]
-    if ranks.world_size() == 1:
-        base = interruptible(stop, lambda: load_base(spec, model_path, device))
-    else:  # One rank alone must not leave while the others wait for it.
-        base = load_base(spec, model_path, device)
-    model = attach_adapter(base, spec.method, spec.train.seed)
-    _stop_here(stop)
-    metrics = MetricsWriter(run.metrics_file, life) if first else None
-    tracking = Tracking(run, spec.tracking) if first else None
-    try:
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            limit = site.get("gpu_idle_limit_min")
+            stack.enter_context(GpuWatch(run, life, stop, uuid=uuid, rank=ranks.rank(), limit_min=limit))
+        model_path, cache = provenance["model_path"], Path(provenance["cache"])
+        if ranks.world_size() == 1:
+            base = interruptible(stop, lambda: load_base(spec, model_path, device, cache))
+        else:  # One rank alone must not leave while the others wait for it.
+            base = load_base(spec, model_path, device, cache)
+        model = attach_adapter(base, spec.method, spec.train.seed)
+        times.done("load_s")
+        _stop_here(stop)
+        metrics = tracking = None
+        if first:
+            metrics, tracking = MetricsWriter(run.metrics_file, life), Tracking(run, spec.tracking)
+            stack.callback(metrics.close)
+            stack.callback(tracking.finish)
+        prior_h = (site.get("scheduler") or {}).get("kill_every_h", KILL_EVERY_H)
+        cadence = Cadence(spec.train.save_every_steps, prior_h, history(run, life) if first else History())
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
-            validation_rows=validation_rows, metrics=metrics, tracking=tracking,
+            validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
         )  # fmt: skip
         _stop_here(stop)
         if first:
             print(
                 f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
-                f"(ready after {time.perf_counter() - began:.1f} s)",
+                f"(ready after {sum(times.parts.values()):.1f} s)",
                 flush=True,
             )
+            if words := cadence.words():
+                print(words, flush=True)
         trainer.go_on_from(found)
-    finally:
-        if tracking:
-            tracking.finish()
-        if metrics:
-            metrics.close()
     ranks.barrier()
     if ranks.world_size() > 1:
         dist.destroy_process_group()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ftlib import atomic, checkpoint
+from ftlib.errors import FtError, InputError
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
+from ftlib.train import ranks
 
 STATE = "training.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Found:
     state: TrainingState | None
     rejected: dict[str, list[str]]
     evaluation_due: bool = False  # The validation of that step is still to be done.
+    best: tuple[float, int] | None = None  # The lowest validation loss so far, and its step.
 
     @property
     def step(self) -> int:
@@ -60,9 +69,11 @@ def find(run: RunDir) -> Found:
     if folder is None:
         return Found(None, None, rejected)
     state = TrainingState.read(folder)
+    validated = [(row["eval_loss"], row["step"]) for row in read_metrics(run.metrics_file) if "eval_loss" in row]
+    validated = [(loss, step) for loss, step in validated if step <= state.step]
     # The save came before the validation, which the same life may have done after it.
-    done = {row["step"] for row in read_metrics(run.metrics_file) if "eval_loss" in row}
-    return Found(folder, state, rejected, state.evaluation_due and state.step not in done)
+    due = state.evaluation_due and state.step not in {step for _, step in validated}
+    return Found(folder, state, rejected, due, min(validated, default=None))
 
 
 def temporary(run: RunDir, step: int, life: int) -> Path:
@@ -75,6 +86,65 @@ def begin(folder: Path, need_bytes: int) -> None:
     atomic.require_space(folder.parent, need_bytes, "a checkpoint")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def part_of(folder: Path) -> Path:
+    """Where this rank writes its share of the checkpoint in `folder`, so that each rank hashes what it wrote."""
+    if ranks.world_size() == 1:
+        return folder
+    part = folder / f"{atomic.TEMPORARY}rank-{ranks.rank()}"
+    part.mkdir()
+    return part
+
+
+def join(part: Path, folder: Path) -> None:
+    """Move a rank's share into the checkpoint's folder."""
+    if part == folder:
+        return
+    for path in sorted(part.rglob("*")):
+        target = folder / path.relative_to(part)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.rename(path, target)
+    shutil.rmtree(part)
+
+
+@contextlib.contextmanager
+def full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None]:
+    """A failed write for want of room becomes an FtError that says so; earlier checkpoints are whole in any case.
+
+    Libraries report it each in their own way, and a quota is not seen in the free space: we ask for the room ourselves.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, InputError) as error:
+        full = isinstance(error, InputError) or getattr(error, "errno", None) in FULL
+        full = full or _room_lacks(folder.parent, need_bytes)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        free = shutil.disk_usage(folder.parent).free / 2**20
+        raise FtError(
+            f"No space left on device (disk or quota) for a checkpoint of about {need_bytes / 2**20:,.1f} MiB in "
+            f"{folder.parent}, with {free:,.1f} MiB free. Earlier ones are whole; free some, then "
+            f"'make resume RUN={run}'"
+        ) from error
+
+
+def _room_lacks(folder: Path, need_bytes: int) -> bool:
+    probe = folder / f"{atomic.TEMPORARY}probe"
+    try:
+        handle = os.open(probe, os.O_CREAT | os.O_WRONLY)
+        try:
+            os.posix_fallocate(handle, 0, need_bytes)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        return error.errno in FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
 
 
 def bytes_of(folder: Path) -> int:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
-from ftlib import checkpoint, events
+from ftlib import checkpoint, events, sealing
 from ftlib.data.dataset import real_tokens
-from ftlib.errors import FtError, InputError, Interrupted
+from ftlib.errors import FtError, Interrupted
 from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
 from ftlib.spec import TrainSpec
 from ftlib.stop import StopFlag
 from ftlib.train import ranks, saving
+from ftlib.train.interval import Cadence
 from ftlib.train.order import Order
 from ftlib.train.progress import Progress
+from ftlib.train.starting import StartTimes
 from ftlib.train.tracking import Tracking
 
 
@@ -49,14 +48,20 @@ class FineTuner(Trainer):
         validation_rows: Dataset[Any],
         metrics: MetricsWriter | None,
         tracking: Tracking | None,
+        cadence: Cadence,
+        times: StartTimes,
     ) -> None:
         """`metrics` and `tracking` belong to rank 0 and are None elsewhere."""
         self.run, self.life, self.stop, self.spec = run, life, stop, spec
-        self.metrics, self.tracking = metrics, tracking
+        self.metrics, self.tracking, self.cadence, self.times = metrics, tracking, cadence, times
         self.progress = Progress(arguments.max_steps, spec.log_every_steps)
         self.evaluation_due = False
         self.saved_step: int | None = None
         self._closed_step: int | None = None
+        self._best: tuple[float, int] | None = None
+        self._verified: set[int] = set()
+        self._checkpoint_size: int | None = None
+        self._stepped = False
         self._tokens = 0
         self._began = time.perf_counter()
         super().__init__(
@@ -90,8 +95,10 @@ class FineTuner(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        self.times.done("optimizer_s")
         if self.evaluation_due:  # Left over from the life that saved the checkpoint we go on from.
             self._validate()
+            self.times.done("validation_s")
         return prepared
 
     def _maybe_log_save_evaluate(
@@ -102,10 +109,10 @@ class FineTuner(Trainer):
             return
         self._closed_step = step
         self._record(tr_loss, grad_norm, learning_rate)
-        cause = ranks.agreed_stop(self.stop)
-        every, last = self.spec.eval_every_steps, step == self.args.max_steps
+        cause, save_due = ranks.agreed(self.stop, self.cadence.due(step))
+        every, keep, last = self.spec.eval_every_steps, self.spec.keep_every_steps, step == self.args.max_steps
         self.evaluation_due = every is not None and (step % every == 0 or last)
-        if cause or last or step % self.spec.save_every_steps == 0:
+        if cause or last or save_due or (keep is not None and step % keep == 0):
             self.save()
         if cause:
             raise Interrupted(cause, step)
@@ -129,6 +136,13 @@ class FineTuner(Trainer):
             )
         if self.metrics is None:
             return
+        if not self._stepped:
+            self._stepped = True
+            self.times.done("first_step_s")
+            events.append(
+                self.run.events, f"train-{self.life}", "first_step", stage="train", life=self.life, step=step,
+                **self.times.parts,
+            )  # fmt: skip
         speed = tokens / seconds
         self.metrics.append(
             step=step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens), tokens_per_s=round(speed, 1),
@@ -145,42 +159,46 @@ class FineTuner(Trainer):
             return
         began = time.perf_counter()
         first = ranks.rank() == 0
-        folder = saving.temporary(self.run, step, self.life)
-        if first:
-            saving.begin(folder, self._checkpoint_bytes())
-        ranks.barrier()
-        with self._full_disk_in_words(folder):
-            self._write_state(folder, step)
-        ranks.barrier()
-        if first:
-            if self.metrics:
-                self.metrics.sync()
-            with self._full_disk_in_words(folder):
-                target = checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step)
-            checkpoint.prune(self.run.checkpoints, run=self.run.name)
-            seconds, size = round(time.perf_counter() - began, 3), saving.bytes_of(target)
-            events.append(
-                self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
-                seconds=seconds, bytes=size,
-            )  # fmt: skip
+        folder, need = saving.temporary(self.run, step, self.life), self._checkpoint_bytes()
+        with saving.full_disk_in_words(folder, need, self.run.name):
+            if first:
+                saving.begin(folder, need)
+            ranks.barrier()
+            part = saving.part_of(folder)
+            with sealing.Sealer(part) as sealer:
+                self._write_state(part, step, sealer)
+                mine = sealer.finish()
+            saving.join(part, folder)
+            sealed = {name: file for files in ranks.gathered(mine) for name, file in files.items()}
+            if first:
+                if self.metrics:
+                    self.metrics.sync()
+                checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step, sealed=sealed)
         self.saved_step = step
+        self._verified.add(step)
+        if first:
+            self._saved(step, time.perf_counter() - began, sum(file["bytes"] for file in sealed.values()))
         ranks.barrier()
 
-    @contextlib.contextmanager
-    def _full_disk_in_words(self, folder: Path) -> Iterator[None]:
-        """Each library reports a failed write in its own way; earlier checkpoints are whole in any case."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(folder.parent).free / 2**20
-            shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(
-                f"the checkpoint of step {self.state.global_step} could not be written, with {free:,.1f} MiB free in "
-                f"{folder.parent} ({str(error).splitlines()[0]}). Earlier ones are whole; free some space or quota, "
-                f"then 'make resume RUN={self.run.name}'"
-            ) from error
+    def _prune(self) -> None:
+        if ranks.rank() == 0:
+            checkpoint.prune(
+                self.run.checkpoints, run=self.run.name, best=self._best[1] if self._best else None,
+                every=self.spec.keep_every_steps, verified=self._verified,
+            )  # fmt: skip
 
-    def _write_state(self, folder: Path, step: int) -> None:
+    def _saved(self, step: int, seconds: float, size: int) -> None:
+        self._prune()
+        self._checkpoint_size = size
+        self.cadence.saved(seconds)
+        if words := self.cadence.words():
+            print(words, flush=True)
+        events.append(
+            self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
+            seconds=round(seconds, 3), bytes=size,
+        )  # fmt: skip
+
+    def _write_state(self, folder: Path, step: int, sealer: sealing.Sealer) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
         if ranks.rank() == 0:
             # Without the look-up on the hub whether the base has these embeddings: we do not train them.
@@ -195,12 +213,18 @@ class FineTuner(Trainer):
                 accumulation=self.args.gradient_accumulation_steps,
                 world_size=ranks.world_size(),
             ).write(folder)
+            sealer.take()
+        # The zip format's own checksums would cost another pass; every file has ours.
+        torch.serialization.set_crc32_options(False)
         self._save_optimizer_and_scheduler(str(folder))
+        sealer.take()
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
 
     def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the adapter and two moments, fp32 at most, and small change."""
+        """What the last checkpoint took; before it, the adapter and two moments, fp32 at most, and small change."""
+        if self._checkpoint_size:
+            return self._checkpoint_size + (1 << 16)
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         return 13 * trained + (1 << 20)
 
@@ -218,6 +242,10 @@ class FineTuner(Trainer):
             print(f"step {step}/{self.args.max_steps}  validation loss {loss:.4f}", flush=True)
             if self.tracking:
                 self.tracking.log(step, eval_loss=loss)
+        if self._best is None or loss < self._best[0]:
+            self._best = (loss, step)
+            self.save()
+            self._prune()  # The best one until now may be of no more use.
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -252,6 +280,8 @@ class FineTuner(Trainer):
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save."""
         if found.state is not None:
             self.saved_step = self._closed_step = found.step
+            self._best = found.best
+            self._verified.add(found.step)
             self.evaluation_due = found.evaluation_due
             self.progress.resumed(found.step)
             if found.state.world_size != ranks.world_size():

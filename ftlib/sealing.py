@@ -1,0 +1,149 @@
+"""Checksums of a checkpoint's files, taken while they are flushed and their pages are still in memory."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypedDict
+
+# Blocks of one file are hashed side by side: hashlib lets go of the interpreter.
+BLOCK_BYTES = 16 << 20
+READ_BYTES = 1 << 20
+ALGORITHMS = ("sha256", "blake2b")
+MOST_THREADS = 4
+
+
+class Sealed(TypedDict):
+    """What a manifest says of one file."""
+
+    bytes: int
+    hash: str
+    digest: str
+
+
+@functools.cache
+def fastest() -> str:
+    """The faster algorithm on this machine: sha256 where the processor has instructions for it, else blake2b."""
+    sample, taken = bytes(READ_BYTES), {}
+    for name in ALGORITHMS:
+        began = time.perf_counter()
+        hashlib.new(name, sample)
+        taken[name] = time.perf_counter() - began
+    return min(taken, key=lambda name: taken[name])
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """The checksum of a file, in hex: the hash of its blocks' hashes, so that it can be taken in parallel."""
+    with ThreadPoolExecutor(_threads()) as pool:
+        return _joined(_submit(pool, path, algorithm), algorithm)
+
+
+class Sealer:
+    """Flushes and hashes the files of a folder beside the one who writes them.
+
+    `take()` after each file that is complete, `finish()` at the end, which raises what a flush raised (OSError).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.algorithm = folder, fastest()
+        # One more than hash: a thread that waits for storage does not compute.
+        self._pool = ThreadPoolExecutor(_threads() + 1)
+        self._hashes: dict[str, tuple[Path, list[Future[bytes]]]] = {}
+        self._flushes: list[Future[None]] = []
+
+    def take(self) -> None:
+        """Begin with every file that is new in the folder; none of them may change any more."""
+        for path in sorted(self._folder.rglob("*")):
+            name = str(path.relative_to(self._folder))
+            if name not in self._hashes and path.is_file():
+                self._flushes.append(self._pool.submit(_flush, path))
+                self._hashes[name] = (path, _submit(self._pool, path, self.algorithm))
+
+    def finish(self) -> dict[str, Sealed]:
+        """Size and checksum of every file, all of them on storage; relative name -> Sealed."""
+        self.take()
+        for flushed in self._flushes:
+            flushed.result()
+        return {
+            name: {"bytes": path.stat().st_size, "hash": self.algorithm, "digest": _joined(blocks, self.algorithm)}
+            for name, (path, blocks) in self._hashes.items()
+        }
+
+    def __enter__(self) -> Sealer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def seal(folder: Path) -> dict[str, Sealed]:
+    """Flush and hash every file of a folder."""
+    with Sealer(folder) as sealer:
+        return sealer.finish()
+
+
+def damage(folder: Path, listed: dict[str, Sealed], beside: str) -> list[str]:
+    """How a folder differs from what its manifest lists, a line per file; `beside` is the manifest's own name."""
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {beside}
+    found = [f"{name} is not in the manifest" for name in sorted(present - set(listed))]
+    with ThreadPoolExecutor(_threads()) as pool:
+        hashes = {
+            name: _submit(pool, folder / name, file["hash"])
+            for name, file in listed.items()
+            if name in present and (folder / name).stat().st_size == file["bytes"]
+        }
+        for name, file in sorted(listed.items()):
+            if name not in present:
+                found.append(f"{name} is missing")
+            elif name not in hashes:
+                found.append(f"{name} has {(folder / name).stat().st_size} bytes, not {file['bytes']}")
+            elif _joined(hashes[name], file["hash"]) != file["digest"]:
+                found.append(f"{name} does not match its checksum")
+    return found
+
+
+def entries(manifest: dict[str, Any]) -> dict[str, Sealed]:
+    """The files a manifest lists. Raises KeyError, TypeError or ValueError where it is not as we write it."""
+    found: dict[str, Sealed] = {}
+    for name, file in manifest["files"].items():
+        if file["hash"] not in ALGORITHMS or ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"{name!r} with checksum {file['hash']!r}")
+        found[name] = {"bytes": int(file["bytes"]), "hash": file["hash"], "digest": str(file["digest"])}
+    return found
+
+
+def _threads() -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, cpus)
+
+
+def _submit(pool: ThreadPoolExecutor, path: Path, algorithm: str) -> list[Future[bytes]]:
+    starts = range(0, max(1, path.stat().st_size), BLOCK_BYTES)
+    return [pool.submit(_block, path, start, algorithm) for start in starts]
+
+
+def _joined(blocks: list[Future[bytes]], algorithm: str) -> str:
+    return hashlib.new(algorithm, b"".join(block.result() for block in blocks)).hexdigest()
+
+
+def _block(path: Path, start: int, algorithm: str) -> bytes:
+    state, buffer = hashlib.new(algorithm), memoryview(bytearray(READ_BYTES))
+    left = BLOCK_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (count := file.readinto(buffer[: min(left, READ_BYTES)])):
+            state.update(buffer[:count])
+            left -= count
+    return state.digest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

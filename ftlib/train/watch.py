@@ -1,0 +1,135 @@
+"""How well the GPU is used, sampled beside the training; a GPU that idles too long ends the stage. No torch.
+
+gpu.jsonl, a row per sample: {"time", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from ftlib import checkpoint, outcome
+from ftlib.errors import RUN_AGAIN, Interrupted
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+
+EVERY_S = 5.0
+IDLE_BELOW = 5  # % of the time in which some kernel ran
+CAUSE = "idle GPU"
+
+
+def act_after_s(limit_min: float) -> float:
+    """After how long an idle stage is stopped: early enough before the site's limit to save in peace."""
+    return 60 * (limit_min - min(5.0, limit_min / 4))
+
+
+class GpuWatch:
+    """Samples one GPU in a thread of its own; use as a context. Without NVML it only says so.
+
+    A stop that the work does not obey within `hang_s` means that it hangs: then the process is ended, with an outcome
+    that names the last committed step.
+    """
+
+    def __init__(
+        self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, rank: int = 0, limit_min: float | None = None,
+        nvml: Any = None, every_s: float = EVERY_S, hang_s: float = 120.0, end: Callable[[int], Any] = os._exit,
+    ) -> None:  # fmt: skip
+        """uuid: the GPU's, as torch tells it. nvml: the pynvml module, or one that answers like it."""
+        self._run, self._life, self._stop, self._rank = run, life, stop, rank
+        self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+        self._act_after_s = act_after_s(limit_min) if limit_min else None
+        self._nvml, self._every_s, self._hang_s, self._end = nvml, every_s, hang_s, end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> GpuWatch:
+        try:
+            self._nvml = self._nvml or importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+            self._gpu = self._nvml.nvmlDeviceGetHandleByUUID(self._uuid)
+        except Exception as error:  # NVMLError is a class of a module that may be missing
+            if self._rank == 0:
+                print(f"GPU use is not watched: {error} (the package nvidia-ml-py reads it)", flush=True)
+            return self
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+
+    def _watch(self) -> None:
+        name = "gpu.jsonl" if self._rank == 0 else f"gpu-{self._rank}.jsonl"
+        busy_at = asked_at = time.monotonic()
+        asked = False
+        with (self._run.path / name).open("a", encoding="utf-8", buffering=1) as file:
+            while not self._over.wait(self._every_s):
+                try:
+                    share = self._sample(file)
+                except Exception as error:  # A GPU that falls off the bus shows elsewhere.
+                    print(f"GPU use is no longer watched: {error}", flush=True)
+                    return
+                now = time.monotonic()
+                if share >= IDLE_BELOW:
+                    busy_at, asked = now, False
+                elif self._act_after_s is None or now - busy_at < self._act_after_s:
+                    continue
+                elif not asked:
+                    asked, asked_at = True, now
+                    print(
+                        f"the GPU has done nothing for {(now - busy_at) / 60:.0f} min; this site ends such jobs: "
+                        "saving and stopping",
+                        flush=True,
+                    )
+                    if self._stop.cause is None:
+                        self._stop.cause = CAUSE
+                elif now - asked_at > self._hang_s:
+                    self._give_up()
+                    return
+
+    def _sample(self, file: TextIO) -> float:
+        """Write one row; returns the utilisation in percent."""
+        nvml = self._nvml
+        share = float(nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu)
+        try:
+            power: float | None = round(nvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000, 1)
+        except Exception:  # not every GPU tells
+            power = None
+        row = {
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+            "life": self._life,
+            "utilization": share,
+            "memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3),
+            "power_w": power,
+        }
+        file.write(json.dumps(row) + "\n")
+        return share
+
+    def _give_up(self) -> None:
+        """The work hangs and never looks at the flag."""
+        saved = next((checkpoint.step_of(folder) for folder in checkpoint.committed(self._run.checkpoints)), None)
+        words = f"{Interrupted(CAUSE, saved)}; the process hung and was ended"
+        print(f"train: {words}", flush=True)
+        if self._rank == 0:
+            outcome.write(self._run.outcomes, outcome.Outcome("train", self._life, RUN_AGAIN, words))
+        self._end(RUN_AGAIN)
+
+
+def idle_hours(run: Path) -> float:
+    """GPU-hours in which this run's GPUs did nothing, by the samples of gpu*.jsonl."""
+    idle = 0
+    for path in run.glob("gpu*.jsonl"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                idle += json.loads(line)["utilization"] < IDLE_BELOW
+            except (ValueError, KeyError, TypeError):
+                continue
+    return idle * EVERY_S / 3600
