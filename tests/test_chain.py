@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,7 +13,7 @@ import pytest
 from ftlib import checkpoint, events, metrics
 from ftlib.rundir import STAGES, RunDir
 from tests.cluster import Slurm
-from tests.wishes import CHECKOUT, jobs, run_names, status
+from tests.wishes import copied_checkout, jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -27,12 +26,8 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout in a folder with a space and quotes: they must pass through sbatch and srun."""
-    place = tmp_path_factory.mktemp("slurm") / "ada's \"copy\""
-    place.mkdir()
-    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
-        shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return place
+    """A copy of the checkout, its runs and cache its own."""
+    return copied_checkout(tmp_path_factory.mktemp("slurm"))
 
 
 def submit(checkout: Path, *words: str, settings: str = "") -> RunDir:

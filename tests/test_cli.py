@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.wishes import CHECKOUT, jobs, run_names
+from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "numpy", "pandas")
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout whose path has a space and quotes, without runs."""
-    place = tmp_path_factory.mktemp("x") / "it's a \"copy\""
-    place.mkdir()
-    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
-        shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return place
+    """A copy of the checkout, its runs and cache its own."""
+    return copied_checkout(tmp_path_factory.mktemp("x"))
 
 
 def refused(checkout: Path, *words: str) -> str:
@@ -150,3 +146,20 @@ def test_the_ground_imports_no_jobs_and_login_packages_no_torch() -> None:
     code += f"print([n for n in ('jobs', *{HEAVY}) if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_space_left_is_told_before_anything_is_made(checkout: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a file system of one MiB can be mounted by root alone")
+    runs = checkout / "runs"
+    runs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        told = refused(checkout, "submit", "--cluster", "local")
+        assert "no space left for run tiny-" in told and "MiB free" in told
+        assert list(runs.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
+        runs.rmdir()

@@ -35,7 +35,7 @@ FILES = [
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-3])
 
 
 def flip(path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.wishes import CHECKOUT, run_names
+from tests.wishes import copied_checkout, run_names
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
@@ -24,13 +23,12 @@ MEASURED = (
 
 
 def test_the_default_run_learns_what_its_base_does_not_know(tmp_path: Path) -> None:
-    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
-        shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    checkout = copied_checkout(tmp_path)
     command = [sys.executable, "-m", "jobs", "submit", "--cluster", "local"]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURED, *command], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (name,) = run_names(tmp_path)
-    scores = json.loads((tmp_path / "runs" / name / "evaluation.json").read_text())
+    (name,) = run_names(checkout)
+    scores = json.loads((checkout / "runs" / name / "evaluation.json").read_text())
     base, tuned, copied = scores["base"], scores["tuned"], scores["copy"]
     assert tuned["n"] >= 200
     assert tuned["valid_json"] >= 0.95 and tuned["function"] >= 0.95

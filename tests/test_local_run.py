@@ -17,7 +17,7 @@ import pytest
 
 from ftlib import checkpoint, metrics
 from ftlib.rundir import RunDir
-from tests.wishes import CHECKOUT, jobs, run_names, status
+from tests.wishes import copied_checkout, jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
@@ -30,12 +30,8 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout in a folder with a space and quotes, its cache its own."""
-    place = tmp_path_factory.mktemp("local") / "ada's \"copy\""
-    place.mkdir()
-    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
-        shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return place
+    """A copy of the checkout, its runs and cache its own."""
+    return copied_checkout(tmp_path_factory.mktemp("local"))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,15 @@ def site(name: str, **changes: Any) -> ClusterProfile:
 def planned(spec: RunSpec, site: ClusterProfile) -> RunPlan:
     """The plan of a recipe's run, on the shape of its model."""
     return plan.make(spec, site, LLAMA_7B if "llama" in spec.recipe else TINY, data_bytes=None)
+
+
+def copied_checkout(parent: Path) -> Path:
+    """A copy of the checkout without runs, in a folder with a space and quotes: they must pass through every shell."""
+    place = parent / "ada's \"copy\""
+    place.mkdir()
+    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
+        shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return place
 
 
 def jobs(*words: str, checkout: Path = CHECKOUT, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -11,17 +11,23 @@ ENDS = ("completed", "interrupted", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class StageCost:
-    """One stage: how often it was started, seconds over all lives, GPUs it held."""
+    """One stage: how often it was started, seconds over all lives, those of work that was lost, GPUs it held."""
 
     stage: str
     lives: int
     seconds: float
+    lost_seconds: float
     gpus: int
 
     @property
     def gpu_hours(self) -> float:
         """GPUs held times wall time, in hours."""
         return self.gpus * self.seconds / 3600
+
+    @property
+    def lost_gpu_hours(self) -> float:
+        """Of these, what was worked after the last save of lives that ended without one."""
+        return self.gpus * self.lost_seconds / 3600
 
 
 def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime) -> list[StageCost]:
@@ -35,17 +41,21 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
     costs = []
     for stage, found in lives.items():
         found = {life: mine for life, mine in found.items() if any(event["event"] == "started" for event in mine)}
-        seconds = 0.0
+        seconds = lost = 0.0
         for life, mine in found.items():
             began = _time(next(event for event in mine if event["event"] == "started"))
             ends = [event for event in mine if event["event"] in ENDS]
             last = ends[-1] if ends else mine[-1]
             running = not ends and life == max(found)
-            seconds += ((now if running else _time(last)) - began).total_seconds()
+            ended = now if running else _time(last)
+            seconds += (ended - began).total_seconds()
+            if not running and last.get("code") not in (0, 75):
+                saves = [_time(event) for event in mine if event["event"] == "checkpoint"]
+                lost += (ended - (saves[-1] if saves else began)).total_seconds()
         asked = (plan.get("stages") or {}).get(stage) or {}
         gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if plan.get("device") == "cuda" else 0
         if found:
-            costs.append(StageCost(stage, len(found), seconds, gpus))
+            costs.append(StageCost(stage, len(found), seconds, lost, gpus))
     return costs
 
 

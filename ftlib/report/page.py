@@ -65,11 +65,11 @@ def _cost(run: RunDir) -> str:
     now = datetime.datetime.now(datetime.timezone.utc)
     plan = run.plan()
     costs = stage_costs(events.read(run.events), plan, now)
-    lines = [_row(["stage", "lives", "wall time", "GPU-hours"]), _row(["---", "---:", "---:", "---:"])]
-    lines += [_row([c.stage, str(c.lives), _duration(c.seconds), f"{c.gpu_hours:.2f}"]) for c in costs]
-    total = sum(cost.seconds for cost in costs)
-    hours = sum(cost.gpu_hours for cost in costs)
-    lines.append(_row(["all", str(sum(cost.lives for cost in costs)), _duration(total), f"{hours:.2f}"]))
+    rows = [(c.stage, c.lives, c.seconds, c.lost_seconds, c.gpu_hours) for c in costs]
+    rows.append(("all", *(sum(row[column] for row in rows) for column in (1, 2, 3, 4))))
+    lines = [_row(["stage", "lives", "wall time", "lost", "GPU-hours"]), _row(["---", *["---:"] * 4])]
+    for name, lives, seconds, lost, gpu_hours in rows:
+        lines.append(_row([name, str(lives), _duration(seconds), _duration(lost), f"{gpu_hours:.2f}"]))
     return "## What it cost\n\n" + "\n".join(lines) + f"\n\nOn cluster `{plan.get('cluster', '?')}`, without queueing."
 
 

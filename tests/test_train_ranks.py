@@ -1,0 +1,88 @@
+"""Training in two processes: they stop at one step, save together, and go on to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlib import checkpoint
+from ftlib.rundir import RunDir
+
+pytest.importorskip("torch", reason="training needs torch: the train extra")
+pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
+
+from tests.test_train import adapter_sha, trajectory, write_base, write_dataset, write_run
+
+pytestmark = pytest.mark.slow
+
+RANK = """
+import os, sys
+from pathlib import Path
+from ftlib.errors import Interrupted
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+from ftlib.train import ranks, trainer
+from ftlib.train.run import train
+
+folder, life, stop_after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+stop, record = StopFlag(), trainer.FineTuner._record
+
+def watched(self, *args):
+    record(self, *args)
+    if self.state.global_step == stop_after and ranks.rank() == 1:  # one rank alone is warned
+        stop.cause = "preemption"
+
+trainer.FineTuner._record = watched
+try:
+    train(RunDir(folder), life, stop)
+except Interrupted as interrupted:
+    print("STOPPED", interrupted.step, interrupted.cause)
+"""
+
+
+def live(run: RunDir, life: int, stop_after: int = 0) -> list[str]:
+    """One life of two processes; what each printed."""
+    port = str(random.randint(20_000, 30_000))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(2):
+        names = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", RANK, str(run.path), str(life), str(stop_after)]
+        processes.append(
+            subprocess.Popen(
+                command, env={**os.environ, **names}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said
+
+
+def test_two_ranks_stop_and_go_on_as_one(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data")
+    train = {"steps": 12, "eval_every_steps": 4, "save_every_steps": None}
+    runs = []
+    for name in ("interrupted", "whole"):
+        run = write_run(tmp_path / name / "the-run", tmp_path / "base", tmp_path / "data", train=train)
+        plan = json.loads(run.plan_file.read_text())
+        run.plan_file.write_text(json.dumps({**plan, "micro_batch": 1, "accumulation": 2, "world_size": 2}))
+        runs.append(run)
+    said = live(runs[0], 1, stop_after=5)
+    assert all("STOPPED 5 preemption" in words for words in said)
+    folder = checkpoint.folder_for(runs[0].checkpoints, 5)
+    files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= set(files)
+    assert checkpoint.problems(folder, run="the-run") == []
+    assert not list(runs[0].checkpoints.rglob(".tmp-*")), "each rank's share has moved into its place"
+    live(runs[0], 2)
+    live(runs[1], 1)
+    assert trajectory(runs[0]) == trajectory(runs[1])
+    assert adapter_sha(runs[0], 12) == adapter_sha(runs[1], 12)
