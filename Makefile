@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs why verify cancel resume plan schema tiny-base cluster cluster-down setup test lint bench lock clean
+.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test lint bench lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -48,6 +48,9 @@ submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run:
 	$(JOBS)
 
 plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
+	$(JOBS)
+
+layers: $(LOGIN) ## the names, shapes and sizes of a model's layers: MODEL= SET= JSON=1
 	$(JOBS)
 
 status: $(LOGIN) ## the runs and their stages: RUN= JSON=1 WATCH=1
