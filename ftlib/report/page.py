@@ -68,7 +68,7 @@ def _cost(run: RunDir) -> str:
     lines = [_row(["stage", "lives", "wall time", "lost", "GPU-hours"]), _row(["---", *["---:"] * 4])]
     names = [cost.stage for cost in costs]
     figures = [[c.lives, c.seconds, c.lost_seconds, c.gpu_hours] for c in costs]
-    sums = [sum(column) for column in zip(*figures, strict=True)]
+    sums = [sum(row[column] for row in figures) for column in range(4)]
     for name, (lives, seconds, lost, gpu_hours) in zip([*names, "all"], [*figures, sums], strict=True):
         lines.append(_row([name, str(lives), _duration(seconds), _duration(lost), f"{gpu_hours:.2f}"]))
     return "## What it cost\n\n" + "\n".join(lines) + f"\n\nOn cluster `{plan.get('cluster', '?')}`, without queueing."
