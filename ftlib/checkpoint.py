@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import os
+import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ftlib import atomic, sealing
@@ -85,17 +87,21 @@ def prune(
     best: int | None = None,
     every: int | None = None,
     verified: Collection[int] = (),
+    delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
 
     The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not
-    read once more, which would cost as much as the save.
+    read once more, which would cost as much as the save. `delete` is given folders that have a temporary name already,
+    so it may take its time.
     """
     whole = 1
     for folder in committed(checkpoints)[1:]:
         step = step_of(folder)
         if whole >= keep:
             if step != best and not (every and step % every == 0):
-                atomic.discard_folder(folder)
+                doomed = atomic.temporary_beside(folder)
+                os.rename(folder, doomed)
+                delete(doomed)
         elif step in verified or not problems(folder, run=run):
             whole += 1

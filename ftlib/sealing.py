@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import os
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
@@ -13,6 +16,8 @@ from typing import Any, TypedDict
 # Blocks of one file are hashed side by side: hashlib lets go of the interpreter.
 BLOCK_BYTES = 16 << 20
 READ_BYTES = 1 << 20
+# A growing file is sent to storage in portions of this size.
+FLUSH_BYTES = 128 << 20
 ALGORITHMS = ("sha256", "blake2b")
 MOST_THREADS = 4
 
@@ -42,10 +47,35 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
         return _joined(_submit(pool, path, algorithm), algorithm)
 
 
+class Stream:
+    """A file that only grows: what is written is never changed, so it can be hashed and flushed at once."""
+
+    def __init__(self, file: io.FileIO, hash_next: Callable[[], None], flush_now: Callable[[], None]) -> None:
+        self._file, self._hash_next, self._flush_now = file, hash_next, flush_now
+        self._size = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append all of `data`; what torch.save asks for."""
+        view = memoryview(data).cast("B")
+        left = view
+        while left:
+            count = self._file.write(left[:BLOCK_BYTES])
+            for _ in range((self._size + count) // BLOCK_BYTES - self._size // BLOCK_BYTES):
+                self._hash_next()
+            for _ in range((self._size + count) // FLUSH_BYTES - self._size // FLUSH_BYTES):
+                self._flush_now()
+            self._size, left = self._size + count, left[count:]
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+
 class Sealer:
     """Flushes and hashes the files of a folder beside the one who writes them.
 
-    `take()` after each file that is complete, `finish()` at the end, which raises what a flush raised (OSError).
+    `stream()` for a large file, which is flushed and hashed while it grows; `take()` after other files that are
+    complete; `finish()` at the end, which raises what a flush raised (OSError).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,6 +84,22 @@ class Sealer:
         self._pool = ThreadPoolExecutor(_threads() + 1)
         self._hashes: dict[str, tuple[Path, list[Future[bytes]]]] = {}
         self._flushes: list[Future[None]] = []
+
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator[Stream]:
+        """A new file to append to, under its name in the folder."""
+        path = self._folder / name
+        blocks: list[Future[bytes]] = []
+        self._hashes[name] = (path, blocks)
+
+        def hash_next() -> None:
+            blocks.append(self._pool.submit(_block, path, len(blocks) * BLOCK_BYTES, self.algorithm))
+
+        with path.open("wb", buffering=0) as file:
+            yield Stream(file, hash_next, lambda: self._flushes.append(self._pool.submit(_flush, path)))
+            if file.tell() > len(blocks) * BLOCK_BYTES or not blocks:
+                hash_next()
+        self._flushes.append(self._pool.submit(_flush, path))
 
     def take(self) -> None:
         """Begin with every file that is new in the folder; none of them may change any more."""

@@ -24,6 +24,15 @@ class ModelSpec(Model):
 
     name: str = Field(description="A folder (absolute, or inside the checkout) or a name on the Hugging Face hub")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+    init_from: str | None = Field(
+        None, description="Go on from another run (its name) or an export's folder: merged weights, else an adapter"
+    )
+
+
+class TokensSpec(Model):
+    """Additions to the tokenizer."""
+
+    add: tuple[str, ...] = Field((), description="New tokens; their embedding rows are drawn by train.seed and trained")
 
 
 class DataSpec(Model):
@@ -59,13 +68,44 @@ class DataSpec(Model):
 class MethodSpec(Model):
     """What is trained."""
 
-    kind: Literal["qlora", "lora"] = Field("qlora", description="qlora: adapters on a 4-bit base; lora: on the base")
+    kind: Literal["qlora", "lora", "full", "freeze", "prompt", "two-stage"] = Field(
+        "qlora",
+        description="qlora: adapters on a 4-bit base; lora: on the base; full: every weight; freeze: train_layers alone; "
+        "prompt: soft prompt tokens; two-stage: soft prompt first, then adapters with the prompt in place",
+    )
+    base_bits: Literal[16, 8, 4] | None = Field(
+        None, description="Bits of the base's linear layers; default: 4 for qlora, else 16"
+    )
     rank: int = Field(16, ge=1, description="Rank of the adapters")
     alpha: int = Field(32, ge=1, description="LoRA scaling: updates are multiplied by alpha / rank")
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="Weight-decomposed adapters (DoRA)")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter")
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Linear layers with an adapter")
+    train_layers: tuple[str, ...] = Field(
+        (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')"
+    )
+    prompt_tokens: int = Field(20, ge=1, description="Length of the soft prompt")
+    prompt_text: str | None = Field(None, description="Text whose embeddings begin the soft prompt; else random rows")
+    prompt_share: float = Field(0.3, gt=0, lt=1, description="two-stage: share of the steps that train the prompt")
+    prompt_lr: float | None = Field(None, gt=0, description="two-stage: the prompt's learning rate; default: optim.lr")
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type of the base")
     double_quant: bool = Field(True, description="Quantise the quantisation constants too")
+
+    @property
+    def bits(self) -> int:
+        """Bits of the base's linear layers."""
+        return self.base_bits or (4 if self.kind == "qlora" else 16)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether LoRA adapters are trained."""
+        return self.kind in ("qlora", "lora", "two-stage")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether a soft prompt stands before each document: then rows are not packed."""
+        return self.kind in ("prompt", "two-stage")
 
 
 class OptimSpec(Model):
@@ -97,6 +137,10 @@ class TrainSpec(Model):
     keep_every_steps: int | None = Field(
         None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best"
     )
+    stop_after_worse: int | None = Field(
+        None, ge=1, description="Stop early after so many validations in a row without a new lowest loss"
+    )
+    keep_best: bool = Field(False, description="Export the checkpoint with the lowest validation loss, not the last")
     deterministic: bool | None = Field(None, description="Bit-equal resumes; default: on a CPU yes, on a GPU no")
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
 
@@ -110,13 +154,17 @@ class TrainSpec(Model):
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}; "
                 f"fitting micro_batch values: {divisors(self.global_batch)}"
             )
+        if (self.stop_after_worse or self.keep_best) and not self.eval_every_steps:
+            raise ValueError("stop_after_worse and keep_best need eval_every_steps")
         return self
 
 
 class ExportSpec(Model):
     """What is written beside the adapter, and how equal it must be."""
 
-    merged: bool = Field(True, description="Write merged weights, loadable by plain transformers")
+    merged: bool = Field(
+        True, description="Write merged weights, loadable by plain transformers; default: no for method.kind=prompt"
+    )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights")
     max_logit_diff: float = Field(
         0.05, gt=0, description="Allowed mean |difference| of logits to the trained model's, as a share of their spread"
@@ -129,6 +177,7 @@ class EvaluateSpec(Model):
     pairs: int = Field(256, ge=1, description="Held-out examples scored")
     batch: int = Field(32, ge=1, description="Prompts generated at once")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer, in tokens")
+    few_shot: int = Field(0, ge=0, description="Ask the base model, too, with so many training examples before it")
 
 
 class TrackingSpec(Model):
@@ -153,6 +202,7 @@ class RunSpec(Model):
     recipe: str = Field(description="Name of the recipe this came from")
     description: str = Field("", description="One line for people; not part of the hash")
     model: ModelSpec
+    tokens: TokensSpec = TokensSpec()
     data: DataSpec = DataSpec()
     method: MethodSpec = MethodSpec()
     optim: OptimSpec = OptimSpec()
@@ -161,6 +211,16 @@ class RunSpec(Model):
     evaluate: EvaluateSpec = EvaluateSpec()
     tracking: TrackingSpec = TrackingSpec()
     resources: ResourceSpec = ResourceSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _merged_where_possible(cls, values: Any) -> Any:
+        """A soft prompt cannot be merged: not saying export.merged means no."""
+        if isinstance(values, dict):
+            method, export = values.get("method"), values.get("export", {})
+            if isinstance(method, dict) and method.get("kind") == "prompt" and isinstance(export, dict):
+                return {**values, "export": {"merged": False, **export}}
+        return values
 
     def run_hash(self, *, data_digest: str, cluster: str) -> str:
         """Eight hex digits from the wish, its data's content and the cluster's name."""

@@ -69,6 +69,64 @@ def test_prompt_and_response_rows_are_taken_as_they_are(template):
     assert (example.prompt, example.response) == (" Hi ", "there ")
 
 
+def test_chatml_puts_the_example_of_a_call_into_the_system_message():
+    example = render(ROW, "chatml")
+    shown = json.dumps(OTHER, ensure_ascii=False, separators=(",", ":"))
+    assert example.prompt == (
+        f"<|im_start|>system\n{INSTRUCTION}\nFunction call example: {shown}<|im_end|>\n"
+        "<|im_start|>user\nHow warm is Boston, MA in fahrenheit?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert example.response == render(ROW, "alpaca").response + "<|im_end|>" and not example.before
+
+
+TALK = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": {"sum": 4}},
+        {"role": "user", "content": "Thanks"},
+    ]
+}
+
+
+def test_a_conversation_is_prompts_and_responses_in_turn_in_chatml():
+    example = render(TALK, "chatml")
+    assert example.before == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "Hello<|im_end|>",
+    )
+    assert example.prompt == "\n<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert example.response == '{"sum":4}<|im_end|>'
+
+
+def test_guanaco_is_the_text_of_openassistant_guanaco():
+    example = render({"messages": TALK["messages"][1:]}, "guanaco")
+    text = "".join([*example.before, example.prompt, example.response])
+    assert text == '### Human: Hi### Assistant: Hello### Human: 2 + 2?### Assistant: {"sum":4}'
+    assert example.prompt.endswith("### Assistant:") and example.before[1] == " Hello"
+
+
+def test_alpaca_rows_are_conversations_of_one_turn_in_chat_templates():
+    example = render({"instruction": "Add.", "input": "1 2", "output": "3"}, "chatml")
+    assert example.prompt == "<|im_start|>user\nAdd.\n\n1 2<|im_end|>\n<|im_start|>assistant\n"
+    assert render({"instruction": "Greet.", "output": "Hi"}, "guanaco").prompt == "### Human: Greet.### Assistant:"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "brief"])
+def test_a_conversation_in_a_template_for_instructions_is_told_what_fits(template):
+    found = problem(TALK, template)
+    assert found is not None and "Allowed: chatml, guanaco" in found and template in found
+    assert problem(TALK) is None and problem(TALK, "chatml") is None and problem(ROW, template) is None
+
+
+def test_the_call_of_a_conversation_is_its_last_answer():
+    last = {"role": "assistant", "content": {"function_call": WEATHER}}
+    assert expected_call({"messages": [*TALK["messages"], last]}) == WEATHER
+    assert expected_call(TALK) is None and example_call(TALK) is None
+
+
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(InputError, match="Did you mean alpaca"):
         render(ROW, "alpacca")
@@ -148,6 +206,16 @@ def test_a_call_written_as_text_is_a_call():
         ({"instruction": "a", "output": " \n"}, "'output' is empty"),
         ({"instruction": "a", "output": {}}, "'output' is empty"),
         ({"prompt": "a", "response": ""}, "'response' is empty"),
+        ({"messages": "a"}, "'messages' must be a list, found text"),
+        ({"messages": []}, "no message of the assistant"),
+        ({"messages": ["a"]}, "message 1 must be an object with 'role' and 'content', found text"),
+        ({"messages": [{"role": "user"}]}, "message 1 must be an object with 'role' and 'content', found 'role'"),
+        ({"messages": [{"role": "asistant", "content": "a"}]}, "Did you mean assistant?"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "'role' is ['user']. Allowed: system, user"),
+        ({"messages": [{"role": "user", "content": 3}]}, "'content' must be text or a JSON object, found a number"),
+        ({"messages": [{"role": "user", "content": " "}]}, "message 1: 'content' is empty"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "nothing to answer"),
     ],
 )
 def test_a_bad_row_is_told_by_field_found_and_allowed(row, said):

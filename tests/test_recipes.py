@@ -51,14 +51,16 @@ def test_codellama_is_qlora_in_chatml_with_its_own_hyperparameters() -> None:
 def test_llama_alpaca_trains_on_a_hundredth_with_both_prompts() -> None:
     wish = spec("llama-7b-alpaca")
     assert (wish.data.hub, wish.data.share, wish.data.template) == ("yahma/alpaca-cleaned", 0.01, "alpaca")
-    assert wish.method.kind == "lora" and wish.model.name == "huggyllama/llama-7b"
+    assert (wish.method.kind, wish.method.bits, wish.model.name) == ("lora", 8, "huggyllama/llama-7b")
     assert shape_of(wish).lora_params(wish.method.rank, wish.method.targets) == 4_194_304
 
 
-def test_llama3_is_in_16_bit_on_all_of_alpaca() -> None:
+def test_llama3_is_in_16_bit_with_its_last_blocks_trained_on_all_of_alpaca() -> None:
     wish = spec("llama3-8b")
+    assert (wish.method.kind, wish.method.bits) == ("freeze", 16)
+    chosen = architectures.select(wish.method.train_layers, [name for p in LLAMA3 for name in p.names])
+    assert len(chosen) == 4 * 9 and all(28 <= int(name.split(".")[2]) <= 31 for name in chosen)
     assert (wish.data.hub, wish.data.share) == ("yahma/alpaca-cleaned", None)
-    assert wish.method.kind != "qlora"
 
 
 def test_falcon_is_qlora_nf4_on_the_best_conversations() -> None:
@@ -74,7 +76,7 @@ def test_a_twin_has_the_architecture_and_the_method_of_its_model(large: str, tin
     found = config(Path(small.model.name).name)
     assert small.model.name == TWINS[large]
     assert found["model_type"] == shapes.KNOWN[big.model.name]["model_type"]
-    same = {"kind", "quant_type", "double_quant", "targets", "dropout"}
+    same = {"kind", "base_bits", "quant_type", "double_quant", "targets", "dropout"}
     assert small.method.model_dump(include=same) == big.method.model_dump(include=same)
     assert small.data.template == big.data.template
     assert (small.optim.name, small.optim.schedule) == (big.optim.name, big.optim.schedule)
@@ -88,6 +90,7 @@ def test_every_recipe_names_data_and_layers_that_are_there(name: str) -> None:
     found = architectures.parameters(known, wish.model.name)
     targets = wish.method.targets
     assert isinstance(targets, str) or not architectures.target_problems("method.targets", targets, found)
+    assert not architectures.pattern_problems("method.train_layers", wish.method.train_layers, found)
     if wish.data.path:
         assert sources.check_file(CHECKOUT / wish.data.path, wish.data).train > 20
 
@@ -185,7 +188,9 @@ def test_a_pattern_that_matches_nothing_is_told_what_would(pattern: str, said: l
 
 
 def test_an_adapters_target_must_be_a_linear_layer() -> None:
-    assert not architectures.target_problems("method.targets", ["dense", "self_attention.dense", "mlp.dense_4h_to_h"], FALCON)
+    assert not architectures.target_problems(
+        "method.targets", ["dense", "self_attention.dense", "mlp.dense_4h_to_h"], FALCON
+    )
     (problem,) = architectures.target_problems("method.targets", ["q_proj"], FALCON)
     assert "'q_proj' is unknown. Allowed: dense, dense_4h_to_h, dense_h_to_4h, query_key_value" in problem
     assert "Did you mean q_proj?" in architectures.target_problems("method.targets", ["q_prj"], LLAMA3)[0]

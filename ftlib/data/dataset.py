@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from ftlib.data import packing
 
@@ -18,6 +18,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
     An item is {"input_ids", "labels", "position_ids"}, each int64 of shape (seq_len,); labels are -100 outside
     responses. There is no attention_mask: transformers then keeps packed documents apart by their position ids.
+    Where each row is one document, there is an attention_mask and no position_ids.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -31,11 +32,11 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         tokens, response, positions = (
             torch.from_numpy(self._arrays[name][index].astype("int64")) for name in packing.FILES
         )
-        return {
-            "input_ids": tokens,
-            "labels": tokens.masked_fill(response == 0, IGNORED),
-            "position_ids": positions,
-        }
+        item = {"input_ids": tokens, "labels": tokens.masked_fill(response == 0, IGNORED)}
+        if self.meta.get("packed", True):
+            return item | {"position_ids": positions}
+        # Positions start anew where the padding does.
+        return item | {"attention_mask": ((positions == 0).cumsum(0) == 1).long()}
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's worker opens the files itself instead of receiving their content.
@@ -45,8 +46,19 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         self.__init__(state["folder"])  # type: ignore[misc]
 
 
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows as a batch; of padded rows no more columns than the longest document has."""
+    batch: dict[str, torch.Tensor] = default_collate(items)
+    if "attention_mask" in batch:
+        width = int(batch["attention_mask"].sum(dim=1).max())
+        batch = {name: values[:, :width] for name, values in batch.items()}
+    return batch
+
+
 def real_tokens(batch: dict[str, torch.Tensor]) -> int:
     """Tokens of a batch of packed rows that are no padding: a row's last document without a target is padding."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
     positions, labels = batch["position_ids"], batch["labels"]
     columns = torch.arange(positions.shape[1], device=positions.device)
     last_start = ((positions == 0) * columns).amax(dim=1, keepdim=True)

@@ -51,13 +51,16 @@ def best_fit_decreasing(lengths: npt.NDArray[Any], capacity: int, seed: int) -> 
     return [rows[row] for row in rng.permutation(len(rows))]
 
 
-def write(folder: Path, documents: Documents, *, vocabulary: int, pad: int, seed: int) -> dict[str, Any]:
-    """Pack `documents` into a new `folder`; returns its meta."""
+def write(
+    folder: Path, documents: Documents, *, vocabulary: int, pad: int, seed: int, packed: bool = True
+) -> dict[str, Any]:
+    """Pack `documents` into a new `folder`, or give each a row of its own; returns its meta."""
     seq_len = documents.longest
     tokens, lengths = np.asarray(documents.tokens), np.asarray(documents.lengths)
     targets = np.asarray(documents.targets)
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    rows = best_fit_decreasing(lengths, seq_len, seed)
+    alone = np.random.default_rng(seed).permutation(len(lengths))
+    rows = best_fit_decreasing(lengths, seq_len, seed) if packed else [[i] for i in alone.tolist()]
     types = {
         "tokens": "uint16" if vocabulary <= 2**16 else "uint32",
         "response": "uint8",
@@ -85,6 +88,7 @@ def write(folder: Path, documents: Documents, *, vocabulary: int, pad: int, seed
     meta = {
         "rows": len(rows),
         "seq_len": seq_len,
+        "packed": packed,
         "dtype": types,
         "examples": len(lengths),
         "tokens": len(tokens),

@@ -43,7 +43,7 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     elif spec.data.hub:
         source = hub.fetch(spec.data)
         named, data_digest = hub.name(spec.data), hub.digest(source)
-    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision)
+    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision, spec.tokens.add)
     digest = dataset_digest(spec, data_digest, tokenizer)
     datasets = Path(provenance["cache"]) / "datasets"
     folder = datasets / digest
@@ -77,9 +77,11 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
 
 def dataset_digest(spec: RunSpec, data_digest: str, tokenizer: tokenizing.Tokenizer) -> str:
     """32 hex digits from all that decides a dataset: the data, how it is cut, the tokenizer, this package."""
-    code = [file_digest(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".yaml"))
+    code = [file_digest(path) for path in sources]
     # Where the rows lie decides nothing; how many pairs are tested decides how many the generator makes.
     wish = spec.data.model_dump(mode="json", exclude={"path", "hub", "revision"}) | {"test_pairs": spec.evaluate.pairs}
+    wish["packed"] = not spec.method.prompted
     parts = [data_digest, wish, tokenizer.digest(), code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -133,7 +135,8 @@ def _build(
         documents = tokenizing.Documents(spec.data.seq_len)
         _encode(part, chosen, documents, spec, tokenizer, stop)
         meta = packing.write(
-            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed
+            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
+            packed=not spec.method.prompted,
         )
         full = meta["tokens"] / (meta["rows"] * meta["seq_len"])
         print(

@@ -129,10 +129,11 @@ def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:
         )
 
 
-def good_rows(rows: Iterable[Placed], where: str, data: DataSpec) -> Iterator[Row]:
+def good_rows(rows: Iterable[Placed], where: str, data: DataSpec, *, tolerated: float = 0.0) -> Iterator[Row]:
     """The examples in the rows of a file or dataset; after the last, InputError if some were bad or there was none.
 
-    Message trees become their best paths; `data.format`, else the first row, says whether the rows are such.
+    Message trees become their best paths; `data.format`, else the first row, says whether the rows are such. Up to the
+    share `tolerated` of bad rows is left out, and said: a published dataset is not its user's to mend.
     """
     bad: list[str] = []
     examples = unlisted = 0
@@ -140,12 +141,15 @@ def good_rows(rows: Iterable[Placed], where: str, data: DataSpec) -> Iterator[Ro
         examples += 1
         wrong = row if isinstance(row, str) else _not_of(data.format, row) or problem(row, data.template)
         if wrong is None:
-            if not bad:
+            if not bad or tolerated:
                 yield cast(Row, row)
         elif len(bad) < LISTED:
             bad.append(f"{where}, {place}: {wrong}")
         else:
             unlisted += 1
+    if 0 < len(bad) + unlisted <= tolerated * examples:
+        print(f"{where}: left out {len(bad) + unlisted} of {examples:,} rows, such as {bad[0]}", flush=True)
+        return
     if unlisted:
         bad.append(f"{where}: and {unlisted} more")
     if bad:

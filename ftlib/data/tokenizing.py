@@ -9,6 +9,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ftlib.data import base_model
@@ -22,17 +23,18 @@ Prompt = str | Sequence[str]
 class Tokenizer:
     """The fast tokenizer of a base model, without its truncation and padding.
 
-    `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids.
+    `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids,
+    `added` the ids of tokens that the base does not know.
     """
 
-    def __init__(self, hf: Any, model: str) -> None:
+    def __init__(self, hf: Any, model: str, added: Sequence[int] = ()) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
         if backend is None or hf.eos_token_id is None:
             lack = "fast tokenizer (tokenizer.json)" if backend is None else "end-of-text token (eos_token)"
             raise InputError(f"model.name: {model} has no {lack}; it cannot be tuned here")
         backend.no_truncation()
         backend.no_padding()
-        self.hf, self._backend = hf, backend
+        self.hf, self._backend, self.added = hf, backend, list(added)
         self.eos: int = hf.eos_token_id
         self.pad: int = self.eos if hf.pad_token_id is None else hf.pad_token_id
         self.bos: list[int] = [hf.bos_token_id] if hf("a").input_ids[:1] == [hf.bos_token_id] else []
@@ -73,12 +75,22 @@ class Tokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def load(model: str, revision: str | None = None) -> Tokenizer:
-    """The tokenizer in a folder or of a hub name; InputError says what was looked for and how to stage it."""
-    from transformers import AutoTokenizer
+def load(model: str, revision: str | None = None, add: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer in a folder or of a hub name, with new tokens to `add`; InputError says how to stage a lacking one."""
+    hf, added = pretrained(model, revision, add)
+    return Tokenizer(hf, model, added)
 
+
+def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[Any, list[int]]:
+    """transformers' tokenizer as it is saved, and the ids of those of `add` that it did not know."""
+    from transformers import AddedToken, AutoTokenizer
+
+    revision = None if Path(model).is_absolute() else revision
     with base_model.loading(model, base_model.TOKENIZER, revision):
-        return Tokenizer(AutoTokenizer.from_pretrained(model, revision=revision), model)
+        hf = AutoTokenizer.from_pretrained(model, revision=revision)
+    new = [token for token in dict.fromkeys(add) if token not in hf.get_vocab()]
+    hf.add_tokens([AddedToken(token, normalized=False) for token in new])
+    return hf, hf.convert_tokens_to_ids(new) if new else []
 
 
 class Documents:

@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 from ftlib.data import base_model
-from ftlib.data.tokenizing import Tokenizer
+from ftlib.data.tokenizing import Prompt, Tokenizer
 from ftlib.errors import Interrupted
 from ftlib.stop import StopFlag
 
@@ -38,8 +38,11 @@ def load(model: str, *, device: str, dtype: str, revision: str | None = None, ad
 class Answerer:
     """Greedy, batched generation with a model, and the nll of given responses."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, max_new_tokens: int, stop: StopFlag) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, *, max_new_tokens: int, stop: StopFlag, prefix: Sequence[int] = ()
+    ) -> None:
+        """prefix: ids before every prompt, such as a soft prompt's or examples."""
+        self.model, self.tokenizer, self.prefix = model, tokenizer, list(prefix)
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         # In the model's own place, or its sampling defaults would fill what ours leaves open.
@@ -52,16 +55,21 @@ class Answerer:
         )
         self.stopping = [_Stopping(stop)]
 
+    def _heads(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        # Where the prefix begins a text already, the prompt does not begin another.
+        skip = len(self.tokenizer.bos) if self.prefix[:1] == self.tokenizer.bos else 0
+        return [self.prefix + ids[skip:] for ids in self.tokenizer.prompts(prompts)]
+
     @torch.inference_mode()
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """The model's continuation of each prompt up to EOS, as text. Raises Interrupted between two tokens."""
-        ids, mask = self._left_padded(self.tokenizer.prompts(prompts))
+        ids, mask = self._left_padded(self._heads(prompts))
         found = self.model.generate(input_ids=ids, attention_mask=mask, stopping_criteria=self.stopping)
         return [self.tokenizer.text(row) for row in found[:, ids.shape[1] :].tolist()]
 
     def nll(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[float, int]]:
         """For each response, EOS included: the sum of -log p over its tokens (in nats), and their number."""
-        heads, tails = self.tokenizer.prompts(prompts), self.tokenizer.responses(responses)
+        heads, tails = self._heads(prompts), self.tokenizer.responses(responses)
         at_once = max(1, LOGITS // (max(map(len, tails)) * self.model.config.get_text_config().vocab_size))
         found: list[tuple[float, int]] = []
         for start in range(0, len(heads), at_once):

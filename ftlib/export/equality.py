@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from ftlib.data.dataset import IGNORED
+from ftlib.data.dataset import IGNORED, collate
 from ftlib.errors import Interrupted
 from ftlib.stop import StopFlag
 
@@ -37,7 +37,7 @@ def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, ba
     for start in range(0, count, batch):
         if stop.cause:
             raise Interrupted(stop.cause)
-        inputs = default_collate([rows[i] for i in range(start, min(start + batch, count))])
+        inputs = collate([rows[i] for i in range(start, min(start + batch, count))])
         # Every document ends with a target, so what follows a row's last one is padding.
         real = inputs["labels"].ne(IGNORED).flip(1).cumsum(1).flip(1) > 0
         one, two = (model(inputs).float()[real] for model in (reference, other))
@@ -50,13 +50,21 @@ def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, ba
     return Difference(worst, total / entries, agree / tokens, spread, count, tokens)
 
 
-def logits_of(model: torch.nn.Module, device: torch.device, autocast: bool = False) -> Logits:
-    """A function from packed rows (rows, seq) to `model`'s logits (rows, seq, vocabulary)."""
+def logits_of(
+    model: torch.nn.Module, device: torch.device, autocast: bool = False, prompt: Sequence[int] = ()
+) -> Logits:
+    """A function from rows (rows, seq) to `model`'s logits (rows, seq, vocabulary); before each row stands `prompt`."""
 
     def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        moved = {name: inputs[name].to(device) for name in ("input_ids", "position_ids")}
+        moved = {name: values.to(device) for name, values in inputs.items() if name != "labels"}
+        if prompt:
+            ids = torch.tensor([prompt] * len(moved["input_ids"]), device=device)
+            before = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            moved = {name: torch.cat([values, moved[name]], dim=1) for name, values in before.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             # A cache would make the packed documents of a row see each other.
-            return model(**moved, use_cache=False).logits.cpu()  # type: ignore[no-any-return]
+            found = model(**moved, use_cache=False).logits
+        # A soft prompt has logits, too.
+        return found[:, -inputs["input_ids"].shape[1] :].cpu()  # type: ignore[no-any-return]
 
     return logits

@@ -1,4 +1,4 @@
-"""The export stage: adapter and merged weights from the last checkpoint, and the proof that they are equal to it."""
+"""The export stage: adapter and merged weights from the last (or best) checkpoint, and the proof that they equal it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ftlib import atomic
+from ftlib import atomic, checkpoint
+from ftlib.data import tokenizing
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import FtError, Interrupted
 from ftlib.export.equality import compare, logits_of
@@ -22,9 +23,9 @@ from ftlib.stop import StopFlag
 from ftlib.train import saving
 from ftlib.train.arguments import prepare_process
 from ftlib.train.interruptible import interruptible
-from ftlib.train.model import load_trained
+from ftlib.train.methods import ADAPTER, PROMPT, load_trained, parts, put_prompt
+from ftlib.train.model import isolate_documents
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 ROWS = 64  # held-out rows compared, or all there are
 
 
@@ -37,16 +38,26 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
     spec, plan = run.spec(), run.plan()
     device = prepare_process(spec, plan)
     found = saving.find(run)
-    if found.folder is None or found.state is None or found.step < found.state.total:
+    if found.folder is None or not found.complete:
         have = f"the newest whole checkpoint is step {found.step} of {found.state.total}" if found.state else "none"
         raise FtError(f"nothing to export yet: training is not complete ({have}). Run 'make resume RUN={run.name}'")
     model_path = str(run.provenance()["model_path"])
     run.export.mkdir(exist_ok=True)
     atomic.sweep_temporaries(run.export)
-    parts = _Parts(run, spec, model_path, device, int(plan["micro_batch"]), found.folder, stop)
-    parts.adapter()
-    parts.merged_and_equality()
-    return parts.words()
+    folder = _best(run, found.best[1]) if spec.train.keep_best and found.best else None
+    made = _Parts(run, spec, model_path, device, int(plan["micro_batch"]), folder or found.folder, stop)
+    if spec.method.adapts or spec.method.prompted:
+        made.adapter()
+    made.merged_and_equality()
+    return made.words()
+
+
+def _best(run: RunDir, step: int) -> Path | None:
+    """The checkpoint with the lowest validation loss; None, and a word, when it is damaged."""
+    folder = checkpoint.folder_for(run.checkpoints, step)
+    wrong = checkpoint.problems(folder, run=run.name)
+    print(f"the best checkpoint is step {step}" + (f", but the last is used: {wrong[0]}" if wrong else ""), flush=True)
+    return None if wrong else folder
 
 
 class _Parts:
@@ -62,20 +73,27 @@ class _Parts:
         self.equality_file = run.export / "equality.json"
 
     def adapter(self) -> None:
-        """The checkpoint's adapter, by itself."""
+        """The checkpoint's adapter, by itself, with the tokenizer where that was changed; and two-stage's prompt."""
         self._stop_here()
-        if self.adapter_folder.exists():
-            return
         atomic.require_space(self.run.export, saving.bytes_of(self.checkpoint), "the adapter")
-        temporary = atomic.temporary_beside(self.adapter_folder)
-        temporary.mkdir()
-        for name in ADAPTER:
-            shutil.copyfile(self.checkpoint / name, temporary / name)
-        config = json.loads((temporary / ADAPTER[0]).read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = self.model_path
-        atomic.write_json(temporary / ADAPTER[0], config)
-        atomic.commit_folder(temporary, self.adapter_folder)
-        print(f"adapter: {self.adapter_folder}", flush=True)
+        places = [(self.checkpoint, self.adapter_folder)]
+        if self.spec.method.kind == "two-stage":
+            places.append((self.checkpoint / PROMPT, self.run.export / PROMPT))
+        for source, target in places:
+            if target.exists():
+                continue
+            temporary = atomic.temporary_beside(target)
+            temporary.mkdir()
+            for name in ADAPTER:
+                shutil.copyfile(source / name, temporary / name)
+            config = json.loads((temporary / ADAPTER[0]).read_text(encoding="utf-8"))
+            config["base_model_name_or_path"] = self.model_path
+            atomic.write_json(temporary / ADAPTER[0], config)
+            if self.spec.tokens.add:
+                revision, add = self.spec.model.revision, self.spec.tokens.add
+                tokenizing.pretrained(self.model_path, revision, add)[0].save_pretrained(str(temporary))
+            atomic.commit_folder(temporary, target)
+            print(f"{'soft prompt' if source.name == PROMPT else 'adapter'}: {target}", flush=True)
 
     def merged_and_equality(self) -> None:
         """The merged weights, committed only when they, and the adapter, compute what the trained model does."""
@@ -87,8 +105,9 @@ class _Parts:
         try:
             if wanted:
                 self._require_space_for_merged()
+                trained = self.adapter_folder if self.spec.method.adapts else self.checkpoint
                 self._interruptible(
-                    lambda: write_merged(self.spec, self.model_path, self.device, self.adapter_folder, temporary)
+                    lambda: write_merged(self.spec, self.model_path, self.device, trained, temporary)
                 )
             found = self._compare(temporary if wanted else None)
             atomic.write_json(self.equality_file, found)
@@ -117,28 +136,35 @@ class _Parts:
         found: dict[str, Any] = {}
         if merged is not None:
             plain = self._interruptible(lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
-            other = logits_of(plain.eval(), self.device)
+            isolate_documents(plain)
+            prompt = put_prompt(plain, self.run.export / PROMPT) if self.spec.method.kind == "two-stage" else []
+            other = logits_of(plain.eval(), self.device, prompt=prompt)
             found = asdict(compare(reference, other, rows, count, self.batch, self.stop))
             del plain, other
         # The same base under both adapters: the logits of one are kept while the other is active.
-        trained.load_adapter(str(self.adapter_folder), "exported")
+        pieces = [part for part, _ in parts(trained, self.checkpoint)]
+        for part, name in zip(pieces, ("adapter", PROMPT), strict=False):
+            part.load_adapter(str(self.run.export / name), "exported")
 
         def under(name: str) -> Any:
             def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-                trained.set_adapter(name, inference_mode=True)
+                for part in pieces:
+                    part.set_adapter(name, inference_mode=True)
                 return reference(inputs)
 
             return logits
 
-        adapter = compare(under("default"), under("exported"), rows, count, self.batch, self.stop)
-        found = found or asdict(adapter)
+        adapter = None
+        if pieces:
+            adapter = compare(under("default"), under("exported"), rows, count, self.batch, self.stop)
+            found = found or asdict(adapter)
         # Both compute in bf16, whose rounding grows with the logits: a fixed number would fit one model only.
         allowed = self.spec.export.max_logit_diff * found["spread"]
         return {
             **found,
             "allowed": allowed,
-            "passed": max(found["mean_abs"], adapter.mean_abs) <= allowed,
-            "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs},
+            "passed": max(found["mean_abs"], adapter.mean_abs if adapter else 0.0) <= allowed,
+            "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs} if adapter else None,
             "compared": "merged" if merged is not None else "adapter",
             "checkpoint": self.checkpoint.name,
             "device": self.device.type,
@@ -165,12 +191,10 @@ class _Parts:
 
     def words(self) -> str:
         """One line for the outcome."""
-        mib = saving.bytes_of(self.adapter_folder) / 2**20
-        words = f"exported the adapter ({mib:.1f} MiB)"
-        if self.spec.export.merged:
-            mib = saving.bytes_of(self.merged_folder) / 2**20
-            words += f" and merged {self.spec.export.dtype} weights ({mib:.1f} MiB)"
-        return f"{words}; {_summary(self._equality())}"
+        made = {"the adapter": self.adapter_folder, "the soft prompt": self.run.export / PROMPT}
+        made[f"merged {self.spec.export.dtype} weights"] = self.merged_folder
+        sizes = [f"{name} ({saving.bytes_of(at) / 2**20:.1f} MiB)" for name, at in made.items() if at.exists()]
+        return f"exported {' and '.join(sizes)}; {_summary(self._equality())}"
 
 
 def _summary(found: dict[str, Any]) -> str:

@@ -66,7 +66,8 @@ def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: 
         use_cpu=not on_gpu,
         # Named for one process, it would look for the others.
         ddp_backend=None if ranks.world_size() == 1 else "nccl" if on_gpu else "gloo",
-        ddp_find_unused_parameters=False,
+        # In each of two stages the other's parameters are unused.
+        ddp_find_unused_parameters=spec.method.kind == "two-stage",
         seed=train.seed,
         data_seed=train.seed,
         dataloader_num_workers=0,

@@ -1,17 +1,20 @@
-"""The base model, quantised for real, with its LoRA adapter."""
+"""The base model, quantised for real, and its LoRA adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.falcon import modeling_falcon as falcon
 from transformers.pytorch_utils import Conv1D
 
+from ftlib.data import tokenizing
 from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, unknown
 from ftlib.spec import MethodSpec, RunSpec
@@ -19,7 +22,9 @@ from ftlib.train import quantised, ranks
 
 
 def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None) -> PreTrainedModel:
-    """The frozen base on `device`: 4-bit for qlora, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
+    """The base on `device`: linear layers of method.bits, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
+
+    It has rows for the new tokens, and keeps the documents of a packed row apart.
 
     cache: where 4-bit weights are kept for the next life, if that pays; to the bit what quantising anew gives.
     Raises InputError when its files are missing or cannot be read, FtError when a layer was not quantised.
@@ -28,9 +33,12 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
     # What is not quantised (embeddings, norms, head) stays fp32 on a CPU: bf16 gains nothing there.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options: dict[str, Any] = {}
-    if method.kind == "qlora":
+    if method.bits < 16:
+        if not find_spec("bitsandbytes"):
+            raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
+            load_in_4bit=method.bits == 4,
+            load_in_8bit=method.bits == 8,
             bnb_4bit_quant_type=method.quant_type,
             bnb_4bit_use_double_quant=method.double_quant,
             bnb_4bit_compute_dtype=torch.bfloat16,
@@ -41,11 +49,10 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision)
         if config.model_type == "falcon":
-            raise InputError(
-                "model.name: Falcon cannot be trained on packed rows: its attention mixes the documents of a row"
-            )
+            # Its own subclass of Linear is passed over where linear layers are quantised.
+            falcon.FalconLinear = torch.nn.Linear
         kept = None
-        if cache and method.kind == "qlora":
+        if cache and method.bits == 4:
             kept = quantised.place(cache, model_path, revision, method, dtype, device)
         found = kept is not None and quantised.sound(kept, remove=ranks.rank() == 0)
         if found:
@@ -59,12 +66,13 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
             **options,
         )
     model.config.use_cache = False
-    if method.kind == "qlora":
+    if method.bits < 16:
         count = check_quantised(model, linear_names(config))
+        kind = method.quant_type if method.bits == 4 else "int8"
         before = " (kept from an earlier life)" if found else ""
-        _say(f"base model: {count} linear layers quantised to {method.quant_type}{before}")
+        _say(f"base model: {count} linear layers quantised to {kind}{before}")
         for module in quantised_layers(model).values():
-            # With it on, an evaluation repacks the weights for inference for good, and later training
+            # 4-bit: with it on, an evaluation repacks the weights for inference for good, and later training
             # gets no gradient through them.
             module.support_avx512bf16_for_cpu = False
         if found:
@@ -73,7 +81,41 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
             quantised.keep(model, kept)
     else:
         _say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
+    if spec.tokens.add:
+        add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
+    isolate_documents(model)
     return model  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def add_rows(model: PreTrainedModel, tokenizer: tokenizing.Tokenizer, seed: int) -> None:
+    """Embedding (and head) rows of the tokenizer's added tokens: near the mean of the others, drawn by `seed` alone."""
+    if not tokenizer.added:
+        return
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    for weight in {id(layer.weight): layer.weight for layer in layers}.values():
+        known = weight[: min(tokenizer.added)].float()
+        noise = torch.randn(len(tokenizer.added), weight.shape[1], generator=generator).to(weight.device)
+        weight[tokenizer.added] = (known.mean(0) + 0.1 * known.std(0) * noise).to(weight.dtype)
+
+
+def isolate_documents(model: PreTrainedModel) -> None:
+    """Give Falcon the mask that others make of position ids: by itself the documents of a packed row see each other."""
+    if model.config.model_type != "falcon":
+        return
+
+    def mask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        positions = kwargs.get("position_ids")
+        if positions is not None and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
+            document = (positions == 0).cumsum(dim=1)  # (rows, seq)
+            same = document[:, :, None] == document[:, None, :]
+            kwargs["attention_mask"] = same.tril()[:, None]
+        return args, kwargs
+
+    model.transformer.register_forward_pre_hook(mask, with_kwargs=True)
 
 
 def _say(words: str) -> None:
@@ -91,29 +133,39 @@ def linear_names(config: Any) -> set[str]:
 
 
 def quantised_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The 4-bit layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    """The 4-bit and 8-bit layers of a model by name."""
+    if not find_spec("bitsandbytes"):
+        return {}
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kinds = (Linear4bit, Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def check_quantised(model: torch.nn.Module, expected: set[str]) -> int:
-    """How many layers are 4-bit; FtError unless these are exactly the expected ones, and some."""
+    """How many layers are quantised; FtError unless these are exactly the expected ones, and some."""
     found = set(quantised_layers(model))
     if not found or found != expected:
         missing = sorted(expected - found)[:5]
         raise FtError(
-            f"the base model was not quantised as it must be: {len(found)} of {len(expected)} linear layers are 4-bit"
+            f"the base model was not quantised as it must be: {len(found)} of {len(expected)} linear layers are"
             + (f"; not quantised: {', '.join(missing)} …" if missing else "")
         )
     return len(found)
 
 
-def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int) -> PeftModel:
-    """`model` with a fresh, trainable fp32 LoRA adapter; its first weights come from `seed`."""
+def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
+    """`model` with a fresh, trainable fp32 LoRA adapter drawn by `seed`, in which the rows of `tokens` are trained."""
     if method.targets == "all-linear":
         targets: str | list[str] = "all-linear"
     else:
-        names = {name.rsplit(".", 1)[-1] for name in linear_names(model.config)}
-        wrong = [unknown("method.targets", target, names) for target in method.targets if target not in names]
+        names = linear_names(model.config)
+        lasts = {name.rsplit(".", 1)[-1] for name in names}
+        wrong = [
+            unknown("method.targets", target, lasts)
+            for target in method.targets
+            if not any(f".{name}".endswith(f".{target}") for name in names)
+        ]
         if wrong:
             raise InputError(wrong)
         targets = list(method.targets)
@@ -124,6 +176,10 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int) -> Pef
         lora_dropout=method.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        use_rslora=method.rslora,
+        use_dora=method.dora,
+        # A head that is not tied to the embedding has rows of its own.
+        trainable_token_indices={name: list(tokens) for name in vocabulary_layers(model)} if tokens else None,
     )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -133,8 +189,8 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int) -> Pef
     return adapted  # type: ignore[return-value]
 
 
-def load_trained(spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path) -> PeftModel:
-    """The model as it was trained: the base as in training, with the adapter of `checkpoint`, ready to be judged."""
-    model = attach_adapter(load_base(spec, model_path, device), spec.method, spec.train.seed)
-    model.load_adapter(str(checkpoint), "default", is_trainable=False)
-    return model.eval()
+def vocabulary_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the layers with a row for each token: the embedding, and the head where it has its own weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = {name: module for name, module in model.named_modules() if module is embedding or module is head}
+    return [name.rsplit(".", 1)[-1] for name, m in found.items() if m is embedding or m.weight is not embedding.weight]

@@ -15,11 +15,11 @@ from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
-from ftlib.train import ranks, saving
+from ftlib.train import methods, ranks, saving
 from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
-from ftlib.train.model import attach_adapter, load_base
+from ftlib.train.model import load_base
 from ftlib.train.order import total_steps
 from ftlib.train.starting import StartTimes
 from ftlib.train.tracking import Tracking
@@ -46,7 +46,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     if first:
         atomic.sweep_temporaries(run.checkpoints)
     found = ranks.from_first(saving.find(run) if first else None)
-    if found.step >= total and not found.evaluation_due:
+    if (found.step >= total or found.early) and not found.evaluation_due:
         return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
     if first and (life > 1 or found.step):
         print(f"life {life} goes on from step {found.step} of {total}", flush=True)
@@ -65,7 +65,11 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             base = interruptible(stop, lambda: load_base(spec, model_path, device, cache))
         else:  # One rank alone must not leave while the others wait for it.
             base = load_base(spec, model_path, device, cache)
-        model = attach_adapter(base, spec.method, spec.train.seed)
+        model = methods.attach(base, spec, model_path)
+        if provenance.get("init_adapter") and not found.step:
+            methods.load(model, Path(provenance["init_adapter"]), trainable=True)
+            if first:
+                print(f"the adapter begins as {provenance['init_adapter']}", flush=True)
         times.done("load_s")
         _stop_here(stop)
         metrics = tracking = None
@@ -77,7 +81,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         cadence = Cadence(spec.train.save_every_steps, prior_h, history(run, life) if first else History())
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
-            validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
+            validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times, method=spec.method,
         )  # fmt: skip
         _stop_here(stop)
         if first:
@@ -92,7 +96,9 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     ranks.barrier()
     if ranks.world_size() > 1:
         dist.destroy_process_group()
-    return f"trained {total} steps{_final_loss(run)}"
+    done = trainer.state.global_step
+    early = "" if done == total else f" of {total}, stopped early,"
+    return f"trained {done} steps{early}{_final_loss(run)}"
 
 
 def _stop_here(stop: StopFlag) -> None:

@@ -54,11 +54,18 @@ class Found:
     rejected: dict[str, list[str]]
     evaluation_due: bool = False  # The validation of that step is still to be done.
     best: tuple[float, int] | None = None  # The lowest validation loss so far, and its step.
+    worse: int = 0  # Validations since then.
+    early: bool = False  # So many that the training ended there.
 
     @property
     def step(self) -> int:
         """Optimizer steps already done."""
         return self.state.step if self.state else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.early or (self.state is not None and self.state.step >= self.state.total)
 
 
 def find(run: RunDir) -> Found:
@@ -73,7 +80,10 @@ def find(run: RunDir) -> Found:
     validated = [(loss, step) for loss, step in validated if step <= state.step]
     # The save came before the validation, which the same life may have done after it.
     due = state.evaluation_due and state.step not in {step for _, step in validated}
-    return Found(folder, state, rejected, due, min(validated, default=None))
+    best = min(validated, default=None)
+    worse = sum(step > best[1] for _, step in validated) if best else 0
+    enough = run.spec().train.stop_after_worse
+    return Found(folder, state, rejected, due, best, worse, enough is not None and worse >= enough)
 
 
 def temporary(run: RunDir, step: int, life: int) -> Path:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ftlib import checkpoint, events, sealing
-from ftlib.data.dataset import real_tokens
+from ftlib.data.dataset import collate, real_tokens
 from ftlib.errors import FtError, Interrupted
 from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
-from ftlib.spec import TrainSpec
+from ftlib.spec import MethodSpec, TrainSpec
 from ftlib.stop import StopFlag
-from ftlib.train import ranks, saving
+from ftlib.train import methods, ranks, saving
 from ftlib.train.interval import Cadence
 from ftlib.train.order import Order
 from ftlib.train.progress import Progress
 from ftlib.train.starting import StartTimes
 from ftlib.train.tracking import Tracking
+
+
+class _Enough(Exception):
+    """The validation loss has not improved for long."""
 
 
 class FineTuner(Trainer):
@@ -50,8 +56,10 @@ class FineTuner(Trainer):
         tracking: Tracking | None,
         cadence: Cadence,
         times: StartTimes,
+        method: MethodSpec | None = None,
     ) -> None:
-        """`metrics` and `tracking` belong to rank 0 and are None elsewhere."""
+        """`metrics` and `tracking` belong to rank 0 and are None elsewhere. method: for one of two stages."""
+        self._two_stage = method if method and method.kind == "two-stage" else None
         self.run, self.life, self.stop, self.spec = run, life, stop, spec
         self.metrics, self.tracking, self.cadence, self.times = metrics, tracking, cadence, times
         self.progress = Progress(arguments.max_steps, spec.log_every_steps)
@@ -59,9 +67,11 @@ class FineTuner(Trainer):
         self.saved_step: int | None = None
         self._closed_step: int | None = None
         self._best: tuple[float, int] | None = None
+        self._worse = 0
         self._verified: set[int] = set()
         self._checkpoint_size: int | None = None
         self._stepped = False
+        self._deleting = ThreadPoolExecutor(1)
         self._tokens = 0
         self._began = time.perf_counter()
         super().__init__(
@@ -69,7 +79,7 @@ class FineTuner(Trainer):
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=validation_rows,
-            data_collator=default_data_collator,
+            data_collator=collate,
         )
         self.remove_callback(PrinterCallback)
 
@@ -82,9 +92,32 @@ class FineTuner(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step, and the number of response tokens in all ranks' together."""
         self._began = time.perf_counter()
+        if method := self._two_stage:
+            prompt = self.state.global_step < method.prompt_share * self.args.max_steps
+            methods.enter_stage(self._bare(), prompt=prompt, adapter=not prompt)
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = sum(real_tokens(batch) for batch in batches)
         return batches, items
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; of two stages both are in it, the prompt at its own learning rate."""
+        if self._two_stage is None:
+            return super().create_optimizer(*args, **kwargs)
+        methods.enter_stage(self._bare(), prompt=True, adapter=True)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        own = {id(parameter) for parameter in self._bare().prompt_encoder.parameters()}
+        prompt = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+        lr = self._two_stage.prompt_lr or self.args.learning_rate
+        optimizer.add_param_group({"params": prompt, "lr": lr, "weight_decay": 0.0})
+        return optimizer
+
+    def _bare(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        methods.load(self._bare(), Path(resume_from_checkpoint), trainable=True)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: the Trainer would walk over all parameters for each micro-batch."""
@@ -184,8 +217,12 @@ class FineTuner(Trainer):
         if ranks.rank() == 0:
             checkpoint.prune(
                 self.run.checkpoints, run=self.run.name, best=self._best[1] if self._best else None,
-                every=self.spec.keep_every_steps, verified=self._verified,
+                every=self.spec.keep_every_steps, verified=self._verified, delete=self._delete_later,
             )  # fmt: skip
+
+    def _delete_later(self, folder: Path) -> None:
+        """A folder of gigabytes takes a while to delete; a process that ends meanwhile leaves it to the next life."""
+        self._deleting.submit(shutil.rmtree, folder, ignore_errors=True)
 
     def _saved(self, step: int, seconds: float, size: int) -> None:
         self._prune()
@@ -201,8 +238,7 @@ class FineTuner(Trainer):
     def _write_state(self, folder: Path, step: int, sealer: sealing.Sealer) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
         if ranks.rank() == 0:
-            # Without the look-up on the hub whether the base has these embeddings: we do not train them.
-            self.accelerator.unwrap_model(self.model).save_pretrained(str(folder), save_embedding_layers=False)
+            methods.save(self._bare(), folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             saving.TrainingState(
                 step=step,
@@ -242,10 +278,14 @@ class FineTuner(Trainer):
             print(f"step {step}/{self.args.max_steps}  validation loss {loss:.4f}", flush=True)
             if self.tracking:
                 self.tracking.log(step, eval_loss=loss)
+        self._worse += 1
         if self._best is None or loss < self._best[0]:
-            self._best = (loss, step)
+            self._best, self._worse = (loss, step), 0
             self.save()
             self._prune()  # The best one until now may be of no more use.
+        if self.spec.stop_after_worse and self._worse >= self.spec.stop_after_worse:
+            self.save()
+            raise _Enough
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -264,7 +304,7 @@ class FineTuner(Trainer):
             # A rank that has run out of batches does the last one again, not counted: all make the same calls.
             mine = turn * world + ranks.rank()
             start = starts[min(mine, len(starts) - 1)]
-            inputs = default_data_collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            inputs = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
             inputs = self._prepare_inputs(inputs)
             count = inputs["labels"][:, 1:].ne(-100).sum()
             with self.compute_loss_context_manager():
@@ -280,10 +320,17 @@ class FineTuner(Trainer):
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save."""
         if found.state is not None:
             self.saved_step = self._closed_step = found.step
-            self._best = found.best
+            self._best, self._worse = found.best, found.worse
             self._verified.add(found.step)
             self.evaluation_due = found.evaluation_due
             self.progress.resumed(found.step)
             if found.state.world_size != ranks.world_size():
                 print("another number of processes than before: dropout draws other numbers from here on", flush=True)
-        self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)
+        try:
+            try:
+            self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)
+        except _Enough:
+            if ranks.rank() == 0:
+                print(f"stopped early: no new lowest validation loss in {self._worse} validations", flush=True)
+        finally:
+            self._deleting.shutdown()
