@@ -85,6 +85,10 @@ def load(folder: Path, name: str, changes: dict[str, Any], data: str | None = No
         raise InputError(unknown("MODEL", name, names(folder)))
     if data is not None:
         changes = {**changes, "data.path": data}
+    # Saying one source replaces the recipe's other one.
+    for said, other in (("data.path", "data.hub"), ("data.hub", "data.path")):
+        if changes.get(said) and other not in changes:
+            changes = {**changes, other: None}
     values = override(read_yaml(folder / f"{name}.yaml"), changes)
     # Saying one length replaces the recipe's other one: SET="train.epochs=3" needs no second word to drop the steps.
     train = values.get("train")

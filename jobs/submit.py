@@ -62,7 +62,7 @@ def _space_needed(wish: Wish) -> int:
 
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
-    return merged + 3 * 12 * shape.lora_params(wish.spec.method.rank) + SPARE_BYTES
+    return merged + 3 * 12 * shape.lora_params(wish.spec.method.rank, wish.spec.method.targets) + SPARE_BYTES
 
 
 def _dry_run(wish: Wish, name: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftlib import modelfiles, profile, recipe, rundir
 from ftlib.errors import InputError, unknown
-from ftlib.plan import plan, shapes
+from ftlib.plan import architectures, plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import client
 from ftlib.spec import RunSpec, file_digest
@@ -95,7 +95,7 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
         raise InputError(problems)
     cache = site.cache_dir(CHECKOUT)
     try:
-        path, digest, size = _data(spec)
+        path, digest, size = _data(spec, cache, internet=site.compute_internet)
     except InputError as error:
         problems += error.messages
     try:
@@ -103,6 +103,7 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
             spec.model.name, spec.model.revision, checkout=CHECKOUT, cache=cache, internet=site.compute_internet
         )
         shape = shapes.from_config(files.config, spec.model.name)
+        problems += _layer_problems(spec, files.config)
     except InputError as error:
         problems += error.messages
     if problems:
@@ -112,11 +113,25 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
     return Wish(spec, site, planned, files, path, digest, cache, {k: v for k, v in words.items() if v})
 
 
-def _data(spec: RunSpec) -> tuple[Path | None, str, int | None]:
-    """The data file, its content's digest and size; None and a fixed digest for the generator."""
+def _layer_problems(spec: RunSpec, config: dict[str, Any]) -> list[str]:
+    """What in the method names layers that the model does not have."""
+    found = architectures.parameters(config, spec.model.name)
+    problems = architectures.pattern_problems("method.train_layers", spec.method.train_layers, found)
+    targets = spec.method.targets
+    if isinstance(targets, tuple):
+        problems += architectures.target_problems("method.targets", targets, found)
+    return problems
+
+
+def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, str, int | None]:
+    """The data file, its content's digest and size. Without a file None, and a fixed digest: the spec says the rest."""
+    from ftlib.data import hub, sources
+
+    if spec.data.hub:
+        size = hub.check(spec.data, hf_home=modelfiles.hf_home(cache), internet=internet)
+        return None, "hub", size
     if spec.data.path is None:
         return None, "generated", None
-    from ftlib.data import sources
 
     path = Path(spec.data.path).expanduser()
     found = sources.check_file(path if path.is_absolute() else CHECKOUT / path, spec.data)

@@ -74,9 +74,7 @@ def tokenizer(begin: str | None, end: str) -> PreTrainedTokenizerFast:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", special_tokens=[(begin, special.index(begin))]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=begin, eos_token=end, model_max_length=POSITIONS
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=begin, eos_token=end, model_max_length=POSITIONS)
 
 
 def texts() -> list[str]:

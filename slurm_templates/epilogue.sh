@@ -1,6 +1,7 @@
 # Last lines of every stage's batch script, on the host, right after srun. Sourced; decides how the job ends.
 # The outcome file is the truth; srun's exit code is a hint, because the first rank to leave decides it.
 ft_code=$?
+kill "$FT_WATCH" 2>/dev/null
 ft_outcome="$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"
 ft_words=
 if [ -s "$ft_outcome" ]; then
@@ -11,14 +12,18 @@ elif [ "$ft_code" -eq 0 ]; then
 fi
 
 # requeue SECONDS NODE MIB WORDS | leave CODE WORDS | stop CODE WORDS
+# SIGTERM may come now, too (a requeue, a lost node): it must not end the one that looks for the cause.
 read -r ft_do ft_number ft_rest <<END
-$("$FT_PYTHON" -m ftlib.slurm.settle end "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$ft_code" "$FT_JOB" "$FT_LOG")
+$(
+    trap '' TERM
+    exec "$FT_PYTHON" -m ftlib.slurm.settle end "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$ft_code" "$FT_JOB" "$FT_LOG"
+)
 END
 if [ -z "$ft_do" ]; then
     echo "ftlib: the cause of this end could not be settled (is the disk full?)"
     case "$ft_code" in
     75 | 140 | 143) ft_do=requeue ft_number=30 ft_rest="- - it was interrupted" ;;
-    *) ft_do=stop ft_number=$ft_code ;;
+    *) ft_do=stop ft_number=$ft_code ft_rest="it is stopped" ;;
     esac
 fi
 if [ "$ft_do" != requeue ]; then

@@ -33,3 +33,15 @@ export FT_LIFE
 if [ "$FT_LIFE" -gt 1 ]; then
     "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE"
 fi
+
+# A srun whose slurmstepd was killed waits for it until the time limit, and the job holds its GPUs for nothing.
+ft_step_lives() { scontrol listpids "$SLURM_JOB_ID.0" 2>/dev/null | grep -q '^[0-9]'; }
+ft_watch_step() {
+    until ft_step_lives; do sleep 5; done
+    while ft_step_lives || { sleep 5; ft_step_lives; }; do sleep "${FT_WATCH_S:-30}"; done
+    echo "ftlib: the step's slurmstepd is gone; ending its srun"
+    pkill -KILL -P $$ -x srun
+}
+ft_watch_step &
+FT_WATCH=$!
+disown

@@ -19,15 +19,27 @@ from ftlib.stop import StopFlag
 LOGITS = 2**28
 
 
-def load(model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None) -> Any:
+def load(
+    model: str,
+    *,
+    device: str,
+    dtype: str,
+    revision: str | None = None,
+    adapter: Path | None = None,
+    added: tuple[Tokenizer, int] | None = None,
+) -> Any:
     """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
 
-    Raises InputError when the files are not there.
+    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these. Raises InputError when the files are not there.
     """
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
     with base_model.loading(model, base_model.WEIGHTS, revision):
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map={"": device})
+    if added is not None:
+        from ftlib.train.model import add_rows
+
+        add_rows(loaded, *added)
     if adapter is not None:
         from peft import PeftModel
 

@@ -11,11 +11,12 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ftlib import atomic
-from ftlib.data import tokenizing
+from ftlib.data import packing, tokenizing
 from ftlib.errors import InputError, Interrupted
 from ftlib.evaluate import scoring
 from ftlib.rundir import RunDir
@@ -34,6 +35,9 @@ class Subject:
     path: str
     revision: str | None = None
     adapter: Path | None = None
+    prompt: Path | None = None  # a soft prompt
+    shots: int = 0  # training examples before each question
+    is_base: bool = True
 
 
 def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
     questions = _questions(Path(run.prepared()["dataset"]) / "test.jsonl", spec.evaluate.pairs)
-    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision)
+    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision, spec.tokens.add)
     batches = _batches(questions, tokenizer, spec.evaluate.batch)
     # Without a call to score, a few answers are shown and the rest is perplexity.
     speaking = {i for i, question in questions.items() if question["expected_call"]} or set(list(questions)[:SAMPLES])
@@ -87,13 +91,36 @@ def read_answers(store: Path) -> dict[int, Any]:
 def _subjects(run: RunDir) -> Iterator[Subject]:
     spec, path = run.spec(), str(run.provenance()["model_path"])
     yield Subject("base", path, spec.model.revision)
+    if spec.evaluate.few_shot:
+        yield Subject("few_shot", path, spec.model.revision, shots=spec.evaluate.few_shot)
     made = run.export / ("merged" if spec.export.merged else "adapter")
     if not made.is_dir():
         raise InputError(f"{made}: is not there. Was the export stage completed?")
+    prompt = run.export / "prompt" if spec.method.kind == "two-stage" else None
     if spec.export.merged:
-        yield Subject("tuned", str(made))
+        yield Subject("tuned", str(made), prompt=prompt, is_base=False)
+    elif spec.method.kind == "prompt":
+        yield Subject("tuned", path, spec.model.revision, prompt=made)
     else:
-        yield Subject("tuned", path, spec.model.revision, adapter=made)
+        yield Subject("tuned", path, spec.model.revision, adapter=made, prompt=prompt)
+
+
+def _examples(rows: Path, count: int, tokenizer: tokenizing.Tokenizer, room: int) -> list[int]:
+    """Ids of the first `count` training documents, one after another, or of as many as have `room`."""
+    meta, arrays = packing.read(rows)
+    found: list[int] = []
+    taken = 0
+    for row in range(meta["rows"]):
+        ends = [*(arrays["positions"][row] == 0).nonzero()[0].tolist(), meta["seq_len"]]
+        for start, end in pairwise(ends):
+            if not arrays["response"][row, start:end].any():  # padding
+                continue
+            document = arrays["tokens"][row, start:end].tolist()[len(tokenizer.bos) if found else 0 :]
+            if taken == count or len(found) + len(document) > room:
+                print(f"few_shot: {taken} of {count} examples stand before each question", flush=True)
+                return found
+            found, taken = found + document, taken + 1
+    return found
 
 
 def _questions(file: Path, pairs: int) -> dict[int, Any]:
@@ -139,10 +166,22 @@ def _answer(
         dtype=spec.export.dtype,
         revision=subject.revision,
         adapter=subject.adapter,
+        added=(tokenizer, spec.train.seed) if subject.is_base else None,
     )
+    prefix: list[int] = []
+    if subject.prompt:
+        from ftlib.train.methods import put_prompt
+
+        prefix = put_prompt(model, subject.prompt)
+    elif subject.shots:
+        longest = max(len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()]))
+        reads = getattr(model.config, "max_position_embeddings", None) or 2048
+        room = reads - longest - max(spec.evaluate.max_new_tokens, spec.data.seq_len - longest)
+        prefix = _examples(Path(run.prepared()["dataset"]) / "train", subject.shots, tokenizer, room)
     # A token of a tiny model is too little work to share: threads would wait for each other most of the time.
     torch.set_num_threads(plan["threads"] if model.num_parameters() > TINY else 1)
-    answerer = answering.Answerer(model, tokenizer, max_new_tokens=spec.evaluate.max_new_tokens, stop=stop)
+    new = spec.evaluate.max_new_tokens
+    answerer = answering.Answerer(model, tokenizer, max_new_tokens=new, stop=stop, prefix=prefix)
     began, total, done = time.monotonic(), sum(map(len, batches)), 0
     for batch in batches:
         if stop.cause:
@@ -180,4 +219,5 @@ def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:
     call = question["expected_call"]
     exact = scoring.is_exact(call, answers["tuned"]["answer"]) if call else None
     texts = {name: answer["answer"] for name, answer in answers.items()}
-    return {"prompt": question["prompt"], "response": question["response"], **texts, "exact": exact}
+    prompt = question["prompt"] if isinstance(question["prompt"], str) else "".join(question["prompt"])
+    return {"prompt": prompt, "response": question["response"], **texts, "exact": exact}

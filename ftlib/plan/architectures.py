@@ -1,6 +1,6 @@
 """What the layers of a decoder are called and how large they are, from its config.json: no torch, no weights.
 
-Names and shapes come from a table, architectures.json, that `python -m ftlib.plan.make_architectures` takes from
+Names and shapes come from a table, architectures.json, that `python models/make_architectures.py` takes from
 transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size.
 """
 

@@ -37,7 +37,7 @@ def training(shape: ModelShape, spec: RunSpec, micro_batch: int) -> GpuMemory:
     weights = shape.linear_params * linear_bytes + shape.embedding_params * 2
     # fp32 weight and gradient of each adapter parameter, and the optimizer's two moments.
     state = 4 + 4 + OPTIMIZER_BYTES.get(spec.optim.name, ADAM_FP32_BYTES)
-    adapters = shape.lora_params(method.rank) * state
+    adapters = shape.lora_params(method.rank, method.targets) * state
     return GpuMemory(
         weights_gib=weights / GIB,
         adapters_gib=adapters / GIB,

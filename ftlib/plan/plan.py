@@ -17,7 +17,7 @@ from ftlib.spec import Model, RunSpec, divisors
 FILL = 0.9
 # More tokens a micro-batch than this win little: dequantisation is then 2 % of a step.
 MICRO_BATCH_TOKENS = 8192
-TOKENS_PER_PAIR = {"brief": 125, "alpaca": 210}
+TOKENS_PER_PAIR = {"brief": 125, "alpaca": 210, "chatml": 200, "guanaco": 450}
 BYTES_PER_TOKEN = 3.5
 STAGE_START_MIN = 0.3
 LEAST_TIME_MIN = 20
@@ -201,6 +201,7 @@ def _length(spec: RunSpec, data_bytes: int | None) -> tuple[int, float]:
         tokens = data_bytes / BYTES_PER_TOKEN
         if spec.data.limit:
             tokens = min(tokens, spec.data.limit * TOKENS_PER_PAIR[spec.data.template])
+    tokens *= spec.data.share or 1
     if spec.train.steps:
         return spec.train.steps, tokens
     assert spec.train.epochs is not None

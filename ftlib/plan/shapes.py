@@ -21,6 +21,7 @@ class ModelShape:
     linears: tuple[tuple[int, int], ...]  # (in, out) of each linear layer of one block
     linear_names: tuple[str, ...]  # their names within the model, {i} being the block
     other_params: int  # norms, biases
+    parameters: tuple[architectures.Parameter, ...] = ()
 
     @property
     def linear_params(self) -> int:
@@ -71,4 +72,5 @@ def from_config(config: dict[str, Any], where: str) -> ModelShape:
         linears=tuple((parameter.shape[1], parameter.shape[0]) for parameter in matrices),
         linear_names=tuple(parameter.layer for parameter in matrices),
         other_params=sum(p.size * p.copies for p in found if id(p) not in large),
+        parameters=found,
     )

@@ -81,7 +81,8 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         cadence = Cadence(spec.train.save_every_steps, prior_h, history(run, life) if first else History())
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
-            validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times, method=spec.method,
+            validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
+            method=spec.method,
         )  # fmt: skip
         _stop_here(stop)
         if first:

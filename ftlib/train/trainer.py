@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ftlib import checkpoint, events, sealing
 from ftlib.data.dataset import collate, real_tokens
@@ -74,6 +75,8 @@ class FineTuner(Trainer):
         self._deleting = ThreadPoolExecutor(1)
         self._tokens = 0
         self._began = time.perf_counter()
+        # The zip format's own checksums would cost another pass; every file has ours.
+        torch.serialization.set_crc32_options(False)
         super().__init__(
             model=model,
             args=arguments,
@@ -250,10 +253,10 @@ class FineTuner(Trainer):
                 world_size=ranks.world_size(),
             ).write(folder)
             sealer.take()
-        # The zip format's own checksums would cost another pass; every file has ours.
-        torch.serialization.set_crc32_options(False)
-        self._save_optimizer_and_scheduler(str(folder))
-        sealer.take()
+            # As the Trainer does, but hashed and flushed while it is written.
+            with sealer.stream(OPTIMIZER_NAME) as stream:
+                torch.save(self.optimizer.state_dict(), stream)
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
 
@@ -327,7 +330,6 @@ class FineTuner(Trainer):
             if found.state.world_size != ranks.world_size():
                 print("another number of processes than before: dropout draws other numbers from here on", flush=True)
         try:
-            try:
             self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)
         except _Enough:
             if ranks.rank() == 0:

@@ -1,4 +1,4 @@
-"""Makes architectures.json: `python -m ftlib.plan.make_architectures` (needs torch and transformers; no weights).
+"""Makes architectures.json: `python models/make_architectures.py` (needs torch and transformers; no weights).
 
 A small model of each type is built on the meta device once for every setting of the flags that change its layers.
 From these follow each parameter's name, the dimensions its shape is made of, and the flags on which it depends.
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ftlib import atomic
 from ftlib.plan import architectures
@@ -64,7 +68,7 @@ def main() -> None:
 
     families = {kind: _family(kind, flags) for kind, flags in FLAGS.items()}
     made = {
-        "made by": f"python -m ftlib.plan.make_architectures, transformers {transformers.__version__}",
+        "made by": f"python models/make_architectures.py, transformers {transformers.__version__}",
         "families": families,
         "models": MODELS,
     }

@@ -1,0 +1,135 @@
+"""What a save costs: a training's checkpoint of about 1 GiB, beside a bare, fsynced write of the same bytes.
+
+A real training of the tiny model with an adapter so wide that its state has that size. Each of its saves is followed
+by the bare write of as many bytes, file by file, so that a disk whose speed drifts serves both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ftlib import checkpoint, rundir
+from ftlib.rundir import RunDir
+from ftlib.stop import StopFlag
+from jobs import wish as wishes
+
+# Until the first folders are deleted again, memory for the page cache is taken anew.
+WARM = 3
+STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments
+
+
+def prepared_run(folder: Path, settings: str) -> RunDir:
+    """A run of the tiny recipe in `folder`, with its data prepared."""
+    from ftlib.data.prepare import prepare
+
+    wish = wishes.make(model="tiny", data=None, cluster="local", settings=settings)
+    files = wishes.files_of(wish, wish.name)
+    files["provenance.json"]["cache"] = str(folder / "cache")
+    run = rundir.create(folder / "runs", wish.name, files, wishes.SNAPSHOT)
+    prepare(run, StopFlag())
+    return run
+
+
+def rank_for(gib: float) -> int:
+    """The adapter's rank at which the tiny model's training state has about `gib`."""
+    from ftlib.plan import shapes
+
+    config = json.loads((wishes.CHECKOUT / "models" / "tiny-base" / "config.json").read_text(encoding="utf-8"))
+    return int(gib * 2**30 / STATE_BYTES_PER_PARAMETER / shapes.from_config(config, "tiny-base").lora_params(1))
+
+
+def bare_write(folder: Path, sizes: list[int], block: memoryview) -> float:
+    """Seconds to write and flush files of these sizes, one after the other, and to flush their folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    began = time.perf_counter()
+    for number, size in enumerate(sizes):
+        with (folder / str(number)).open("wb", buffering=0) as file:
+            left = size
+            while left:
+                left -= file.write(block[: min(left, len(block))])
+            os.fsync(file.fileno())
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+    taken = time.perf_counter() - began
+    shutil.rmtree(folder)
+    return taken
+
+
+def measure(folder: Path, gib: float, saves: int) -> list[dict[str, float]]:
+    """One row per save: its bytes, seconds, and those of the bare write after it."""
+    from ftlib.train import run as training
+    from ftlib.train.trainer import FineTuner
+
+    settings = (
+        f"method.rank={rank_for(gib)} train.steps={saves + WARM} train.global_batch=1 train.save_every_steps=1 "
+        "data.pairs=64 tracking.mode=disabled optim.warmup_share=0"
+    )
+    run = prepared_run(folder, settings)
+    block, rows = memoryview(os.urandom(64 << 20)), []
+    save = FineTuner.save
+
+    def timed(self: FineTuner) -> None:
+        if self.saved_step == self.state.global_step:
+            return
+        os.sync()
+        began = time.perf_counter()
+        save(self)
+        seconds = time.perf_counter() - began
+        newest = checkpoint.committed(run.checkpoints)[0]
+        sizes = [path.stat().st_size for path in newest.iterdir()]
+        os.sync()
+        rows.append({"bytes": sum(sizes), "save_s": seconds, "bare_s": bare_write(folder / "bare", sizes, block)})
+
+    FineTuner.save = timed
+    try:
+        training.train(run, 1, StopFlag())
+    finally:
+        FineTuner.save = save
+    return rows[WARM:]
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians, and the ratio of them."""
+    save, bare = (statistics.median(row[name] for row in rows) for name in ("save_s", "bare_s"))
+    return {"gib": rows[0]["bytes"] / 2**30, "saves": len(rows), "save_s": save, "bare_s": bare, "ratio": save / bare,
+            "goal": 1.2, "rows": rows}  # fmt: skip
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--gib", type=float, default=1.0, help="size of the state")
+    options.add_argument("--saves", type=int, default=9)
+    options.add_argument("--folder", type=Path, help="where to write, on the storage in question; default: runs/")
+    options.add_argument("--json", action="store_true")
+    said = options.parse_args()
+    wishes.RUNS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=said.folder or wishes.RUNS, prefix=".bench-") as folder:
+        found = summary(measure(Path(folder), said.gib, said.saves))
+    if said.json:
+        print(json.dumps(found))
+        return
+    table = Table(title=f"A save of {found['gib']:.2f} GiB, median of {found['saves']}", box=None)
+    for column in ("", "seconds", "least", "most", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, key in (("bare, fsynced write", "bare_s"), ("committed checkpoint, every file hashed", "save_s")):
+        values = [row[key] for row in found["rows"]]
+        ratio = found[key] / found["bare_s"]
+        table.add_row(name, f"{found[key]:.2f}", f"{min(values):.2f}", f"{max(values):.2f}", f"{ratio:.2f}")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
