@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test lint bench lock clean
+.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test lint bench gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -96,6 +96,9 @@ lint: $(DEV) ## ruff and mypy
 bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
 	@for name in $(or $(value ARGS),$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== $$name"; $(PY) -m "benchmarks.$$name" || exit; done
+
+gpu-check: $(TRAIN) $(DEV) ## measure on this machine's GPU: tests, large models' speed, memory and resume; ARGS=llama2-7b
+	@exec $(PY) -m benchmarks.gpu_check $(value ARGS)
 
 lock: $(DEV) ## remake env/*.lock from pyproject.toml; ARGS=--upgrade takes newer versions
 	@sh env/lock.sh $(PY) $(value ARGS)

@@ -54,6 +54,24 @@ def locate(name: str, revision: str | None, *, checkout: Path, cache: Path, inte
     )
 
 
+def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, Path | None]:
+    """What `model.init_from` stands for: merged weights (they are the base then), else the folder of an adapter.
+
+    A run's name or a folder. Raises InputError that says what was looked for, with the nearest run.
+    """
+    run, folder = runs / said, (checkout / said).resolve()
+    for place in (run / "export" / "merged", run / "export" / "adapter", folder, folder / "merged", folder / "adapter"):
+        if (place / "adapter_config.json").exists():
+            return None, place
+        if (place / "config.json").exists():
+            return ModelFiles(str(place), _read(place / "config.json")), None
+    known = [path.parent.name for path in runs.glob("*/export")]
+    raise InputError(
+        f"model.init_from: {said!r} is no finished run and no folder with config.json or adapter_config.json. Looked "
+        f"in {run}/export and {folder}.{nearest(said, known)}"
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

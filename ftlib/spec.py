@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -70,8 +70,8 @@ class MethodSpec(Model):
 
     kind: Literal["qlora", "lora", "full", "freeze", "prompt", "two-stage"] = Field(
         "qlora",
-        description="qlora: adapters on a 4-bit base; lora: on the base; full: every weight; freeze: train_layers alone; "
-        "prompt: soft prompt tokens; two-stage: soft prompt first, then adapters with the prompt in place",
+        description="qlora: adapters on a 4-bit base; lora: on the base; full: every weight; freeze: only "
+        "train_layers; prompt: a soft prompt; two-stage: a soft prompt, then adapters with it in place",
     )
     base_bits: Literal[16, 8, 4] | None = Field(
         None, description="Bits of the base's linear layers; default: 4 for qlora, else 16"
@@ -82,7 +82,7 @@ class MethodSpec(Model):
     dora: bool = Field(False, description="Weight-decomposed adapters (DoRA)")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter")
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Linear layers with an adapter")
-    train_layers: tuple[str, ...] = Field(
+    train_layers: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
         (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')"
     )
     prompt_tokens: int = Field(20, ge=1, description="Length of the soft prompt")

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftlib import modelfiles, profile, recipe, rundir
 from ftlib.errors import InputError, unknown
-from ftlib.plan import architectures, plan, shapes
+from ftlib.plan import fits, plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import client
 from ftlib.spec import RunSpec, file_digest
@@ -38,6 +38,7 @@ class Wish:
     data_path: Path | None
     data_digest: str
     cache: Path
+    init_adapter: Path | None
     words: dict[str, str]  # the options as they were said
 
     @property
@@ -94,6 +95,7 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
     if spec is None or site is None or problems:
         raise InputError(problems)
     cache = site.cache_dir(CHECKOUT)
+    init_adapter = planned = size = None
     try:
         path, digest, size = _data(spec, cache, internet=site.compute_internet)
     except InputError as error:
@@ -103,24 +105,20 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
             spec.model.name, spec.model.revision, checkout=CHECKOUT, cache=cache, internet=site.compute_internet
         )
         shape = shapes.from_config(files.config, spec.model.name)
-        problems += _layer_problems(spec, files.config)
+        problems += fits.problems(spec, shape)
+        if spec.model.init_from:
+            init, init_adapter = modelfiles.start(spec.model.init_from, runs=RUNS, checkout=CHECKOUT)
+            start = shapes.from_config(init.config, init.path) if init else None
+            problems += fits.start_problems(spec, shape, start, init_adapter)
+            files, shape = init or files, start or shape
+        planned = plan.make(spec, site, shape, data_bytes=size)
     except InputError as error:
         problems += error.messages
-    if problems:
+    if problems or planned is None:
         raise InputError(problems)
-    planned = plan.make(spec, site, shape, data_bytes=size)
     words = {"MODEL": model, "DATA": str(path or ""), "CLUSTER": site.name, "SET": settings}
-    return Wish(spec, site, planned, files, path, digest, cache, {k: v for k, v in words.items() if v})
-
-
-def _layer_problems(spec: RunSpec, config: dict[str, Any]) -> list[str]:
-    """What in the method names layers that the model does not have."""
-    found = architectures.parameters(config, spec.model.name)
-    problems = architectures.pattern_problems("method.train_layers", spec.method.train_layers, found)
-    targets = spec.method.targets
-    if isinstance(targets, tuple):
-        problems += architectures.target_problems("method.targets", targets, found)
-    return problems
+    said = {k: v for k, v in words.items() if v}
+    return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)
 
 
 def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, str, int | None]:
@@ -147,6 +145,7 @@ def files_of(wish: Wish, name: str) -> dict[str, Any]:
         "checkout": str(CHECKOUT),
         "cache": str(wish.cache),
         "model_path": wish.model.path,
+        "init_adapter": str(wish.init_adapter) if wish.init_adapter else None,
         "data_path": str(wish.data_path) if wish.data_path else None,
         "data_digest": wish.data_digest,
         "said": wish.words,

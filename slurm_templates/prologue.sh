@@ -34,14 +34,27 @@ if [ "$FT_LIFE" -gt 1 ]; then
     "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE"
 fi
 
-# A srun whose slurmstepd was killed waits for it until the time limit, and the job holds its GPUs for nothing.
+# A killed slurmstepd leaves its srun waiting until the time limit, and its task without anyone to end it: no longer
+# than one save. (scontrol listpids asks this node alone, not the controller.)
 ft_step_lives() { scontrol listpids "$SLURM_JOB_ID.0" 2>/dev/null | grep -q '^[0-9]'; }
+ft_tasks() {
+    for ft_of in $(grep -lzxs "SLURM_STEP_ID=0" /proc/[0-9]*/environ); do
+        grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "$ft_of" && grep -qzxs "FT_LIFE=$FT_LIFE" "$ft_of" && basename "${ft_of%/*}"
+    done
+}
 ft_watch_step() {
     until ft_step_lives; do sleep 5; done
-    while ft_step_lives || { sleep 5; ft_step_lives; }; do sleep "${FT_WATCH_S:-30}"; done
-    echo "ftlib: the step's slurmstepd is gone; ending its srun"
+    while ft_step_lives || { sleep 2; ft_step_lives; }; do sleep 5; done
+    if [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; then
+        sleep 60 # ended as it should; other nodes, or an absent controller, may keep srun for a while
+    else
+        echo "ftlib: the step's slurmstepd is gone; ending the step"
+        kill -TERM $(ft_tasks)
+        for _ in $(seq 30); do [ -z "$(ft_tasks)" ] || sleep 1; done
+        kill -KILL $(ft_tasks)
+    fi
     pkill -KILL -P $$ -x srun
-}
+} 2>/dev/null
 ft_watch_step &
 FT_WATCH=$!
 disown

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ftlib import atomic, checkpoint
+from ftlib import atomic, checkpoint, sealing
 from ftlib.errors import InputError
 
 
@@ -116,3 +117,38 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space"):
         atomic.write_text(tmp_path / "f", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 4096, 12288, 12289])
+def test_a_streamed_file_is_hashed_as_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Block by block while it grows, in pieces of any size: the same sum as of the file that lies there."""
+    monkeypatch.setattr(sealing, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(sealing, "FLUSH_BYTES", 8192)
+    content = bytes(random.Random(size).randbytes(size))
+    with sealing.Sealer(tmp_path) as sealer:
+        with sealer.stream("streamed") as stream:
+            for start in range(0, size, 700):
+                stream.write(content[start : start + 700])
+        (tmp_path / "whole").write_bytes(content)
+        sealed = sealer.finish()
+    assert (tmp_path / "streamed").read_bytes() == content
+    assert sealed["streamed"] == sealed["whole"] and sealed["whole"]["bytes"] == size
+    assert sealing.digest(tmp_path / "whole", sealer.algorithm) == sealed["whole"]["digest"]
+    assert sealing.damage(tmp_path, sealed, "manifest") == []
+
+
+def test_a_flush_that_fails_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr("ftlib.sealing.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        sealing.seal(tmp_path)
+
+
+def test_the_best_and_every_nth_stay(tmp_path: Path) -> None:
+    for step in range(1, 11):
+        save(tmp_path, step)
+        checkpoint.prune(tmp_path, run="r", best=3, every=4)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.committed(tmp_path)] == [10, 9, 8, 4, 3]

@@ -76,7 +76,7 @@ class Tokenizer:
 
 
 def load(model: str, revision: str | None = None, add: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer in a folder or of a hub name, with new tokens to `add`; InputError says how to stage a lacking one."""
+    """The tokenizer in a folder or of a hub name, with new tokens; InputError says how to stage one."""
     hf, added = pretrained(model, revision, add)
     return Tokenizer(hf, model, added)
 

@@ -30,7 +30,8 @@ def load(
 ) -> Any:
     """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
 
-    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these. Raises InputError when the files are not there.
+    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these.
+    Raises InputError when the files are not there.
     """
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
@@ -97,11 +98,13 @@ class Answerer:
         logits = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=longest + 1, use_cache=False
         ).logits[:, -longest - 1 : -1]
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), ids[:, -longest:], reduction="none"
-        )  # (batch, longest)
         lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)
         in_response = torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
+        # Before a short response may stand ids of a soft prompt, which have no logit.
+        targets = ids[:, -longest:].masked_fill(~in_response, 0)
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), targets, reduction="none"
+        )  # (batch, longest)
         sums = (losses.double() * in_response).sum(dim=1).tolist()
         return [(nll, len(tail)) for nll, tail in zip(sums, tails, strict=True)]
 

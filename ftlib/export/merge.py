@@ -34,13 +34,13 @@ def merged_model(spec: RunSpec, model_path: str, device: torch.device, trained: 
 def merge(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """`base` with the adapter's updates added to its weights. FtError when it is still quantised."""
     if quantised_layers(base):
-        raise FtError("an adapter is not merged into a quantised model: the sum would be rounded again")
+        raise FtError("an adapter is not merged into a 4-bit model or an 8-bit one: the sum would be rounded again")
     model = PeftModel.from_pretrained(base, str(adapter))
     return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return, operator]
 
 
 def write_merged(spec: RunSpec, model_path: str, device: torch.device, trained: Path, folder: Path) -> None:
-    """Write weights, config and tokenizer to `folder`, as plain transformers loads them. trained: adapter or checkpoint."""
+    """Write weights, config and tokenizer to `folder`, as plain transformers loads them. trained: its folder."""
     model = merged_model(spec, model_path, device, trained)
     model.config.use_cache = True
     model.save_pretrained(str(folder))

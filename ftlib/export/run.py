@@ -106,9 +106,7 @@ class _Parts:
             if wanted:
                 self._require_space_for_merged()
                 trained = self.adapter_folder if self.spec.method.adapts else self.checkpoint
-                self._interruptible(
-                    lambda: write_merged(self.spec, self.model_path, self.device, trained, temporary)
-                )
+                self._interruptible(lambda: write_merged(self.spec, self.model_path, self.device, trained, temporary))
             found = self._compare(temporary if wanted else None)
             atomic.write_json(self.equality_file, found)
             if not found["passed"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ftlib.plan import architectures
 from ftlib.plan.shapes import ModelShape
 from ftlib.spec import RunSpec
 
@@ -21,28 +22,45 @@ class GpuMemory:
     """Parts of one GPU's memory in training, in GiB."""
 
     weights_gib: float
-    adapters_gib: float
+    trained_gib: float
     activations_gib: float
     reserved_gib: float = CUDA_RESERVED_GIB
 
     @property
     def total_gib(self) -> float:
-        return self.weights_gib + self.adapters_gib + self.activations_gib + self.reserved_gib
+        return self.weights_gib + self.trained_gib + self.activations_gib + self.reserved_gib
 
 
 def training(shape: ModelShape, spec: RunSpec, micro_batch: int) -> GpuMemory:
     """What one GPU holds while `micro_batch` rows of `seq_len` tokens are trained on."""
     method = spec.method
-    linear_bytes = NF4_BYTES[method.double_quant] if method.kind == "qlora" else 2
+    linear_bytes = {4: NF4_BYTES[method.double_quant], 8: 1, 16: 2}[method.bits]
     weights = shape.linear_params * linear_bytes + shape.embedding_params * 2
-    # fp32 weight and gradient of each adapter parameter, and the optimizer's two moments.
+    own = own_params(shape, spec)
+    # fp32 weight and gradient of each trained parameter, and the optimizer's two moments.
     state = 4 + 4 + OPTIMIZER_BYTES.get(spec.optim.name, ADAM_FP32_BYTES)
-    adapters = shape.lora_params(method.rank, method.targets) * state
     return GpuMemory(
-        weights_gib=weights / GIB,
-        adapters_gib=adapters / GIB,
+        weights_gib=max(0, weights - 2 * own) / GIB,  # What is trained of the base itself lies in fp32 alone.
+        trained_gib=(own + added_params(shape, spec)) * state / GIB,
         activations_gib=activation_bytes(shape, spec, micro_batch) / GIB,
     )
+
+
+def own_params(shape: ModelShape, spec: RunSpec) -> int:
+    """How many of the base's own parameters are trained: all, the chosen layers', or none."""
+    if spec.method.kind == "full":
+        return shape.params
+    if spec.method.kind != "freeze":
+        return 0
+    sizes = {name: parameter.size for parameter in shape.parameters for name in parameter.names}
+    return sum(sizes[name] for name in architectures.select(spec.method.train_layers, sizes))
+
+
+def added_params(shape: ModelShape, spec: RunSpec) -> int:
+    """Parameters of adapters, soft prompt and new tokens."""
+    method, rows = spec.method, len(spec.tokens.add) * (1 if shape.tied else 2)
+    adapters = shape.lora_params(method.rank, method.targets) if method.adapts else 0
+    return adapters + (rows + (method.prompt_tokens if method.prompted else 0)) * shape.hidden
 
 
 def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> float:
@@ -51,7 +69,7 @@ def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> floa
     h, i = shape.hidden, shape.intermediate
     # What a block saves for its backward pass: norm inputs, q k v, attention output, gate, up, their product,
     # and the adapters' dropped-out copies of their inputs.
-    block = 2 * (8 * h + 4 * i + (4 * h + i if spec.method.dropout else 0)) * tokens
+    block = 2 * (8 * h + 4 * i + (4 * h + i if spec.method.dropout and spec.method.adapts else 0)) * tokens
     kept = 2 * h * tokens * shape.layers + block if spec.train.gradient_checkpointing else block * shape.layers
     logits = (2 + 4 + 4) * shape.vocab * tokens
     dequantised = 2 * max(a * b for a, b in shape.linears)

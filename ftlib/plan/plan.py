@@ -185,7 +185,7 @@ def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, gpu_memory_gib
 def _does_not_fit(spec: RunSpec, gpu: str, needed: float, there: float, micro_batch: int) -> str:
     mends = ["train.gradient_checkpointing=true"] if not spec.train.gradient_checkpointing else []
     mends += ["a smaller train.micro_batch"] if micro_batch > 1 else ["a shorter data.seq_len"]
-    mends += ["method.kind=qlora"] if spec.method.kind == "lora" else []
+    mends += ["method.kind=qlora"] if spec.method.bits > 4 else []
     return (
         f"{spec.recipe} does not fit: {needed:.1f} GiB estimated for micro-batch {micro_batch}, one {gpu} has "
         f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ftlib.plan.memory import own_params
 from ftlib.plan.shapes import ModelShape
 from ftlib.spec import RunSpec
 
@@ -16,10 +17,12 @@ CPU_DECODE_STEPS_PER_S = 60.0
 
 
 def flops_per_token(shape: ModelShape, spec: RunSpec) -> float:
-    """Forward and activation gradient (2N each), recompute (2N more); attention 2·S·h·L a forward, twice that back."""
+    """Forward and activation gradient (2N each), recompute (2N more), and 2 for each weight of the base that is
+    trained; attention 2·S·h·L a forward, twice that back."""
     recompute = 1 if spec.train.gradient_checkpointing else 0
     attention = 2 * spec.data.seq_len * shape.hidden * shape.layers
-    return 2 * shape.matmul_params * (2 + recompute) + attention * (3 + recompute)
+    own = min(shape.matmul_params, own_params(shape, spec))
+    return 2 * (shape.matmul_params * (2 + recompute) + own) + attention * (3 + recompute)
 
 
 def tokens_per_s(shape: ModelShape, spec: RunSpec, *, tflops: float | None, world_size: int, threads: int) -> float:
@@ -32,8 +35,9 @@ def tokens_per_s(shape: ModelShape, spec: RunSpec, *, tflops: float | None, worl
 
 
 def evaluation_min(shape: ModelShape, spec: RunSpec, *, on_gpu: bool) -> float:
-    """Minutes to generate every answer with two models, each step a batch wide."""
-    steps = -(-spec.evaluate.pairs // spec.evaluate.batch) * spec.evaluate.max_new_tokens * 2
+    """Minutes to generate every answer with two models (three with few_shot), each step a batch wide."""
+    steps = -(-spec.evaluate.pairs // spec.evaluate.batch) * spec.evaluate.max_new_tokens
+    steps *= 3 if spec.evaluate.few_shot else 2
     size = max(shape.params / PARAMS_7B, 0.01)
     speed = DECODE_STEPS_PER_S_7B / size if on_gpu else CPU_DECODE_STEPS_PER_S / max(1.0, size * 100)
     return steps / min(speed, 100.0) / 60

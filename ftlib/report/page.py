@@ -104,7 +104,7 @@ def _files(run: RunDir) -> str:
     merged, adapter = run.export / "merged", run.export / "adapter"
     places = {
         "merged weights": merged if spec.export.merged else None,
-        "adapter": adapter,
+        "adapter": adapter if adapter.exists() else None,
         "checkpoints": run.checkpoints,
         "loss of every step": run.metrics_file,
         "scores": run.evaluation_file,

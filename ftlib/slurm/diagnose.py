@@ -33,6 +33,7 @@ LOG_TAIL_BYTES = 64 * 1024
 
 # The first that matches decides, so the special stand before the general. Each was taken from a real log.
 SIGNATURES: dict[Cause, tuple[str, ...]] = {
+    "node failure": (r"srun: error: Node failure on|DUE TO NODE FAILURE",),
     "host memory": (
         r"oom[_-]kill event|oom-kill|Out Of Memory",
         r"Killed process \d+ .*anon-rss",
@@ -43,7 +44,7 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"NVRM: Xid|GPU has fallen off the bus|ERROR_LOST",
         r"[Uu]ncorrectable ECC error",
         r"CUDA error: (?:uncorrectable|hardware stack error|unknown error)",
-        r"device\(s\) is/are busy or unavailable",
+        r"CUDA-capable device(?:s|\(s\)) (?:are|is/are) busy or unavailable",
     ),
     "GPU memory": (
         r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError",
@@ -53,7 +54,7 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
     "collective": (
         r"Watchdog caught collective operation timeout",
         r"nccl(?:System|Remote|Internal)Error|NCCL (?:WARN|error)",
-        r"Connection closed by peer|connectFullMesh failed|gloo.*[Tt]imed out",
+        r"gloo/transport|Connection closed by peer|connectFullMesh failed|gloo.*[Tt]imed out",
         r"DistNetworkError|DistStoreError|Socket Timeout",
         r"EADDRINUSE|Address already in use",
     ),
@@ -66,6 +67,10 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"^(?:ModuleNotFound|Import|Syntax|Name|Attribute|Type|Assertion|Key|Index|Value|NotImplemented|Runtime)Error\b",
     ),
 }
+# Said by the prologue's watch: the task then got SIGTERM from us, whoever killed its slurmstepd.
+STEP_LOST = re.compile(r"^ftlib: the step's slurmstepd is gone.*$", re.MULTILINE)
+# How our own errors say it; the libraries' words need not name the reason.
+_NO_ROOM = re.compile(r"[Nn]o space left|quota exceeded|could not be written, with|free some space")
 _RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? [\d,\[\]-]+: (.*)$", re.MULTILINE)
 _COMPILED = {cause: re.compile("|".join(patterns), re.MULTILINE) for cause, patterns in SIGNATURES.items()}
 
@@ -113,7 +118,7 @@ class Finding:
 def from_outcome(code: int, words: str) -> Cause | None:
     """The cause an outcome states itself; None where it only says that something went wrong."""
     if code == 64:
-        return "input"
+        return "disk full" if _NO_ROOM.search(words) else "input"
     if code == 76:
         return "bad GPU"
     if code == 75:
@@ -146,13 +151,19 @@ def life_cause(*, code: int, outcome: str | None, log: str, accounted: str = "")
     code: exit code srun returned, or the outcome's. outcome: the outcome's words, None without one. log: the end of
     this life's log. accounted: Slurm's state of the job, where it has one already.
     """
+    if lost := STEP_LOST.search(log):
+        return Finding("killed", lost[0])
     if outcome is not None and (said := from_outcome(code, outcome)):
         return Finding(said, outcome)
+    state = accounted.split(" ")[0]
+    by_slurm = Finding(ACCOUNTED[state], f"Slurm says {accounted}") if state in ACCOUNTED else None
+    # Where Slurm itself ended the life, what the log complains of came of that.
+    if by_slurm and state != "FAILED":
+        return by_slurm
     if shown := from_log(f"{log}\n{outcome or ''}"):
         return shown
-    state = accounted.split(" ")[0]
-    if state in ACCOUNTED:
-        return Finding(ACCOUNTED[state], f"Slurm says {accounted}")
+    if by_slurm:
+        return by_slurm
     if outcome is not None:
         return Finding("code", outcome)
     if code == 140:

@@ -31,6 +31,8 @@ EXCLUSION_H = 24
 NEAR_LIMIT_S = 210
 # Accounting writes a second or two after the fact, with the controller's clock.
 CLOCKS_S = 5
+# The exit code of what SIGKILL ended, as a shell says it.
+KILLED = 137
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,11 @@ class Verdict:
 def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Verdict:
     """Decide about the life that has just ended, and record it."""
     outcome = _outcome(run, stage, life)
-    starts = _log_starts(run, stage, life)
-    logs = sorted(log.parent.glob(f"{job}_*_log.out")) or [log]
-    text = "\n".join(diagnose.tail(path, start=starts.get(path.name, 0)) for path in logs)
-    found = diagnose.life_cause(code=outcome[0] if outcome else code, outcome=outcome[1] if outcome else None, log=text)
+    state = _accounted(run, stage, life, job) if "SLURM_JOB_ID" in os.environ else ""
+    logs = _logs(run, stage, life, job, log.parent)
+    found = _found(code, outcome, logs, state)
     if found.cause in ("preemption", "time limit") and "SLURM_JOB_ID" in os.environ:
-        found = _as_slurm_tells(found, run, stage, life, job)
+        found = _as_slurm_tells(found, state, run, stage, life, job)
     lives = [*settled_lives(run, stage, life), Life(found.cause, _progressed(run, stage, life))]
     adjusted = adjustments(run)
     decision = policy.decide(lives, micro_batch=adjusted.get("micro_batch") or _micro_batch(run, stage))
@@ -68,7 +69,7 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
         if decision.halve_micro_batch:
             _halve(run, adjusted, found.line)
         if decision.exclude_node:
-            node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+            node = _node_of(next((rank for rank, text in logs.items() if found.line and found.line in text), 0))
             _exclude(run, adjusted, node, found.line)
         asked = os.environ.get("SLURM_MEM_PER_NODE", "")
         if decision.memory_factor != 1 and asked.isdigit():
@@ -91,12 +92,15 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
         if number in settled:
             continue
         job = (run / "lives" / f"{stage}-{number}").read_text(encoding="utf-8").split(" ")[0]
-        state = _accounted(run, stage, number, job)
-        cause = diagnose.ACCOUNTED.get(state.split(" ")[0], "node failure")
-        words = f"{diagnose.PLAIN[cause]} (Slurm says {state})" if state else "its node or its batch shell was lost"
+        state, outcome = _accounted(run, stage, number, job), _outcome(run, stage, number)
+        logs = _logs(run, stage, number, job, run / "slurm" / stage)
+        found = _found(KILLED, outcome, logs, state)
+        cause, words = found.cause, f"{diagnose.PLAIN[found.cause]} (Slurm says {state or 'nothing'})"
+        if cause == "killed" and not state:
+            cause, words = "node failure", "its node or its batch shell was lost"
         events.append(
-            run / "events", writer, "interrupted", stage=stage, life=number, job_id=job, cause=cause, words=words,
-            settled_by=writer,
+            run / "events", writer, "interrupted", stage=stage, life=number, job_id=job, cause=cause, line=found.line,
+            words=words, settled_by=writer,
         )  # fmt: skip
 
 
@@ -152,6 +156,29 @@ def _outcome(run: Path, stage: str, life: int) -> tuple[int, str] | None:
     return (int(code), words) if code.isdigit() else None
 
 
+def _found(code: int, outcome: tuple[int, str] | None, logs: dict[int, str], state: str) -> Finding:
+    said, words = outcome or (code, None)
+    return diagnose.life_cause(code=said, outcome=words, log="\n".join(logs.values()), accounted=state)
+
+
+def _logs(run: Path, stage: str, life: int, job: str, folder: Path) -> dict[int, str]:
+    """The end of what each rank wrote in this life; the first one's also has srun's and the shell's words."""
+    starts, found = _log_starts(run, stage, life), {}
+    for path in folder.glob(f"{job}_*_log.out"):
+        rank = path.name.removeprefix(f"{job}_").removesuffix("_log.out")
+        if rank.isdigit():
+            found[int(rank)] = diagnose.tail(path, start=starts.get(path.name, 0))
+    return dict(sorted(found.items()))
+
+
+def _node_of(rank: int) -> str:
+    """The node on which a rank ran; this one, which runs rank 0, where that cannot be known."""
+    here = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    nodes = _ask("scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", here)).split() if rank else []
+    each = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    return nodes[rank // int(each)] if each.isdigit() and rank // int(each) < len(nodes) else here
+
+
 def _log_starts(run: Path, stage: str, life: int) -> dict[str, int]:
     """Where this life's part of each rank's appended log begins: the prologue wrote it down as name:bytes."""
     words = (run / "lives" / f"{stage}-{life}").read_text(encoding="utf-8").split()
@@ -182,9 +209,9 @@ def _exclude(run: Path, adjusted: dict[str, Any], node: str, why: str) -> None:
     atomic.write_json(run / ADJUSTMENTS, changed)
 
 
-def _as_slurm_tells(found: Finding, run: Path, stage: str, life: int, job: str) -> Finding:
+def _as_slurm_tells(found: Finding, state: str, run: Path, stage: str, life: int, job: str) -> Finding:
     """The same warning has several senders, and Slurm knows which it was. What it does not say stays as it is."""
-    told = diagnose.ACCOUNTED.get(_accounted(run, stage, life, job).split(" ")[0])
+    told = diagnose.ACCOUNTED.get(state.split(" ")[0])
     if told in policy.FOREIGN:
         return Finding(told, found.line)
     known = dict(word.partition("=")[::2] for word in _ask("scontrol", "show", "job", "-o", job).split())

@@ -48,7 +48,7 @@ def attach(base: PreTrainedModel, spec: RunSpec, model_path: str) -> torch.nn.Mo
     trained = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
     if not trained:
         raise FtError(f"method.train_layers: {', '.join(method.train_layers)} matches none of the model's weights")
-    _say(f"{method.kind}: {trained:,} of {sum(p.numel() for p in base.parameters()):,} parameters are trained")
+    ranks.say(f"{method.kind}: {trained:,} of {sum(p.numel() for p in base.parameters()):,} parameters are trained")
     return base
 
 
@@ -63,13 +63,8 @@ def _prompt(base: PreTrainedModel, method: MethodSpec, model_path: str, seed: in
     )
     # get_peft_model would warn of two-stage's adapter inside, which is meant.
     model = PeftModelForCausalLM(base, config)
-    _say(f"soft prompt: {method.prompt_tokens} tokens")
+    ranks.say(f"soft prompt: {method.prompt_tokens} tokens")
     return model  # type: ignore[no-any-return]
-
-
-def _say(words: str) -> None:
-    if ranks.rank() == 0:
-        print(words, flush=True)
 
 
 def parts(model: torch.nn.Module, folder: Path) -> list[tuple[PeftModel, Path]]:

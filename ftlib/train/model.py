@@ -70,7 +70,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         count = check_quantised(model, linear_names(config))
         kind = method.quant_type if method.bits == 4 else "int8"
         before = " (kept from an earlier life)" if found else ""
-        _say(f"base model: {count} linear layers quantised to {kind}{before}")
+        ranks.say(f"base model: {count} linear layers quantised to {kind}{before}")
         for module in quantised_layers(model).values():
             # 4-bit: with it on, an evaluation repacks the weights for inference for good, and later training
             # gets no gradient through them.
@@ -80,7 +80,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         elif kept is not None and ranks.rank() == 0:
             quantised.keep(model, kept)
     else:
-        _say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
+        ranks.say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
     if spec.tokens.add:
         add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
     isolate_documents(model)
@@ -116,11 +116,6 @@ def isolate_documents(model: PreTrainedModel) -> None:
         return args, kwargs
 
     model.transformer.register_forward_pre_hook(mask, with_kwargs=True)
-
-
-def _say(words: str) -> None:
-    if ranks.rank() == 0:
-        print(words, flush=True)
 
 
 def linear_names(config: Any) -> set[str]:
@@ -185,7 +180,7 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert trainable and all(parameter.dtype is torch.float32 for parameter in trainable)
     total = sum(parameter.numel() for parameter in trainable)
-    _say(f"adapter: rank {method.rank}, {total:,} trainable parameters")
+    ranks.say(f"adapter: rank {method.rank}, {total:,} trainable parameters")
     return adapted  # type: ignore[return-value]
 
 

@@ -21,6 +21,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def say(words: str) -> None:
+    """Print a line, from rank 0 alone."""
+    if rank() == 0:
+        print(words, flush=True)
+
+
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# First: it decides what the others load.
+import ftlib.train.lean  # noqa: F401
+
+# isort: split
+
 import contextlib
 from pathlib import Path
 
@@ -68,8 +73,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         model = methods.attach(base, spec, model_path)
         if provenance.get("init_adapter") and not found.step:
             methods.load(model, Path(provenance["init_adapter"]), trainable=True)
-            if first:
-                print(f"the adapter begins as {provenance['init_adapter']}", flush=True)
+            ranks.say(f"the adapter begins as {provenance['init_adapter']}")
         times.done("load_s")
         _stop_here(stop)
         metrics = tracking = None

@@ -3,36 +3,64 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 from ftlib.rundir import RunDir
 from ftlib.spec import TrackingSpec
 
+# A warned process has little time, and its outcome is still to be written.
+FINISH_S = 20
+
 
 class Tracking:
-    """One wandb run per training run, the same id in every life; inside the run folder. Rank 0 only."""
+    """One wandb run per training run, the same id in every life; inside the run folder. Rank 0 only.
+
+    It works in a thread of its own that begins with the first values: neither its start nor its network is waited for.
+    """
 
     def __init__(self, run: RunDir, tracking: TrackingSpec) -> None:
-        self._run: Any = None
-        if tracking.mode == "disabled":
+        self._wish, self._spec, self._run = run, tracking, None  # type: tuple[RunDir, TrackingSpec, Any]
+        self._thread: ThreadPoolExecutor | None = None
+        self._off = tracking.mode == "disabled"
+
+    def log(self, step: int, **values: float) -> None:
+        """Values of one optimizer step; `step` is the run's, not the life's."""
+        if self._off:
             return
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1)
+            self._thread.submit(self._start)
+        self._thread.submit(self._guarded, lambda: self._run.log(values, step=step))
+
+    def finish(self) -> None:
+        """Flush to disk; without it wandb loses what lies in its blocks."""
+        if self._thread is None:
+            return
+        last: Future[None] = self._thread.submit(self._guarded, lambda: self._run.finish())
+        if wait_for([last], timeout=FINISH_S).not_done:
+            print("wandb: still busy; its last rows may be missing, metrics.jsonl has every step", flush=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread, self._off = None, True
+
+    def _start(self) -> None:
         # wandb's own process inherits the blocked signals: Slurm signals every process of a step, and without
         # this a warning that we survive would kill it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
         try:
-            self._run = self._init(run, tracking, tracking.mode)
+            self._run = self._init(self._spec.mode)
         except Exception as error:
-            print(f"wandb {tracking.mode}: {error}", flush=True)
-            if tracking.mode == "online":
+            print(f"wandb {self._spec.mode}: {error}", flush=True)
+            if self._spec.mode == "online":
                 print("wandb: going on offline; 'wandb sync' sends it later", flush=True)
-                self._guarded(lambda: setattr(self, "_run", self._init(run, tracking, "offline")))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                self._guarded(lambda: setattr(self, "_run", self._init("offline")), start=True)
 
-    @staticmethod
-    def _init(run: RunDir, tracking: TrackingSpec, mode: str) -> Any:
+    def _init(self, mode: str) -> Any:
         import wandb
 
+        run, tracking = self._wish, self._spec
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=tracking.project,
@@ -53,18 +81,9 @@ class Tracking:
             ),
         )
 
-    def log(self, step: int, **values: float) -> None:
-        """Values of one optimizer step; `step` is the run's, not the life's."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.log(values, step=step))
-
-    def finish(self) -> None:
-        """Flush to disk; without it wandb loses what lies in its blocks."""
-        if self._run is not None:
-            self._guarded(lambda: self._run.finish())
-            self._run = None
-
-    def _guarded(self, call: Any) -> None:
+    def _guarded(self, call: Callable[[], Any], *, start: bool = False) -> None:
+        if self._run is None and not start:
+            return
         try:
             call()
         except Exception as error:

@@ -332,7 +332,6 @@ class FineTuner(Trainer):
         try:
             self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)
         except _Enough:
-            if ranks.rank() == 0:
-                print(f"stopped early: no new lowest validation loss in {self._worse} validations", flush=True)
+            ranks.say(f"stopped early: no new lowest validation loss in {self._worse} validations")
         finally:
             self._deleting.shutdown()

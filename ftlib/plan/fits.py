@@ -1,0 +1,108 @@
+"""Whether a method fits the model: what can be refused before a job is queued. No torch, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ftlib.plan import architectures
+from ftlib.plan.shapes import ModelShape
+from ftlib.spec import RunSpec
+
+# Fields of method that other kinds would leave unused, in silence.
+ONLY_FOR = {
+    "train_layers": ("freeze",),
+    "prompt_text": ("prompt", "two-stage"),
+    "prompt_lr": ("two-stage",),
+    "rslora": ("qlora", "lora", "two-stage"),
+    "dora": ("qlora", "lora", "two-stage"),
+}
+# The kinds of a method that have weights of the base itself trained.
+OWN = ("full", "freeze")
+
+
+def problems(spec: RunSpec, shape: ModelShape) -> list[str]:
+    """One line for each thing that does not fit, naming the field and what would; none when all does."""
+    method, kind = spec.method, spec.method.kind
+    found = [
+        f"method.{name}: has no effect with method.kind={kind}; it is for {', '.join(kinds)}"
+        for name, kinds in ONLY_FOR.items()
+        if getattr(method, name) and kind not in kinds
+    ]
+    if kind == "freeze" and not method.train_layers:
+        found.append("method.train_layers: is missing; freeze trains these layers, such as [24-31, lm_head]")
+    found += architectures.pattern_problems("method.train_layers", method.train_layers, shape.parameters)
+    if method.adapts and method.targets != "all-linear":
+        found += architectures.target_problems("method.targets", method.targets, shape.parameters)
+    bits = {"qlora": (4,), "lora": (16, 8), "full": (16,), "freeze": (16,)}.get(kind, (16, 8, 4))
+    if method.bits not in bits:
+        found.append(f"method.base_bits: {method.bits} does not go with method.kind={kind}; allowed: {bits}"
+                     + (" (4 bits: method.kind=qlora)" if kind == "lora" else ""))  # fmt: skip
+    if kind == "prompt" and spec.export.merged:
+        found.append("export.merged: a soft prompt has nothing to merge, its adapter is the export; leave it out")
+    if kind in OWN and not spec.export.merged:
+        found.append(f"export.merged: method.kind={kind} has no adapter, so the weights are the export; use true")
+    if spec.tokens.add and not _trains_rows(spec, shape):
+        found.append(
+            f"tokens.add: method.kind={kind} would not train the new tokens' rows; use qlora, lora, full, or freeze "
+            "with the embedding among method.train_layers"
+        )
+    return found
+
+
+def start_problems(spec: RunSpec, shape: ModelShape, start: ModelShape | None, adapter: Path | None) -> list[str]:
+    """Why model.init_from (weights of shape `start`, or else an adapter) does not fit; only headers are read."""
+    field, method = f"model.init_from: {spec.model.init_from!r}", spec.method
+    if start:
+        expected, found = _own_shapes(shape), _own_shapes(start)
+    elif method.kind not in ("qlora", "lora", "prompt"):
+        return [f"{field} is an adapter; method.kind={method.kind} begins from merged weights"]
+    else:
+        assert adapter is not None
+        try:
+            with (adapter / "adapter_model.safetensors").open("rb") as file:
+                tensors = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError):
+            return [f"{field}: {adapter}/adapter_model.safetensors is not there or no safetensors file"]
+        rows = [name for name in tensors if "trainable_tokens" in name]
+        if bool(rows) != bool(spec.tokens.add):
+            return [f"{field} and this recipe differ in tokens.add: say the same new tokens"]
+        found = {name: tuple(tensors[name]["shape"]) for name in tensors if name not in ("__metadata__", *rows)}
+        expected = _adapter_shapes(spec, shape)
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    return [
+        f"{field} does not fit {spec.model.name} with this method: {name} is {found.get(name, 'missing')}, needed "
+        f"{expected.get(name, 'none')}"
+        for name in wrong[:1]
+    ]
+
+
+def _own_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Of all parameters but those that new tokens enlarge."""
+    own = [p for p in shape.parameters if p.kind not in ("embedding", "head")]
+    return {name: p.shape for p in own for name in p.names}
+
+
+def _adapter_shapes(spec: RunSpec, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a peft adapter of this method."""
+    method = spec.method
+    if method.kind == "prompt":
+        return {"prompt_embeddings": (method.prompt_tokens, shape.hidden)}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (columns, rows) in zip(shape.linear_names, shape.linears, strict=True):
+        if method.targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in method.targets):
+            for i in range(shape.layers):
+                place = f"base_model.model.{name.replace(architectures.BLOCK, str(i))}"
+                found |= {
+                    f"{place}.lora_A.weight": (method.rank, columns),
+                    f"{place}.lora_B.weight": (rows, method.rank),
+                }
+                found |= {f"{place}.lora_magnitude_vector": (rows,)} if method.dora else {}
+    return found
+
+
+def _trains_rows(spec: RunSpec, shape: ModelShape) -> bool:
+    if spec.method.kind != "freeze":
+        return spec.method.kind in ("qlora", "lora", "full")
+    names = [p.name for p in shape.parameters if p.kind == "embedding"]
+    return bool(architectures.select(spec.method.train_layers, names))
