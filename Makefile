@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test lint bench gpu-check lock clean
+.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -88,6 +88,9 @@ setup: $(TRAIN) ## install all that runs need; the other targets do it when they
 
 test: $(TRAIN) $(DEV) ## run the tests; REQUIRE=slurm: without Slurm they fail; ARGS="-k word" goes to pytest
 	@exec $(PY) -m pytest $(value ARGS)
+
+test-all: $(TRAIN) $(DEV) ## run the tests that are too long for every change, too: ARGS=
+	@exec $(PY) -m pytest -m "" $(value ARGS)
 
 lint: $(DEV) ## ruff and mypy
 	@$(PY) -m ruff check .

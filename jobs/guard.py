@@ -6,6 +6,7 @@ epilogue has stopped, and never revives what its owner has cancelled.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ftlib import events, state
@@ -14,6 +15,8 @@ from ftlib.slurm import client, policy, settle
 
 # Jobs of one stage that ended before a life could begin, before we stop.
 MOST_STILLBORN = 3
+# Longer than any submit takes.
+CLAIM_S = 300
 ENDED_BY_OWNER = "CANCELLED"
 
 
@@ -47,12 +50,27 @@ def decide(run: RunDir) -> str:
     words = _stop_reason(run, stage, lives, jobs[stage])
     if words:
         return words
+    _wait_for_the_login_node(run)
     with run.claim():
         # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
         behind = [jobs[name] for name in STAGES[STAGES.index(stage) + 1 :] if name in jobs]
         client.cancel(behind)
         queued = chain.queue(run, profile, {}, by_guard=True)
     return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+
+
+def _wait_for_the_login_node(run: RunDir) -> None:
+    """A submit or resume holds its claim for seconds. One that was killed there leaves it, and we cannot see that."""
+    file = run.path / "writer"
+    for _ in range(CLAIM_S):
+        try:
+            old = time.time() - file.stat().st_mtime > CLAIM_S
+        except FileNotFoundError:
+            return
+        if old:
+            file.unlink(missing_ok=True)
+            return
+        time.sleep(1)
 
 
 def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:

@@ -59,7 +59,9 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
         if profile.scheduler and any(s.job_id is None and s.state != "completed" for s in found.values()):
             return start(run, profile)
         return DONE
-    if now == "cancelled" and not asked and profile.scheduler is not None:
+    # A stage without a job was not cancelled: the submit that would have queued it was killed.
+    by_owner = any(s.state == "cancelled" and s.job_id for s in found.values())
+    if now == "cancelled" and by_owner and not asked and profile.scheduler is not None:
         print(f"It was cancelled and stays so. make resume RUN={run.name} goes on where it stopped.")
         return DONE
     where = next(name for name, s in found.items() if s.state != "completed")

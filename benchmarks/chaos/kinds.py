@@ -83,8 +83,8 @@ def worker_killed(view: View, random: Random) -> None:
 def step_killed(view: View, random: Random) -> None:
     """SIGKILL to srun, or to the slurmstepd of one node."""
     job = job_of(view)
-    chosen = processes.sruns(job) if random.random() < 0.5 else processes.step_daemons(job)[:1]
-    for pid in chosen:
+    daemons = processes.step_daemons(job)
+    for pid in processes.sruns(job) if random.random() < 0.5 or not daemons else [random.choice(daemons)]:
         processes.kill(pid)
     processes.thaw(view.workers)
 
@@ -99,8 +99,12 @@ def shell_killed(view: View, _: Random) -> None:
 
 
 def node_down(view: View, random: Random) -> None:
-    """One of the job's nodes is set down, and comes back when the job has left it."""
-    node = random.choice(view.workers).node
+    """One of the job's nodes is set down, in half the cases after a power cut that ends all its processes there at
+    once; it comes back when the job has left it."""
+    job, node = job_of(view), random.choice(view.workers).node
+    if random.random() < 0.5:
+        for pid in processes.on_node(job, node):
+            processes.kill(pid)
     slurm.say("scontrol", "update", f"NodeName={node}", "State=down", "Reason=chaos")
     processes.thaw(view.workers)
     _gone(view)

@@ -94,6 +94,28 @@ def sruns(job: str) -> list[int]:
     return [pid for pid, name, _, _ in _all() if name in ("srun", "sru") and _environment(pid).get("SLURM_JOB_ID") == job]
 
 
+def on_node(job: str, node: str) -> list[int]:
+    """All that the job runs on one node: slurmstepds first, then their children."""
+    found = []
+    for pid, name, _, _ in _all():
+        if name == "slurmstepd" and f"[{job}." in _command(pid) and _node_of_daemon(pid) == node:
+            found.append(pid)
+    return found + [pid for pid, _, _, parent in _all() if parent in found]
+
+
+def _node_of_daemon(pid: int) -> str:
+    """The hostname in the daemon's own namespace: each node has one."""
+    try:
+        uts = os.readlink(PROC / str(pid) / "ns" / "uts")
+    except OSError:
+        return ""
+    for other, name, _, _ in _all():
+        if name == "slurmd" and uts == os.readlink(PROC / str(other) / "ns" / "uts"):
+            words = _command(other).split()
+            return words[words.index("-N") + 1] if "-N" in words else ""
+    return ""
+
+
 def freeze(chosen: list[Worker]) -> bool:
     """SIGSTOP; returns when all threads stand. False when one was gone."""
     return all([_signal(worker.pid, signal.SIGSTOP) for worker in chosen]) and all(_stands(w.pid) for w in chosen)

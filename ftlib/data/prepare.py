@@ -135,7 +135,11 @@ def _build(
         documents = tokenizing.Documents(spec.data.seq_len)
         _encode(part, chosen, documents, spec, tokenizer, stop)
         meta = packing.write(
-            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
+            folder / part,
+            documents,
+            vocabulary=len(tokenizer),
+            pad=tokenizer.pad,
+            seed=spec.data.seed,
             packed=not spec.method.prompted,
         )
         full = meta["tokens"] / (meta["rows"] * meta["seq_len"])

@@ -30,7 +30,7 @@ EXCLUSION_H = 24
 # Slurm warns up to a minute before the lead that was asked for, which is two minutes at most.
 NEAR_LIMIT_S = 210
 # Accounting writes a second or two after the fact, with the controller's clock.
-CLOCKS_S = 5
+CLOCKS_S = 2
 # The exit code of what SIGKILL ended, as a shell says it.
 KILLED = 137
 

@@ -1,0 +1,300 @@
+"""Every cause is named rightly, and what is done about it: real logs with their exit codes, budgets, and the settling."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ftlib import events
+from ftlib.rundir import RunDir
+from ftlib.slurm import diagnose, policy, settle
+from ftlib.slurm.policy import Life, decide
+
+LOGS = Path(__file__).parent / "logs"
+
+# log, exit code, cause, the words that show it. Where a log is not our own run's, the report it was taken from.
+REPLAYED = [
+    ("host-oom", 137, "host memory", "Detected 1 oom_kill event"),  # github.com/chrisknewman/tusas/issues/149
+    ("host-oom-cgroup", 137, "host memory", "oom-kill event(s)"),  # github.com/ArjunaCluster/ArjunaUsers/issues/52
+    ("host-oom-torch", 1, "host memory", "can't allocate memory"),
+    ("gpu-oom", 1, "GPU memory", "CUDA out of memory"),  # github.com/pytorch/pytorch/issues/16417
+    ("gpu-oom-cublas", 1, "GPU memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    ("ecc", 1, "bad GPU", "uncorrectable ECC error"),  # github.com/kohya-ss/sd-scripts/issues/1434
+    ("xid", 1, "bad GPU", "Xid (PCI:0000:07:00): 79"),
+    ("busy", 1, "bad GPU", "busy or unavailable"),  # github.com/ZhengZerong/PaMIR/issues/17
+    ("busy-new", 1, "bad GPU", "busy or unavailable"),  # github.com/E3SM-Project/E3SM/issues/8699
+    ("nccl-watchdog", 134, "collective", "Watchdog caught"),  # github.com/hiyouga/LlamaFactory/issues/7396
+    ("nccl-remote", 1, "collective", "NCCL error"),  # github.com/NVIDIA/nccl/issues/2076
+    ("gloo-closed", 1, "collective", "gloo/transport"),  # github.com/IAHispano/Applio/issues/126
+    ("gloo-reset", 1, "collective", "Read error"),  # github.com/RVC-Project/…-WebUI/issues/1882
+    ("port-taken", 1, "collective", "EADDRINUSE"),  # github.com/vllm-project/vllm/issues/39015
+    ("disk-full", 1, "disk full", "No space left"),
+    ("quota", 1, "disk full", "Disk quota exceeded"),  # github.com/junyanz/…-CycleGAN-and-pix2pix/issues/1456
+    ("stale-nfs", 1, "transient", "Stale file handle"),  # github.com/modelscope/ms-swift/issues/6695
+    ("io-error", 1, "transient", "Input/output error"),  # github.com/pytorch/pytorch/issues/10577
+    ("hub-down", 1, "transient", "Read timed out"),
+    ("import-error", 1, "code", "ImportError"),
+    ("node-down", 1, "node failure", "Node failure on n1"),
+    ("worker-killed", 137, "killed", "task 0: Killed"),
+    ("rank-killed", 137, "killed", "task 1: Killed"),
+    ("stepd-killed", 137, "killed", "slurmstepd is gone"),
+    # One fault brings the next: a rank that ends for a reason of its own cuts its peers' connections.
+    ("gpu-oom-beside-gloo", 1, "GPU memory", "CUDA out of memory"),
+]
+
+
+def log(name: str) -> str:
+    return (LOGS / f"{name}.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "code", "cause", "shown"), REPLAYED, ids=[row[0] for row in REPLAYED])
+def test_a_real_log_is_named_rightly(name: str, code: int, cause: str, shown: str) -> None:
+    found = diagnose.life_cause(code=code, outcome=None, log=log(name))
+    assert found.cause == cause
+    assert shown in found.line and "\n" not in found.line
+
+
+def test_every_log_of_the_folder_is_replayed() -> None:
+    assert {path.stem for path in LOGS.glob("*.log")} == {row[0] for row in REPLAYED} | {"healthy"}
+
+
+def test_a_healthy_log_says_nothing_of_a_cause() -> None:
+    assert diagnose.from_log(log("healthy")) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "cause"),
+    [
+        (75, "interrupted (preemption), saved at step 12", "preemption"),
+        (75, "interrupted (time limit), saved at step 12", "time limit"),
+        (75, "interrupted (idle GPU), saved at step 12", "idle GPU"),
+        (64, "train.jsonl, line 3: has no field 'prompt'", "input"),
+        (64, "no space left for a checkpoint: 120 MiB needed, 4 MiB free at /blue", "disk full"),
+        (64, "the checkpoint of step 40 could not be written, with 0.1 MiB free in /blue (unexpected pos)", "disk full"),
+        (76, "uncorrectable ECC error", "bad GPU"),
+        (1, "ValueError: too many values to unpack", "code"),
+        (1, "FtError: training diverged at step 3", "code"),
+        (1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "GPU memory"),
+    ],
+)
+def test_what_a_stage_says_itself_decides(code: int, words: str, cause: str) -> None:
+    assert diagnose.life_cause(code=code, outcome=words, log="").cause == cause
+
+
+def test_a_warning_that_was_heeded_is_no_fault_whatever_the_log_says_of_connections() -> None:
+    found = diagnose.life_cause(code=75, outcome="interrupted (preemption), saved at step 9", log=log("gloo-closed"))
+    assert found.cause == "preemption"
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        ("NODE_FAIL", "node failure"),
+        ("PREEMPTED", "preemption"),
+        ("TIMEOUT", "time limit"),
+        ("REQUEUED", "by hand"),
+        ("OUT_OF_MEMORY", "host memory"),
+        ("CANCELLED by 1000", "cancelled"),
+    ],
+)
+def test_where_slurm_ended_the_life_the_broken_connections_came_of_that(state: str, cause: str) -> None:
+    assert diagnose.life_cause(code=1, outcome=None, log=log("gloo-closed"), accounted=state).cause == cause
+
+
+def test_a_failed_job_says_less_than_its_log() -> None:
+    assert diagnose.life_cause(code=1, outcome=None, log=log("gpu-oom"), accounted="FAILED").cause == "GPU memory"
+    assert diagnose.life_cause(code=137, outcome=None, log="", accounted="FAILED").cause == "killed"
+
+
+def test_signals_before_the_handler_stands_and_silent_kills() -> None:
+    causes = [diagnose.life_cause(code=code, outcome=None, log="").cause for code in (140, 143, 137, 139)]
+    assert causes == ["time limit", "preemption", "killed", "killed"]
+
+
+def test_every_cause_has_words_a_budget_and_a_mend() -> None:
+    assert set(diagnose.PLAIN) == set(policy.BUDGET) == set(policy.MEND)
+
+
+# -- what is done ------------------------------------------------------------------------------------------------------
+
+
+def ended(cause: diagnose.Cause, *, progressed: bool = False, times: int = 1) -> list[Life]:
+    return [Life(cause, progressed)] * times
+
+
+def test_preemption_is_free_while_the_run_gets_on() -> None:
+    assert decide(ended("preemption", progressed=True, times=500), micro_batch=8).requeue
+
+
+@pytest.mark.parametrize("cause", ["preemption", "time limit", "by hand"])
+def test_but_not_for_ever_without_a_step(cause: diagnose.Cause) -> None:
+    assert decide(ended(cause, times=9), micro_batch=8).requeue
+    assert not decide(ended(cause, times=10), micro_batch=8).requeue
+
+
+def test_three_barren_lives_of_its_own_doing_stop_and_a_step_between_saves_it() -> None:
+    assert not decide(ended("killed", times=3), micro_batch=8).requeue
+    assert decide([*ended("killed", times=2), *ended("preemption"), *ended("killed", progressed=True)], micro_batch=8).requeue
+    assert not decide([*ended("killed", times=2), *ended("preemption"), *ended("collective")], micro_batch=8).requeue
+
+
+@pytest.mark.parametrize("cause", ["disk full", "input", "code", "idle GPU", "cancelled"])
+def test_what_another_try_would_not_mend_stops_at_once(cause: diagnose.Cause) -> None:
+    decision = decide(ended(cause, progressed=True), micro_batch=8)
+    assert not decision.requeue and diagnose.PLAIN[cause] in decision.words
+
+
+def test_the_wait_after_a_passing_fault_doubles_and_its_budget_ends() -> None:
+    waits = [decide(ended("transient", progressed=True, times=n), micro_batch=8) for n in range(1, 7)]
+    assert [w.backoff_s for w in waits[:5]] == [30, 60, 120, 240, 480]
+    assert [w.requeue for w in waits] == [True] * 5 + [False]
+
+
+def test_budgets_are_counted_by_cause() -> None:
+    lives = [*ended("transient", progressed=True, times=5), *ended("collective", progressed=True)]
+    assert decide(lives, micro_batch=8).requeue
+
+
+# -- the epilogue's settling, over a run folder ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run folder with a plan; Slurm's commands are not there."""
+    folder = tmp_path / "tiny-0123abcd"
+    for name in ("events", "outcomes", "lives", "slurm/train"):
+        (folder / name).mkdir(parents=True)
+    plan = {"micro_batch": 8, "accumulation": 2, "stages": {"train": {"time_min": 60}}}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    return RunDir(folder)
+
+
+def shim(run: RunDir, name: str, body: str) -> None:
+    path = run.path.parent / "bin" / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def life(run: RunDir, number: int, text: str = "", *, code: int = 1, outcome: str = "", rank: int = 0) -> settle.Verdict:
+    """A life of the train stage begins, writes its log, and ends."""
+    file = run.slurm / "train" / f"7_{rank}_log.out"
+    sizes = " ".join(f"{p.name}:{p.stat().st_size}" for p in file.parent.glob("7_*_log.out"))
+    (run.lives / f"train-{number}").write_text(f"7 n1 {1_700_000_000 + 10 * number} {sizes}\n")
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(text)
+    if outcome:
+        (run.outcomes / f"train-{number}").write_text(outcome + "\n")
+    return settle.end(run.path, "train", number, code, "7", run.slurm / "train" / "7_0_log.out")
+
+
+def committed(run: RunDir, number: int, step: int) -> None:
+    events.append(run.events, f"train-{number}", "checkpoint", stage="train", life=number, step=step)
+
+
+def test_gpu_memory_halves_the_micro_batch_to_one_and_keeps_the_global_batch(run: RunDir) -> None:
+    seen = []
+    for number in (1, 2, 3):
+        committed(run, number, 10 * number)
+        assert life(run, number, log("gpu-oom")).do == "requeue"
+        seen.append((run.plan()["micro_batch"], run.plan()["accumulation"]))
+    assert seen == [(4, 4), (2, 8), (1, 16)]
+    committed(run, 4, 40)
+    verdict = life(run, 4, log("gpu-oom"))
+    assert verdict.do == "stop" and "cannot be smaller" in verdict.words
+    assert len(run.adjustments()["notes"]) == 3
+
+
+def test_host_memory_asks_for_half_as_much_again_twice_at_most(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
+    committed(run, 1, 10)
+    assert life(run, 1, log("host-oom"), code=137).line().startswith("requeue 0 - 6000 ")
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "6000")
+    assert life(run, 2, log("host-oom"), code=137).line().startswith("requeue 0 - 9000 ")
+    assert life(run, 3, log("host-oom"), code=137).do == "stop"
+
+
+def test_a_bad_gpu_leaves_its_node_out_for_a_day(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    verdict = life(run, 1, log("ecc"))
+    assert (verdict.do, verdict.exclude) == ("requeue", "n1")
+    until = run.adjustments()["exclude"]["n1"]
+    assert settle.excluded_nodes(run.path, now=until - 60) == ["n1"]
+    assert settle.excluded_nodes(run.path, now=until + 60) == []
+
+
+def test_the_bad_gpu_of_another_rank_leaves_that_ranks_node_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    shim(run, "scontrol", 'test "$2" = hostnames && echo n1 && echo n2')
+    assert life(run, 1, log("ecc"), rank=3).exclude == "n2"
+
+
+def test_what_an_earlier_life_wrote_into_the_log_is_not_held_against_a_later_one(run: RunDir) -> None:
+    committed(run, 1, 10)
+    assert life(run, 1, log("gpu-oom")).do == "requeue"
+    life(run, 2, log("stale-nfs"))
+    causes = [e["cause"] for e in events.read(run.events) if "cause" in e]
+    assert causes == ["GPU memory", "transient"]
+
+
+def test_a_person_who_resumes_begins_the_count_anew(run: RunDir) -> None:
+    for number in (1, 2, 3):
+        verdict = life(run, number, code=137)
+    assert verdict.do == "stop"
+    events.append(run.events, "submit-x", "submitted", stage="train", job_id="8", after_life=3)
+    assert life(run, 4, code=137).do == "requeue"
+    # The guard is no person.
+    events.append(run.events, "submit-y", "submitted", stage="train", job_id="9", after_life=4, automatic=True)
+    assert life(run, 5, code=137).do == "requeue"
+    assert life(run, 6, code=137).do == "stop"
+
+
+SAVED = "75 interrupted (preemption), saved at step 9"
+LIMIT = "75 interrupted (time limit), saved at step 9"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "sacct", "job", "cause"),
+    [
+        (SAVED, "RUNNING", "PreemptTime=1700000100 EndTime=1999999999", "preemption"),
+        (SAVED, "RUNNING", "PreemptTime=None EndTime=1999999999", "by hand"),
+        (SAVED, "REQUEUED", "", "by hand"),
+        (SAVED, "PREEMPTED", "", "preemption"),
+        (SAVED, "NODE_FAIL", "", "node failure"),
+        (LIMIT, "RUNNING", "PreemptTime=None EndTime=1700000000", "time limit"),
+        (LIMIT, "RUNNING", "PreemptTime=None EndTime=1999999999", "by hand"),
+        # Nobody answers: what the stage said stands, and the plan tells how far the limit was.
+        (SAVED, "", "", "preemption"),
+        (LIMIT, "", "", "time limit"),
+    ],
+)
+def test_the_sender_of_a_warning_is_found(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, outcome: str, sacct: str, job: str, cause: str
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    # Accounting lists every life of the job; this one is the second.
+    shim(run, "sacct", f"echo '1600000000|PREEMPTED'; echo '1700000001|{sacct}'" if sacct else "exit 1")
+    shim(run, "scontrol", f"echo 'JobId=7 {job}'" if job else "exit 1")
+    life(run, 1, outcome=outcome)
+    (event,) = events.read(run.events)
+    assert event["cause"] == cause
+
+
+def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> None:
+    shim(run, "sacct", "echo '1700000010|NODE_FAIL'; echo '1700000020|FAILED'; echo '1700000030|RUNNING'")
+    for number in (1, 2, 3):
+        (run.lives / f"train-{number}").write_text(f"7 n1 {1_700_000_000 + 10 * number} \n")
+    settle.earlier(run.path, "train", 3, "train-3-prologue")
+    settle.earlier(run.path, "train", 3, "train-3-prologue")
+    causes = [(e["life"], e["cause"]) for e in events.read(run.events)]
+    assert causes == [(1, "node failure"), (2, "killed")]
+    assert settle.settled_lives(run.path, "train", 3) == [Life("node failure", False), Life("killed", False)]
