@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench gpu-check lock clean
+.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -99,6 +99,9 @@ lint: $(DEV) ## ruff and mypy
 bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
 	@for name in $(or $(value ARGS),$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
 		echo "== $$name"; $(PY) -m "benchmarks.$$name" || exit; done
+
+chaos: $(TRAIN) ## kill runs in every way on the local Slurm, and write docs/chaos.md (half an hour): ARGS="--kills 12"
+	@exec $(PY) -m benchmarks.chaos --write docs/chaos.md $(value ARGS)
 
 gpu-check: $(TRAIN) $(DEV) ## measure on this machine's GPU: tests, large models' speed, memory and resume; ARGS=llama2-7b
 	@exec $(PY) -m benchmarks.gpu_check $(value ARGS)

@@ -6,7 +6,7 @@ train the same tiny model on the same rows and meet the same kills at the same t
 process that has imported the libraries, so a start is short, as the rest is.
 
 The peer is transformers.Trainer with its own checkpoints and its own resume, started again after each kill. It is told
-the save interval that is the best in hindsight; ours finds its own. "Allowed" is the work that the best constant
+the save interval that is the best for this trace, by costs measured before it; ours finds its own. "Allowed" is the work that the best constant
 interval, known in hindsight, would keep of this trace with our measured save, start and step times, warnings used.
 """
 
@@ -98,11 +98,17 @@ def fork(work: Callable[[], None], log: Path, variables: dict[str, str]) -> int:
         os._exit(1)
 
 
-def suffer(kills: list[Kill], start: Callable[[int], int]) -> float:
-    """Lives one after the other, each ended by its kill; returns the seconds the whole took."""
-    began = time.monotonic()
-    for life, kill in enumerate(kills, 1):
-        pid = start(life)
+@dataclass
+class Trial:
+    """One contender's way through the trace, by a clock that runs only while it does."""
+
+    start: Callable[[int], int]
+    clock: float = 0.0
+
+    def suffer(self, life: int, kill: Kill) -> None:
+        """One life, until its kill has ended it."""
+        began = time.monotonic() - self.clock
+        pid = self.start(life)
         while time.monotonic() - began < kill.at:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 raise SystemExit(f"life {life} ended by itself; see the log")
@@ -113,7 +119,7 @@ def suffer(kills: list[Kill], start: Callable[[int], int]) -> float:
             if time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
-    return time.monotonic() - began
+        self.clock = time.monotonic() - began
 
 
 class Ours:
@@ -155,21 +161,21 @@ class Ours:
     def costs(self) -> dict[str, float]:
         """What a save, a start and a step took on average, in seconds: so many of them fit into the trace."""
         happened = events.read(self.run.events)
-        saves = [e["seconds"] for e in happened if e["event"] == "checkpoint"]
+        saves = [event for event in happened if event["event"] == "checkpoint"]
         starts = [sum(v for k, v in e.items() if k.endswith("_s")) for e in happened if e["event"] == "first_step"]
-        rows = [
-            json.loads(line)
-            for line in self.run.metrics_file.read_text(encoding="utf-8").splitlines()
-            if line[-1:] == "}"
-        ]
-        # From row to row: with what is done around a step, but without saves.
-        return {"save_s": statistics.fmean(saves), "start_s": statistics.fmean(starts), "step_s": _step_s(rows)}
+        saved = {(event["life"], event["step"]) for event in saves}
+        lines = self.run.metrics_file.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines if line[-1:] == "}"]
+        at = [(row["life"], row["step"], datetime.datetime.fromisoformat(row["time"]).timestamp()) for row in rows]
+        # From row to row: with all that is done around a step, but without saves.
+        steps = [b[2] - a[2] for a, b in pairwise(at) if (a[0], a[1] + 1) == b[:2] and a[:2] not in saved]
+        means = {"save_s": [event["seconds"] for event in saves], "start_s": starts, "step_s": steps}
+        return {name: statistics.fmean(values) for name, values in means.items()}
 
 
-def _step_s(rows: list[dict[str, Any]]) -> float:
-    at = [(row["life"], row["step"], datetime.datetime.fromisoformat(row["time"]).timestamp()) for row in rows]
-    gaps = [b[2] - a[2] for a, b in pairwise(at) if a[0] == b[0] and b[1] == a[1] + 1]
-    return statistics.fmean(gaps)
+def best_interval(kills: list[Kill], costs: dict[str, float]) -> tuple[int, int]:
+    """The most steps that a constant interval keeps of this trace, and that interval in steps."""
+    return max((allowed_steps(kills, **costs, every=every), every) for every in range(1, 2000))
 
 
 class Peer:
@@ -258,38 +264,40 @@ def lost_on_warning(kills: list[Kill], began: dict[int, int], last: dict[int, in
 
 
 def measure(folder: Path, kills: list[Kill]) -> dict[str, Any]:
-    """Both contenders through the trace."""
+    """Both contenders through the trace, a life of one and a life of the other in turn."""
     import ftlib.train.run  # noqa: F401  (imported once, before the forks)
 
     settings = "train.steps=100000 train.global_batch=2 data.pairs=600 tracking.mode=disabled"
+    trying = Ours(folder / "trying", f"{settings} train.save_every_steps=20")
+    Trial(trying.start).suffer(1, Kill(15.0, signal.SIGTERM))
     ours = Ours(folder, settings)
-    seconds = suffer(kills, ours.start)
+    peer = Peer(folder / "peer", ours.run, best_interval(kills, trying.costs())[1])
+    trials = Trial(ours.start), Trial(peer.start)
+    for life, kill in enumerate(kills, 1):
+        for trial in trials:
+            trial.suffer(life, kill)
     costs = ours.costs()
-    allowed, every = max(
-        (allowed_steps(kills, costs["save_s"], costs["start_s"], costs["step_s"], n), n) for n in range(1, 2000)
-    )
-    peer = Peer(folder / "peer", ours.run, every)
-    peer_seconds = suffer(kills, peer.start)
+    allowed, every = best_interval(kills, costs)
     found: dict[str, Any] = {"kills": len(kills), "announced": sum(kill.announced for kill in kills), **costs}
-    found |= {"allowed": allowed, "allowed_every": every, "goal": GOAL}
-    for name, contender, took in (("ours", ours, seconds), ("peer", peer, peer_seconds)):
+    found |= {"allowed": allowed, "allowed_every": every, "peer_every": peer.save_steps, "goal": GOAL}
+    for name, contender, trial in (("ours", ours, trials[0]), ("peer", peer, trials[1])):
         kept, lost = contender.kept(), lost_on_warning(kills, *contender.lives())
         found[name] = {
-            "steps": kept, "of_allowed": kept / allowed, "goodput": kept * costs["step_s"] / took, "seconds": took,
-            "lost_on_warning": sum(lost), "warned": len(lost),
+            "steps": kept, "of_allowed": kept / allowed, "seconds": trial.clock, "lost_on_warning": sum(lost),
+            "warned": len(lost), "steps_per_s": kept / trial.clock,
         }  # fmt: skip
     return found
 
 
 def show(found: dict[str, Any]) -> None:
     table = Table(title=f"{found['kills']} kills, {found['announced']} of them announced", box=None)
-    for column in ("", "steps kept", "of allowed", "of the clock", "steps lost on a warning"):
+    for column in ("", "steps kept", "of allowed", "steps/s", "steps lost on a warning"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row(f"allowed (a save every {found['allowed_every']} steps)", str(found["allowed"]), "1.00", "", "")
-    for name, words in (("ours", "this project"), ("peer", "Trainer, told that interval")):
+    for name, words in (("ours", "this project"), ("peer", f"Trainer, every {found['peer_every']} steps")):
         one = found[name]
         table.add_row(
-            words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['goodput']:.2f}",
+            words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['steps_per_s']:.2f}",
             f"{one['lost_on_warning']} in {one['warned']}",
         )  # fmt: skip
     Console(width=100).print(table)

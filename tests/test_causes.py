@@ -1,4 +1,4 @@
-"""Every cause is named rightly, and what is done about it: real logs with their exit codes, budgets, and the settling."""
+"""Every cause is named rightly, and the right thing done: real logs with their exit codes, budgets, the settling."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_healthy_log_says_nothing_of_a_cause() -> None:
         (75, "interrupted (idle GPU), saved at step 12", "idle GPU"),
         (64, "train.jsonl, line 3: has no field 'prompt'", "input"),
         (64, "no space left for a checkpoint: 120 MiB needed, 4 MiB free at /blue", "disk full"),
-        (64, "the checkpoint of step 40 could not be written, with 0.1 MiB free in /blue (unexpected pos)", "disk full"),
+        (64, "the checkpoint of step 40 could not be written, with 0.1 MiB free in /blue (unexpected)", "disk full"),
         (76, "uncorrectable ECC error", "bad GPU"),
         (1, "ValueError: too many values to unpack", "code"),
         (1, "FtError: training diverged at step 3", "code"),
@@ -137,8 +137,9 @@ def test_but_not_for_ever_without_a_step(cause: diagnose.Cause) -> None:
 
 def test_three_barren_lives_of_its_own_doing_stop_and_a_step_between_saves_it() -> None:
     assert not decide(ended("killed", times=3), micro_batch=8).requeue
-    assert decide([*ended("killed", times=2), *ended("preemption"), *ended("killed", progressed=True)], micro_batch=8).requeue
-    assert not decide([*ended("killed", times=2), *ended("preemption"), *ended("collective")], micro_batch=8).requeue
+    twice = [*ended("killed", times=2), *ended("preemption")]
+    assert decide([*twice, *ended("killed", progressed=True)], micro_batch=8).requeue
+    assert not decide([*twice, *ended("collective")], micro_batch=8).requeue
 
 
 @pytest.mark.parametrize("cause", ["disk full", "input", "code", "idle GPU", "cancelled"])
@@ -158,7 +159,7 @@ def test_budgets_are_counted_by_cause() -> None:
     assert decide(lives, micro_batch=8).requeue
 
 
-# -- the epilogue's settling, over a run folder ---------------------------------------------------------------------------
+# -- the epilogue's settling, over a run folder ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -183,7 +184,9 @@ def shim(run: RunDir, name: str, body: str) -> None:
     path.chmod(0o755)
 
 
-def life(run: RunDir, number: int, text: str = "", *, code: int = 1, outcome: str = "", rank: int = 0) -> settle.Verdict:
+def life(
+    run: RunDir, number: int, text: str = "", *, code: int = 1, outcome: str = "", rank: int = 0
+) -> settle.Verdict:
     """A life of the train stage begins, writes its log, and ends."""
     file = run.slurm / "train" / f"7_{rank}_log.out"
     sizes = " ".join(f"{p.name}:{p.stat().st_size}" for p in file.parent.glob("7_*_log.out"))

@@ -1,4 +1,4 @@
-"""One run, no orphans, no double work: submits that are killed or meet, and the guard's decisions. Slurm is a few shims."""
+"""One run, no orphans, no double work: submits that are killed or meet, and the guard. Slurm is a few shims."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def copied_checkout(parent: Path) -> Path:
     """A copy of the checkout without runs, in a folder with a space and quotes: they must pass through every shell."""
     place = parent / "ada's \"copy\""
     place.mkdir()
-    for name in ("ftlib", "jobs", "slurm_templates", "models", "env"):
+    for name in ("ftlib", "jobs", "slurm_templates", "models", "samples", "env"):
         shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     return place
 

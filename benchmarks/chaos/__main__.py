@@ -76,7 +76,8 @@ def campaign(ground: Ground, kills: int, seed: int) -> tuple[list[Result], int]:
         todo = [w for w in todo if not (w in wanted.values() and w[1:] in met)]
         fruitless = 0 if done else fruitless + 1
         last = results[-1]
-        print(f"  {last.state}, {'equal' if last.equal else 'NOT EQUAL'}: {'; '.join(last.differences) or 'no difference'}")
+        found = "; ".join(last.differences) or "no difference"
+        print(f"  {last.state}, {'equal' if last.equal else 'NOT EQUAL'}: {found}", flush=True)
         for kill in (kill for kill in last.kills if not kill.right):
             print(f"  {kill.kind} at {kill.place} ({kill.stage}, life {kill.life}) was called {kill.cause!r}")
     return results, len(todo)

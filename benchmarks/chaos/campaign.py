@@ -185,7 +185,9 @@ def schedule(count: int, random: Random) -> list[tuple[str, str, str, str]]:
     raise AssertionError
 
 
-def attack(ground: Ground, flavour: str, wanted: Iterable[tuple[str, str, str]], random: Random) -> tuple[RunDir, list[Kill]]:
+def attack(
+    ground: Ground, flavour: str, wanted: Iterable[tuple[str, str, str]], random: Random
+) -> tuple[RunDir, list[Kill]]:
     """One run, killed at each wanted (kind, stage, place) that can be met, in the run's order."""
     run = ground.submit(flavour)
     done = []
@@ -212,7 +214,8 @@ def _strike(run: RunDir, flavour: str, kind: Kind, place: str, view: View, rando
     finally:
         processes.thaw(view.workers)
     kill.away_s = round(time.monotonic() - began, 1)
-    _note(run, f"{kind.name:26} {place:20} {view.stage} life {view.life}, step {kill.at_step}; away {kill.away_s:.0f} s")
+    where = f"{view.stage} life {view.life}, step {kill.at_step}"
+    _note(run, f"{kind.name:26} {place:20} {where}; away {kill.away_s:.0f} s")
     return kill
 
 

@@ -223,4 +223,5 @@ def _caught(view: View, place: Place) -> bool:
 
 def _given_up(run: RunDir, stage: str) -> bool:
     """An epilogue or the guard has stopped the stage."""
-    return any(event["event"] in ("failed", "cancelled") and event.get("stage") == stage for event in events.read(run.events))
+    ends = ("failed", "cancelled")
+    return any(event["event"] in ends and event.get("stage") == stage for event in events.read(run.events))

@@ -84,14 +84,15 @@ def step_daemons(job: str) -> list[int]:
 def batch_shell(job: str) -> int | None:
     """The shell that runs the job's script."""
     for pid, name, _, _ in _all():
-        if name.startswith("slurm_scrip") and _environment(pid).get("SLURM_JOB_ID") == job and f"job{job}" in _command(pid):
+        if name.startswith("slurm_scrip") and f"job{job}/" in _command(pid):
             return pid
     return None
 
 
 def sruns(job: str) -> list[int]:
     """The job's srun and the helper it forks."""
-    return [pid for pid, name, _, _ in _all() if name in ("srun", "sru") and _environment(pid).get("SLURM_JOB_ID") == job]
+    named = [pid for pid, name, _, _ in _all() if name == "srun"]
+    return [pid for pid in named if _environment(pid).get("SLURM_JOB_ID") == job]
 
 
 def on_node(job: str, node: str) -> list[int]:

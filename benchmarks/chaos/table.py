@@ -27,17 +27,18 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
         "",
         "Made by `make chaos` (`python -m benchmarks.chaos --write docs/chaos.md`); do not edit.",
         "",
-        f"{len(kills)} kills in {len(results)} runs on the local Slurm ({os.cpu_count()} cores, {platform.machine()}), in "
-        f"{minutes:.0f} minutes, seed {seed}. Each run was then laid beside one of its kind that nothing touched: every "
-        "step's loss, validation loss, learning rate, gradient norm and token count (by which the order of the samples "
-        "shows), and the exported adapter's and merged weights' SHA-256 must be the same, no step twice, none missing.",
+        f"{len(kills)} kills in {len(results)} runs on the local Slurm ({os.cpu_count()} cores, {platform.machine()}), "
+        f"in {minutes:.0f} minutes, seed {seed}. Each run was then laid beside one of its kind that nothing touched: "
+        "every step's loss, validation loss, learning rate, gradient norm and token count (by which the order of the "
+        "samples shows), and the exported adapter's and merged weights' SHA-256 must be the same, no step twice, none "
+        "missing.",
         "",
         f"- Runs that ended equal, bit for bit: **{len(equal)} of {len(results)}**",
         f"- Causes that `make why` named rightly: **{sum(kill.right for kill in kills)} of {len(kills)}**",
         f"- Steps done twice after a warning: **{sum(kill.lost for kill in warned)}** in {len(warned)} kills; after a "
         f"kill without one: {sum(kill.lost for kill in hard)} in {len(hard)} (a save every ten steps)",
-        f"- From the kill to the next life's start: {_middle([kill.away_s for kill in kills]):.0f} s in the middle; most of "
-        "it is Slurm's wait before it starts a requeued job",
+        f"- From the kill to the next life's start: {_middle([kill.away_s for kill in kills]):.0f} s in the middle; "
+        "most of it is Slurm's wait before it starts a requeued job",
     ]
     if left:
         head.append(f"- **Not done: {left} kills**, because the run was past their place")
