@@ -6,8 +6,9 @@ train the same tiny model on the same rows and meet the same kills at the same t
 process that has imported the libraries, so a start is short, as the rest is.
 
 The peer is transformers.Trainer with its own checkpoints and its own resume, started again after each kill. It is told
-the save interval that is the best for this trace, by costs measured before it; ours finds its own. "Allowed" is the work that the best constant
-interval, known in hindsight, would keep of this trace with our measured save, start and step times, warnings used.
+the save interval that is the best for this trace by costs measured before it; ours finds its own. "Allowed" is the work
+that the best constant interval, known in hindsight, would keep of this trace with our mean save, start and step times,
+warnings used.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +24,10 @@ from ftlib.stop import StopFlag
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+# Nobody acts on it: the epilogue of a superseded life does nothing.
+SUPERSEDED = 70
+
+
 def run(folder: str, stage: str) -> None:
     """Run `stage` of the run at `folder`; ends the process with the outcome's exit code."""
     stop = StopFlag().install()
@@ -32,11 +37,24 @@ def run(folder: str, stage: str) -> None:
     _assert_snapshot(rundir)
     life = int(os.environ["FT_LIFE"])
     rank = _set_rank()
+    if rank == 0:
+        threading.Thread(target=leave_when_superseded, args=(rundir, stage, life), daemon=True).start()
     code = _live(rundir, stage, life, rank, stop)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: the outcome is committed, and an abandoned load or a library's thread must not change the end.
     os._exit(code)
+
+
+def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: float = 5) -> None:
+    """End this process, without a word, as soon as a later life of its stage has begun.
+
+    A node that Slurm gave up, or a task whose slurmstepd was killed, may still be at work: one writer is enough.
+    """
+    later = rundir.lives / f"{stage}-{life + 1}"
+    while not later.exists():
+        time.sleep(every_s)
+    os._exit(SUPERSEDED)
 
 
 def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:

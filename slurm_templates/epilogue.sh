@@ -2,6 +2,8 @@
 # The outcome file is the truth; srun's exit code is a hint, because the first rank to leave decides it.
 ft_code=$?
 kill "$FT_WATCH" 2>/dev/null
+# A node that Slurm had given up is back: the run is a later life's now, and this job's id, too.
+[ ! -e "$FT_RUN/lives/$FT_STAGE-$((FT_LIFE + 1))" ] || exit 75
 ft_outcome="$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"
 ft_words=
 if [ -s "$ft_outcome" ]; then

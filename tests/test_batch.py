@@ -117,6 +117,11 @@ def test_at_the_time_limit_a_plain_requeue_follows(shell) -> None:  # type: igno
     assert shell(says(75), REFUSE="1", STATE="TIMEOUT")[1] == ["requeue Incomplete 7", "show job 7", "requeue 7"]
 
 
+def test_a_superseded_life_requeues_nothing(shell) -> None:  # type: ignore[no-untyped-def]
+    later = 'echo "7 n2" >"$FT_RUN/lives/$FT_STAGE-$((FT_LIFE + 1))"; '
+    assert shell(later + says(75)) == (75, [])
+
+
 def test_an_absent_controller_is_asked_again(shell) -> None:  # type: ignore[no-untyped-def]
     code, calls = shell(says(75), REFUSE="2")
     assert (code, calls.count("requeue Incomplete 7")) == (75, 3)

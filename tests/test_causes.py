@@ -89,6 +89,11 @@ def test_a_warning_that_was_heeded_is_no_fault_whatever_the_log_says_of_connecti
     assert found.cause == "preemption"
 
 
+def test_a_step_that_comes_down_after_a_rank_is_not_held_against_its_daemon() -> None:
+    after = log("nccl-watchdog") + log("stepd-killed")
+    assert diagnose.life_cause(code=137, outcome=None, log=after).cause == "collective"
+
+
 @pytest.mark.parametrize(
     ("state", "cause"),
     [

@@ -23,8 +23,8 @@ WANTED = [
     ("SIGKILL of the batch shell", "prepare", "data preparation"),
     ("node down", "train", "warm-up"),
     ("preemption with grace", "train", "imports"),
-    ("SIGKILL of a worker", "train", "checkpoint write"),
     ("USR2 by hand", "train", "accumulation"),
+    ("SIGKILL of a worker", "train", "checkpoint write"),
     ("scontrol requeue", "export", "export"),
 ]
 

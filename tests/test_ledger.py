@@ -198,6 +198,19 @@ def test_resume_queues_only_what_is_missing(login: Login) -> None:
     assert login.jobs()["prepare"] == 1
 
 
+def test_a_task_that_slurm_lost_sight_of_ends_when_a_later_life_begins(tmp_path: Path) -> None:
+    (tmp_path / "lives").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from ftlib.rundir import RunDir; from jobs import stage;"
+        "stage.leave_when_superseded(RunDir(Path(sys.argv[1])), 'train', 4, every_s=0.05)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    (tmp_path / "lives" / "train-5").touch()
+    assert process.wait(timeout=10) == 70
+
+
 # -- the guard ---------------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,9 @@ def main() -> int:
     was_up = slurm.up()
     slurm.heal()
     folder = Path(tempfile.mkdtemp(prefix="ftlib-chaos-"))
+    ground = Ground(folder / "checkout")
     try:
-        results, left = campaign(Ground(folder / "checkout"), said.kills, said.seed)
+        results, left = campaign(ground, said.kills, said.seed)
     except KeyboardInterrupt:
         return 130
     except slurm.Trouble as trouble:
@@ -35,6 +36,7 @@ def main() -> int:
         return 1
     finally:
         slurm.heal()
+        ground.cancel()
         if not was_up:
             slurm.down()
     text = table.markdown(results, left, minutes=(time.monotonic() - began) / 60, seed=said.seed)
@@ -58,8 +60,8 @@ def campaign(ground: Ground, kills: int, seed: int) -> tuple[list[Result], int]:
     for flavour in flavours:
         print(f"{flavour}: a run that nothing touches", flush=True)
         references[flavour] = run = ground.submit(flavour)
-        if (state := ground.finish(run)) != "completed":
-            raise slurm.Trouble(f"the untouched run {run.name} is {state}")
+        if (ended := ground.finish(run)) != "completed":
+            raise slurm.Trouble(f"the untouched run {run.name} is {ended}")
     results: list[Result] = []
     fruitless = 0
     while todo and fruitless < 2:

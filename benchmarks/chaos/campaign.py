@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.chaos import processes, slurm
 from benchmarks.chaos.kinds import KINDS, Kind, next_life_begun
 from benchmarks.chaos.places import PLACES, View, stand_at
-from ftlib import metrics, outcome
+from ftlib import metrics, outcome, state
 from ftlib.rundir import RunDir
 
 STEPS, SAVE, EVAL, WARM_UP = 100, 10, 20, 0.12
@@ -115,6 +115,12 @@ class Ground:
         (name,) = {path.name for path in runs.glob("*") if not path.name.startswith(".")} - before
         return RunDir(runs / name)
 
+    def cancel(self) -> None:
+        """End what is left of the runs' jobs."""
+        for path in (self.folder / "runs").glob("*/spec.json"):
+            jobs = state.submissions(RunDir(path.parent)).values()
+            slurm.say("scancel", *jobs, check=False)
+
     def state(self, run: RunDir) -> dict[str, Any]:
         """`status --json` of one run."""
         (found,) = json.loads(self.jobs("status", "--json", "--run", run.name))
@@ -124,14 +130,14 @@ class Ground:
     def finish(self, run: RunDir, timeout_s: float = 420) -> str:
         """Wait for the run's end; its state."""
         deadline = time.monotonic() + timeout_s
-        while (state := self.state(run)["state"]) in ("queued", "running", "failed"):
+        while (now := self.state(run)["state"]) in ("queued", "running", "failed"):
             # A failed job may have a guard behind it.
-            if state == "failed" and not slurm.say("squeue", "-h", "-o", "%j", check=False).count(f"{run.name}.guard"):
+            if now == "failed" and f"{run.name}.guard" not in slurm.say("squeue", "-h", "-o", "%j", check=False):
                 return str(self.state(run)["state"])
             if time.monotonic() > deadline:
-                return f"still {state} after {timeout_s:.0f} s"
+                return f"still {now} after {timeout_s:.0f} s"
             time.sleep(1)
-        return str(state)
+        return str(now)
 
     def causes(self, run: RunDir) -> dict[tuple[str, int], str]:
         """What `why` names for each life: (stage, life) -> cause."""
@@ -221,7 +227,7 @@ def _strike(run: RunDir, flavour: str, kind: Kind, place: str, view: View, rando
 
 def judge(ground: Ground, run: RunDir, flavour: str, kills: list[Kill], reference: RunDir) -> Result:
     """What came out, once the run has ended."""
-    state = ground.finish(run)
+    ended = ground.finish(run)
     causes = ground.causes(run)
     for kill in kills:
         kill.cause = causes.get((kill.stage, kill.life), "none")
@@ -230,8 +236,8 @@ def judge(ground: Ground, run: RunDir, flavour: str, kills: list[Kill], referenc
             kill.cause, kill.right = "it went on to its end", True
         kill.lost = _lost(run, kill)
     lives = len(list(run.lives.glob("*")))
-    found = differences(run, reference) if state == "completed" else []
-    return Result(run.name, flavour, state, lives, found, kills)
+    found = differences(run, reference) if ended == "completed" else []
+    return Result(run.name, flavour, ended, lives, found, kills)
 
 
 def _lost(run: RunDir, kill: Kill) -> int:

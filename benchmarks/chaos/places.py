@@ -187,29 +187,25 @@ def stand_at(run: RunDir, place: Place, stage: str, settings: dict[str, int], ti
             time.sleep(0.005)
             continue
         view = View(run, stage, life, settings)
-        if not _caught(view, place):
+        if not _caught(view, place, deadline):
             time.sleep(0.005)
             continue
         return view
     return None
 
 
-def _caught(view: View, place: Place) -> bool:
+def _caught(view: View, place: Place, deadline: float) -> bool:
     """Follow one life until it ends or stands at the place, stopped."""
-    seen_all = 0.0
-    while True:
-        if not seen_all or not view.workers:
+    world = int(view.run.plan()["world_size"]) if view.stage == "train" else 1
+    needed = 1 if place.name == "before the handler" else world
+    over = (view.run.outcomes / f"{view.stage}-{view.life}", view.run.lives / f"{view.stage}-{view.life + 1}")
+    while time.monotonic() < deadline:
+        if len(view.workers) < needed:
             view.workers = processes.workers(view.run.path, view.stage, view.life)
-            world = int(view.run.plan()["world_size"]) if view.stage == "train" else 1
-            if len(view.workers) == world or (view.workers and place.name == "before the handler"):
-                seen_all = time.monotonic()
-            else:
-                if (view.run.outcomes / f"{view.stage}-{view.life}").exists() or (
-                    view.run.lives / f"{view.stage}-{view.life + 1}"
-                ).exists():
-                    return False
-                time.sleep(0.003)
-                continue
+            if any(path.exists() for path in over):
+                return False
+            time.sleep(0.003)
+            continue
         if not Path(f"/proc/{view.pid}").exists():
             return False
         if place.reached(view):
@@ -219,6 +215,7 @@ def _caught(view: View, place: Place) -> bool:
             if place.name == "before the handler":
                 return False
         time.sleep(0.002)
+    return False
 
 
 def _given_up(run: RunDir, stage: str) -> bool:

@@ -151,7 +151,8 @@ def life_cause(*, code: int, outcome: str | None, log: str, accounted: str = "")
     code: exit code srun returned, or the outcome's. outcome: the outcome's words, None without one. log: the end of
     this life's log. accounted: Slurm's state of the job, where it has one already.
     """
-    if lost := STEP_LOST.search(log):
+    # Where srun had heard of a rank's end before, that was the cause, and the step came down after it.
+    if (lost := STEP_LOST.search(log)) and not _RANK_ENDED.search(log, 0, lost.start()):
         return Finding("killed", lost[0])
     if outcome is not None and (said := from_outcome(code, outcome)):
         return Finding(said, outcome)
