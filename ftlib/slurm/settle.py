@@ -98,6 +98,9 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
         cause, words = found.cause, f"{diagnose.PLAIN[found.cause]} (Slurm says {state or 'nothing'})"
         if cause == "killed" and not state:
             cause, words = "node failure", "its node or its batch shell was lost"
+        if cause == "preemption" and state.startswith("FAILED"):
+            # No epilogue ran and Slurm took nothing back: the batch shell was killed, and slurmd's SIGTERM followed.
+            cause, words = "killed", "the batch shell was killed, and nothing says by whom; the work was saved"
         events.append(
             run / "events", writer, "interrupted", stage=stage, life=number, job_id=job, cause=cause, line=found.line,
             words=words, settled_by=writer,
