@@ -43,7 +43,8 @@ ft_tasks() {
     done
 }
 ft_watch_step() {
-    until ft_step_lives; do sleep 5; done
+    # Without its batch shell it has nothing to watch, and nobody would end it.
+    until ft_step_lives; do kill -0 $$ 2>/dev/null || return; sleep 5; done
     while ft_step_lives || { sleep 2; ft_step_lives; }; do sleep 5; done
     if [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; then
         sleep 60 # ended as it should; other nodes, or an absent controller, may keep srun for a while
