@@ -18,6 +18,7 @@ MOST_STILLBORN = 3
 # Longer than any submit takes.
 CLAIM_S = 300
 ENDED_BY_OWNER = "CANCELLED"
+FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def run(folder: str) -> None:
@@ -40,8 +41,12 @@ def decide(run: RunDir) -> str:
     log = events.read(run.events)
     if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
         return f"{stage} was cancelled by its owner; it stays so"
-    slurm = chain.scheduler_view([jobs[stage]]).get(jobs[stage], ("", ""))[0]
-    if slurm == ENDED_BY_OWNER:
+    before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), None)
+    view = chain.scheduler_view([job for job in (before, jobs[stage]) if job])
+    slurm = view.get(jobs[stage], ("", ""))[0]
+    # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
+    by_dependency = view.get(before or "", ("COMPLETED", ""))[0] in FAILED
+    if slurm == ENDED_BY_OWNER and not by_dependency:
         events.append(run.events, events.submit_writer(), "cancelled", stage=stage, job_id=jobs[stage])
         return f"{stage} was cancelled by its owner; it stays so"
     if state.SLURM_STATES.get(slurm) in ("queued", "running"):
