@@ -17,7 +17,7 @@ from benchmarks.chaos.kinds import KINDS
 from tests.cluster import Slurm
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.nightly]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 WANTED = [
     ("SIGKILL of the batch shell", "prepare", "data preparation"),
