@@ -43,8 +43,12 @@ ft_tasks() {
     done
 }
 ft_watch_step() {
-    # Without its batch shell it has nothing to watch, and nobody would end it.
-    until ft_step_lives; do kill -0 $$ 2>/dev/null || return; sleep 5; done
+    # A slurmstepd that is killed at once is never seen alive, but what it began is. Without its batch shell the watch
+    # has nothing to do, and nobody would end it.
+    until ft_step_lives || [ -n "$(ft_tasks)" ] || [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; do
+        kill -0 $$ 2>/dev/null || return
+        sleep 1
+    done
     while ft_step_lives || { sleep 2; ft_step_lives; }; do sleep 5; done
     if [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; then
         sleep 60 # ended as it should; other nodes, or an absent controller, may keep srun for a while
