@@ -21,7 +21,7 @@ all=$(mktemp)
 trap 'rm -f "$all"' EXIT
 ! [ -e env/train.lock ] || cat env/train.lock env/deepspeed.lock > "$all"
 compile "$all" --python-version 3.11 --extra train -c env/login.lock "$@" pyproject.toml
-torch=$(names "$all" | grep -E '^(torch|triton|nvidia-.*|cuda-.*)$')
+torch=$(names "$all" | grep -E '^(torch|triton|nvidia-.*|cuda-.*)$' | grep -vx nvidia-ml-py)
 # shellcheck disable=SC2046,SC2086
 compile env/train.lock --python-version 3.11 --generate-hashes --extra train -c env/login.lock \
     $(leave_out $torch deepspeed $(names env/login.lock)) "$@" pyproject.toml
