@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
+.PHONY: help env smoke submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -44,6 +44,14 @@ $(DEV): $(LOGIN)
 	@sh env/setup.sh dev $(VENV) $@
 
 # Runs -----------------------------------------------------------------------------------------------------------------
+env: $(LOGIN) ## make the environment and check it on a GPU node: CLUSTER= SET= NEW=1
+	@$(PY) -m jobs env --before $(OPTIONS)
+	@$(MAKE) --no-print-directory $(TRAIN)
+	$(JOBS)
+
+smoke: $(TRAIN) ## ten real steps on a node before the long run: options as for submit
+	$(JOBS)
+
 submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run: MODEL= DATA= CLUSTER= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
 	$(JOBS)
 

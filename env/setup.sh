@@ -36,6 +36,10 @@ unset PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PIP_ROOT
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 export DS_BUILD_OPS=0 # deepspeed compiles what it needs at run time
 
+# Where home is another file system (group storage beside a small home folder), its cache would fill that.
+storage_of() { df -P "$1" 2> /dev/null | awk 'NR == 2 { print $1 }'; }
+[ "$(storage_of "${HOME:-/}")" = "$(storage_of .)" ] || export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$PWD/.cache/pip}"
+
 wipe() { find "$venv" -mindepth 1 -maxdepth 1 ! -name setup.pid -exec rm -rf {} +; }
 
 # True where process $1 lives and is a set-up: its number may be another's by now, or a zombie's.

@@ -59,6 +59,13 @@ class Scheduler(Model):
     )
 
 
+class Storage(Model):
+    """Where things belong. Models, packages and runs fill a home folder with a small quota."""
+
+    home_gib: float | None = Field(None, gt=0, description="Quota of a home folder, where it is too small for all that")
+    work: str | None = Field(None, description="Folder for checkouts, packages and runs; {account} and {user}")
+
+
 class ClusterProfile(Model):
     """A site and a user's choices in it; `scheduler` is null where there is no Slurm."""
 
@@ -74,6 +81,7 @@ class ClusterProfile(Model):
     scheduler: Scheduler | None = Field(None, description="Slurm here; null: run on this machine, now")
     partitions: tuple[Partition, ...] = Field(min_length=1, description="What there is to ask for")
     cache: str = Field(".cache", description="Folder for caches, on storage every node sees; {account} and {user}")
+    storage: Storage = Storage()
     modules: tuple[str, ...] = Field((), description="module load, in this order")
     environment: dict[str, str] = Field({}, description="Variables for every job")
     python: str | None = Field(None, description="Interpreter of the jobs; default: the one that submits")
@@ -96,8 +104,15 @@ class ClusterProfile(Model):
 
     def cache_dir(self, checkout: Path) -> Path:
         """Where caches go: absolute, `{account}` and `{user}` filled in; a relative one lies in the checkout."""
+        return checkout / self._filled(self.cache)
+
+    def work_dir(self) -> str | None:
+        """The folder for checkouts, packages and runs, filled in."""
+        return self._filled(self.storage.work) if self.storage.work else None
+
+    def _filled(self, folder: str) -> str:
         user = os.environ.get("USER") or getpass.getuser()
-        return checkout / self.cache.format(account=self.account or "{account}", user=user)
+        return folder.format(account=self.account or "{account}", user=user)
 
     def missing_account(self) -> str | None:
         """What to tell a person whose jobs would be refused for want of an account; None where all is well."""
@@ -160,14 +175,20 @@ def _check(profile: ClusterProfile) -> None:
     for field in ("gpu_partition", "cpu_partition"):
         if getattr(profile, field) not in known:
             problems.append(unknown(f"{where}: {field}", getattr(profile, field), known))
-    for field in ("qos", "cpu_qos", "cache"):
-        text = getattr(profile, field) or ""
+    texts = {
+        "qos": profile.qos,
+        "cpu_qos": profile.cpu_qos,
+        "cache": profile.cache,
+        "storage.work": profile.storage.work,
+    }
+    for field, said in texts.items():
+        text = said or ""
         try:
             used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
         except ValueError as error:
             problems.append(f"{where}: {field}: {error} in {text!r}")
             continue
-        allowed = {"account", "user"} if field == "cache" else {"account"}
+        allowed = {"account"} if "qos" in field else {"account", "user"}
         problems += [unknown(f"{where}: {field}: placeholder", name, allowed) for name in used - allowed]
     if problems:
         raise InputError(problems)

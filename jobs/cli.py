@@ -33,6 +33,15 @@ def parser() -> Parser:
     wish = ("model", "data", "cluster", "set")
     command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
+    command(
+        "env",
+        "check packages, driver, GPU and storage on a node, in a job of two minutes",
+        "cluster",
+        "set",
+        "new",
+        "before",
+    )
+    command("smoke", "ten real steps on a node, and what they tell of the whole run", *wish)
     command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "every run, or one: its stages and what they are doing", "run", "json")
     command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
@@ -51,6 +60,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "set": lambda p: p.add_argument("--set", default="", help='changes: "optim.lr=1e-4 data.limit=1000"'),
     "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts alone"),
     "new": lambda p: p.add_argument("--new", action="store_true", help="another run of the same wish"),
+    "before": lambda p: p.add_argument("--before", action="store_true", help="what can be seen from here, no job"),
     "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
     "run": lambda p: p.add_argument("--run", help="name of a run"),
     "run!": lambda p: p.add_argument("--run", required=True, help="name of a run"),
@@ -104,6 +114,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from jobs import submit
 
         return submit.plan(options) if options.command == "plan" else submit.submit(options)
+    if options.command in ("env", "smoke"):
+        from jobs import smoke
+
+        return smoke.env(options) if options.command == "env" else smoke.smoke(options)
     if options.command == "layers":
         from jobs import layers
 

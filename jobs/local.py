@@ -38,17 +38,17 @@ class Interrupt:
         self.count += 1
 
 
-def run_stages(run: RunDir, profile: ClusterProfile) -> int:
+def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = STAGES) -> int:
     """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`."""
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
     interrupt = Interrupt()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number, stage in enumerate(STAGES, 1):
+        for number, stage in enumerate(stages, 1):
             if run.stage_done(stage):
-                print(f"[{number}/{len(STAGES)}] {stage}: done before", flush=True)
+                print(f"[{number}/{len(stages)}] {stage}: done before", flush=True)
                 continue
-            print(f"[{number}/{len(STAGES)}] {stage}", flush=True)
+            print(f"[{number}/{len(stages)}] {stage}", flush=True)
             variables = batch.environment(
                 profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable
             )

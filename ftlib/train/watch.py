@@ -1,6 +1,6 @@
-"""How well the GPU is used, sampled beside the training; a GPU that idles too long ends the stage. No torch.
+"""How well the GPU is used, sampled beside the work; a GPU that idles too long ends the stage. No torch.
 
-gpu.jsonl, a row per sample: {"time", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}.
+gpu.jsonl, a row per sample: {"time", "stage", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ class GpuWatch:
     """
 
     def __init__(
-        self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, rank: int = 0, limit_min: float | None = None,
-        nvml: Any = None, every_s: float = EVERY_S, hang_s: float = 120.0, end: Callable[[int], Any] = os._exit,
+        self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, stage: str = "train", rank: int = 0,
+        limit_min: float | None = None, nvml: Any = None,
+        every_s: float = EVERY_S, hang_s: float = 120.0, end: Callable[[int], Any] = os._exit,
     ) -> None:  # fmt: skip
         """uuid: the GPU's, as torch tells it. nvml: the pynvml module, or one that answers like it."""
-        self._run, self._life, self._stop, self._rank = run, life, stop, rank
+        self._run, self._life, self._stop, self._stage, self._rank = run, life, stop, stage, rank
         self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
         self._act_after_s = act_after_s(limit_min) if limit_min else None
         self._nvml, self._every_s, self._hang_s, self._end = nvml, every_s, hang_s, end
@@ -105,6 +106,7 @@ class GpuWatch:
             power = None
         row = {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+            "stage": self._stage,
             "life": self._life,
             "utilization": share,
             "memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3),
@@ -115,11 +117,12 @@ class GpuWatch:
 
     def _give_up(self) -> None:
         """The work hangs and never looks at the flag."""
-        saved = next((checkpoint.step_of(folder) for folder in checkpoint.committed(self._run.checkpoints)), None)
+        kept = checkpoint.committed(self._run.checkpoints) if self._stage == "train" else []
+        saved = next((checkpoint.step_of(folder) for folder in kept), None)
         words = f"{Interrupted(CAUSE, saved)}; the process hung and was ended"
-        print(f"train: {words}", flush=True)
+        print(f"{self._stage}: {words}", flush=True)
         if self._rank == 0:
-            outcome.write(self._run.outcomes, outcome.Outcome("train", self._life, RUN_AGAIN, words))
+            outcome.write(self._run.outcomes, outcome.Outcome(self._stage, self._life, RUN_AGAIN, words))
         self._end(RUN_AGAIN)
 
 

@@ -1,0 +1,309 @@
+"""What a run stands on, tried on the node before it starts: packages, driver, CUDA, storage, caches, collectives.
+
+Each check says what was found and, where it failed, the mend. torch is imported inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import site
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "tokenizers")
+# The oldest driver for programs of a CUDA major version (NVIDIA's guide to CUDA's minor version compatibility).
+OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}
+# Less than the profile says by more than this: another GPU, or a slice of one.
+MEMORY_SHARE = 0.93
+WRITE_MIB = 64
+COMMITS = 5
+MEET_S = 120
+REDUCED_MIB = {"cuda": 256, "cpu": 4}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    ok: bool
+    words: str
+    mend: str = ""
+
+    def line(self) -> str:
+        """For a log: name, verdict, what was found, and the mend of what failed."""
+        mend = f"\n{'':24}mend: {self.mend}" if self.mend and not self.ok else ""
+        return f"{'ok' if self.ok else 'FAILED':7} {self.name:15} {self.words}{mend}"
+
+
+def packages() -> Check:
+    """The locked packages lie in this interpreter's own folder, and nothing of ~/.local comes before them."""
+    missing, strays = [], []
+    for name in PACKAGES:
+        try:
+            place = str(metadata.distribution(name).locate_file(""))
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+            continue
+        if os.path.commonpath([place, sys.prefix]) != sys.prefix:
+            strays.append(f"{name} of {place}")
+    if site.ENABLE_USER_SITE and (user := site.getusersitepackages()) in sys.path:
+        strays.append(f"anything in {user}")
+    if missing:
+        return Check("packages", False, f"not installed for {sys.executable}: {', '.join(missing)}", "make env")
+    if strays:
+        return Check(
+            "packages", False, f"other packages come before those of {sys.prefix}: {', '.join(strays)}",
+            "unset PYTHONPATH, set PYTHONNOUSERSITE=1, and move ~/.local/lib/python* away",
+        )  # fmt: skip
+    return Check("packages", True, f"torch {metadata.version('torch')} and {len(PACKAGES) - 1} more in {sys.prefix}")
+
+
+def imports() -> Check:
+    """All that a training loads, loaded; on a slow file system that takes a while."""
+    began = time.perf_counter()
+    try:
+        importlib.import_module("ftlib.train.run")
+    except Exception as error:  # a broken library can raise anything
+        return Check("imports", False, f"{type(error).__name__}: {error}", "remove the virtual environment, make env")
+    return Check("imports", True, f"loaded in {time.perf_counter() - began:.1f} s")
+
+
+def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
+    """Whether the node's driver runs programs of the wheel's CUDA (any minor version of its major one).
+
+    nvml: the pynvml module. wheel_cuda: torch.version.cuda, such as 13.0; None in a wheel for the CPU.
+    """
+    if wheel_cuda is None:
+        return Check(
+            "driver", False, f"torch {torch_version} is made for the CPU, but this job has a GPU",
+            "pip took a wheel without CUDA: look at 'pip config list', remove the virtual environment, make env",
+        )  # fmt: skip
+    try:
+        nvml.nvmlInit()
+        version, number = _text(nvml.nvmlSystemGetDriverVersion()), int(nvml.nvmlSystemGetCudaDriverVersion())
+    except Exception as error:  # NVMLError is a class of a module that is passed in
+        return Check(
+            "driver", False, f"the NVIDIA driver does not answer here: {error}",
+            f"is {os.uname().nodename} a GPU node? 'gpu_partition' in cluster.yaml says where jobs go",
+        )  # fmt: skip
+    speaks, major = f"{number // 1000}.{number % 1000 // 10}", int(wheel_cuda.split(".")[0])
+    found = f"driver {version} speaks CUDA {speaks}, torch {torch_version} is made for CUDA {wheel_cuda}"
+    if number // 1000 >= major:
+        return Check("driver", True, found)
+    oldest = f" ({OLDEST_DRIVER[major]} or newer)" if major in OLDEST_DRIVER else ""
+    return Check(
+        "driver", False, f"the driver is too old for the packages: {found}",
+        f"install torch's build for CUDA {number // 1000}: PIP_EXTRA_INDEX_URL=<PyTorch's index of it>, remove the "
+        f"virtual environment, make env. Or ask the site for a newer driver{oldest}",
+    )  # fmt: skip
+
+
+def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, torch_version: str) -> Check:
+    """Whether torch has code for a GPU of compute capability `found`. built_for: torch.cuda.get_arch_list()."""
+    sm = f"sm_{found[0]}{found[1]}"
+    for arch in built_for:
+        if not (parts := re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", arch)):
+            continue
+        there = int(parts[2]), int(parts[3])
+        # Machine code runs on later minor versions of its major one; PTX (compute_) on all that are later.
+        if there <= found and (there[0] == found[0] or parts[1] == "compute"):
+            return Check("capability", True, f"{name} is {sm}, torch has code for {arch}")
+    mend = "choose another 'gpu_partition' in cluster.yaml, or install torch's build for another CUDA"
+    if found >= (10, 0):
+        mend = f"{sm} needs CUDA 12.8 and torch 2.7, or newer: remove the virtual environment, make env"
+    words = f"{name} is {sm}; torch {torch_version} has code for {', '.join(built_for) or 'no GPU'} alone"
+    return Check("capability", False, words, mend)
+
+
+def gpu(*, asked: int, planned_gib: float | None) -> Iterator[Check]:
+    """Driver, the GPUs that are seen, their code, memory beside the profile's, and a product computed there."""
+    import torch
+
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        yield Check("driver", False, "the package nvidia-ml-py, which asks it, is not installed", "make env")
+        return
+    yield (first := driver(nvml, torch_version=torch.__version__, wheel_cuda=torch.version.cuda))
+    if not first.ok:
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen < asked:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        why = f" ({said[-1].message})" if said else ""
+        yield Check(
+            "GPU", False, f"{asked} asked for, {seen} seen; CUDA_VISIBLE_DEVICES is {visible!r}{why}",
+            "compare 'ask_gpus_by' and the GPU's 'gres' in the profile with 'sinfo -o \"%P %G\"'; ask the site about "
+            f"node {os.uname().nodename}",
+        )  # fmt: skip
+        return
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    name = torch.cuda.get_device_name(device)
+    code = capability(
+        name, torch.cuda.get_device_capability(device), torch.cuda.get_arch_list(), torch_version=torch.__version__
+    )
+    yield code
+    if not code.ok:
+        return
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    small = planned_gib is not None and memory < MEMORY_SHARE * planned_gib
+    yield Check(
+        "GPU", not small, f"{seen} x {name}, {memory:.1f} GiB" + f"; the profile says {planned_gib:g}" * small,
+        "set memory_gib of the partition's GPU in the profile to what is there: plans count on it",
+    )  # fmt: skip
+    yield _computes(device)
+
+
+def _computes(device: int) -> Check:
+    import torch
+
+    try:
+        left, right = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+        there = (left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16)).float().cpu()
+        off = float((there - left @ right).abs().max())
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        return Check("CUDA", False, line, f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"')
+    # Rounding bf16 inputs moves a sum of 256 products of unit normals by about 0.1.
+    return Check(
+        "CUDA", off < 1, f"a product in bf16 is {off:.2g} off the CPU's", "the GPU computes wrongly: exclude its node"
+    )
+
+
+def storage(folder: Path, *, need_bytes: int) -> Check:
+    """Free space for the whole run, and how fast `folder` takes a file and a small commit, both with fsync."""
+    free = shutil.disk_usage(folder).free
+    words = f"{folder}: {free / 2**30:,.0f} GiB free"
+    if free < need_bytes:
+        return Check(
+            "storage", False, f"{words}, the run needs {need_bytes / 2**30:,.1f}", "free some, or move the checkout"
+        )
+    block = os.urandom(2**20)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            file_s = _written(Path(place) / "large", block, WRITE_MIB)
+            commit_s = statistics.median(_written(Path(place) / str(i), block[:4096], 1) for i in range(COMMITS))
+    except OSError as error:
+        return Check("storage", False, f"{words}, and cannot be written: {error}", "see its quota (quota, lfs quota)")
+    return Check("storage", True, f"{words}, {WRITE_MIB / file_s:,.0f} MiB/s, {commit_s * 1000:.1f} ms a commit")
+
+
+def _written(path: Path, block: bytes, times: int) -> float:
+    """Seconds until `times` blocks are written and on storage."""
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(times):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - began
+
+
+def caches(home_gib: float | None) -> Check:
+    """Caches can be written and do not fill a small home folder."""
+    home = Path.home().resolve()
+    faults, places = [], []
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+        place = Path(os.environ.get(name) or home / ".cache")
+        places.append(str(place))
+        if home_gib is not None and home in (place.resolve(), *place.resolve().parents):
+            faults.append(f"{name} is in the home folder of {home_gib:.0f} GiB ({place})")
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            faults.append(f"{name}: {error}")
+    mend = "name a folder on group storage as 'cache' in cluster.yaml"
+    return Check("caches", not faults, "; ".join(faults) or os.path.commonpath(places), mend)
+
+
+def collectives(device: str, *, local_rank: int, port: int) -> Check:
+    """All ranks meet and reduce over the device: what training does at every step. A process group of its own."""
+    import torch
+    from torch import distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"]
+    interface = os.environ.get("NCCL_SOCKET_IFNAME", "not set")
+    mend = (
+        f"the nodes must reach {address} over the interface NCCL_SOCKET_IFNAME ({interface}): 'environment' of the "
+        "partition in the profile names it, 'ip -br addr' on a node lists them; NCCL_DEBUG=INFO there tells more"
+    )
+    backend = "nccl" if device == "cuda" else "gloo"
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    began = time.perf_counter()
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=MEET_S),
+        )
+        met_s = time.perf_counter() - began
+        size = REDUCED_MIB[device] * 2**18
+        _reduced(torch.ones(1, device=place))
+        values = torch.full((size,), float(rank), device=place)
+        began = time.perf_counter()
+        _reduced(values)
+        took = time.perf_counter() - began
+        right = bool((values == world * (world - 1) / 2).all())
+    except Exception as error:  # torch has many classes for a peer that does not answer
+        line = str(error).splitlines()[0]
+        return Check("collectives", False, f"{world} ranks did not reduce over {backend}: {line}", mend)
+    finally:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+    # What each link carries, as nccl-tests counts it.
+    speed = 2 * (world - 1) / world * values.nbytes / took / 1e9
+    words = f"{world} ranks met over {backend} in {met_s:.1f} s, reduced {REDUCED_MIB[device]} MiB at {speed:.2f} GB/s"
+    return Check("collectives", right, words, "the sum is wrong: exclude the nodes of this job and tell the site")
+
+
+def _reduced(values: Any) -> None:
+    """A sum over all ranks. Waits by asking: NCCL's own time-out would abort the process before we could say why."""
+    import torch
+    from torch import distributed as dist
+
+    work = dist.all_reduce(values, async_op=True)
+    deadline = time.monotonic() + MEET_S / 2
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"an all-reduce did not come back in {MEET_S // 2} s")
+        time.sleep(0.001)
+    work.wait()
+    if values.is_cuda:
+        torch.cuda.synchronize(values.device)
+
+
+def peak_gib(device: str) -> float:
+    """This process's largest memory so far, in GiB: the GPU's with CUDA's own part, or the host's."""
+    import resource
+
+    import torch
+
+    if device != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    free, total = torch.cuda.mem_get_info()
+    return (torch.cuda.max_memory_reserved() + max(0, total - free - torch.cuda.memory_reserved())) / 2**30
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,291 @@
+"""`env` and `smoke`: what a run stands on, tried on a node in one short job before a long one is queued.
+
+The job is a stage like any other, in a run folder of its own: `runs/smoke/<name>/`. `env` tries packages, driver, GPU
+and storage; `smoke` goes on to the recipe's data and ten of its steps, and says what they tell of the whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ftlib import atomic, events, metrics, outcome, rundir, state
+from ftlib.errors import DONE, FtError, InputError, Interrupted
+from ftlib.plan.plan import TOKENS_PER_PAIR, RunPlan
+from ftlib.profile import ClusterProfile
+from ftlib.report.plan import minutes
+from ftlib.rundir import RunDir
+from ftlib.slurm import client
+from ftlib.stop import StopFlag
+from jobs import environment, local, submit
+from jobs import wish as wishes
+from jobs.wish import Wish
+
+STAGE = "smoke"
+TRIAL = "trial.json"
+STEPS, WARM = 10, 3
+ENV_MIN, SMOKE_MIN = 5, 15
+LEAST_EXAMPLES, MOST_EXAMPLES = 256, 20_000
+PREPARED_S = 600
+# Results of other machines show late on a network file system.
+LATE_S = 15
+
+
+def env(options: argparse.Namespace) -> int:
+    """Check the environment on a GPU node; nothing to do where this lock was checked there before."""
+    wish = wishes.make(model="tiny", data=None, cluster=options.cluster, settings=options.set)
+    environment.require(wish.profile, wish.cache)
+    if options.before:
+        return DONE
+    locks = wishes.files_of(wish, "")["provenance.json"]["locks"]
+    side = wish.profile.partition(gpu=True).name
+    key = json.dumps([wish.profile.name, side, locks, wish.profile.python or sys.executable])
+    name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    run = RunDir(wishes.RUNS / STAGE / name)
+    if run.stage_done(STAGE) and not options.new:
+        print(f"{outcome.read(run.outcomes, STAGE)[-1].words}. Checked before; NEW=1 checks again.")
+        return DONE
+    return _try(wish, name, limit_min=ENV_MIN, trial={"need_bytes": submit.SPARE_BYTES})
+
+
+def smoke(options: argparse.Namespace) -> int:
+    """Ten real steps of a recipe on a node, and what they tell of the whole run."""
+    said = {"model": options.model, "data": options.data, "cluster": options.cluster}
+    whole = wishes.make(**said, settings=options.set)
+    environment.require(whole.profile, whole.cache)
+    wish = wishes.make(**said, settings=f"{options.set} {shortened(whole)}")
+    trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit._space_needed(whole)}
+    return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
+
+
+def shortened(whole: Wish) -> str:
+    """SET= for ten steps of a wish: the same model, method and batch on as little data as that takes."""
+    spec = whole.spec
+    tokens = STEPS * spec.train.global_batch * spec.data.seq_len
+    examples = min(MOST_EXAMPLES, max(LEAST_EXAMPLES, math.ceil(2 * tokens / TOKENS_PER_PAIR[spec.data.template])))
+    generated = not spec.data.path and not spec.data.hub
+    words = ["data.share=null", f"train.steps={STEPS}", "train.log_every_steps=1", "tracking.mode=disabled"]
+    words.append(f"data.limit={min(examples, spec.data.limit or examples)}")
+    words += [f"data.pairs={min(examples, spec.data.pairs)}"] if generated else []
+    words += [f"train.eval_every_steps={STEPS}"] if spec.train.eval_every_steps else []
+    return " ".join(words)
+
+
+def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int:
+    """Queue the job, or run it here, and show it until it has ended. One that is queued already is waited for."""
+    profile, runs = wish.profile, wishes.RUNS / STAGE
+    run = RunDir(runs / name)
+    if profile.scheduler:
+        client.use(profile.scheduler.slurm_conf)
+        if (job := state.submissions(run).get(STAGE)) and _job_state(job)[0] in ("queued", "running"):
+            print(f"Job {job} is on its way already.")
+            return _follow(run, job, profile)
+    if run.path.exists():
+        atomic.discard_folder(run.path)
+    files = wishes.files_of(wish, name)
+    stages = files["plan.json"]["stages"]
+    stages[STAGE] = stages["train"] | {"time_min": limit_min}
+    rundir.create(runs, name, {**files, TRIAL: trial}, wishes.SNAPSHOT)
+    with run.claim():
+        if profile.scheduler is None:
+            return local.run_stages(run, profile, (STAGE,))
+        job = _queue(run, profile)
+    print(
+        f"Queued: job {job}, of {limit_min} minutes at most, in {stages[STAGE]['partition']}. Log: {run.slurm / STAGE}"
+    )
+    return _follow(run, job, profile)
+
+
+def _queue(run: RunDir, profile: ClusterProfile) -> str:
+    from jobs import chain
+    from jobs import stage as stage_module
+
+    assert profile.scheduler
+    # A trial that fails is not tried again by itself.
+    profile = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
+    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
+    comment = f"ftlib {run.name} {STAGE}"
+    made = chain.executor(profile, plan, STAGE, run=run.path, cache=cache, comment=comment, after=None)
+    try:
+        job: str = made.submit(stage_module.run, str(run.path), STAGE).job_id
+    except Exception as error:  # submitit's errors hold sbatch's own words
+        raise FtError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
+    events.append(run.events, events.submit_writer(), "submitted", stage=STAGE, job_id=job, after_life=0)
+    return job
+
+
+def _job_state(job: str) -> tuple[str, str]:
+    """(our word for its state, Slurm's words)."""
+    from jobs import chain
+
+    slurm, reason = chain.scheduler_view([job]).get(job, ("UNKNOWN", ""))
+    return state.SLURM_STATES.get(slurm, "ended"), f"{slurm} ({reason})" if reason not in ("", "None") else slurm
+
+
+def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
+    """Show the job's log as it grows; the scheduler is asked as rarely as its site wants. Returns the exit code."""
+    assert profile.scheduler
+    folder, every_s = run.slurm / STAGE, max(1.0, profile.scheduler.poll_interval_s)
+    log, shown, told, asked = folder / f"{job}_0_log.out", 0, "", -math.inf
+    try:
+        while not (ends := outcome.read(run.outcomes, STAGE)):
+            shown = local._show(log, shown, last=False)
+            if time.monotonic() - asked > every_s:
+                asked = time.monotonic()
+                now, words = _job_state(job)
+                if now not in ("queued", "running"):
+                    return _ended(run, job, words, folder, shown)
+                if words != told:
+                    print(f"job {job}: {words}", flush=True)
+                told = words
+            time.sleep(1)
+    except KeyboardInterrupt:
+        print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")
+        raise
+    local._show(log, shown, last=True)
+    return ends[-1].code
+
+
+def _ended(run: RunDir, job: str, words: str, folder: Path, shown: int) -> int:
+    """The job is over: its outcome where it comes late, else what there is to say without one."""
+    for _ in range(LATE_S):
+        if ends := outcome.read(run.outcomes, STAGE):
+            local._show(folder / f"{job}_0_log.out", shown, last=True)
+            return ends[-1].code
+        time.sleep(1)
+    logs = sorted(folder.glob(f"{job}_*_log.out"))
+    local._show(folder / f"{job}_0_log.out", shown, last=True)
+    for log in logs[1:]:
+        local._show(log, 0, last=True)
+    if not logs:
+        words += (
+            f", and it could not write its log. Do compute nodes see {folder}, and may they write there? Move the "
+            "checkout to storage that they mount"
+        )
+    print(f"error: job {job} ended without a word: Slurm says {words}. Its folder: {run.path}", file=sys.stderr)
+    return 1
+
+
+# ---- what the job runs
+
+
+def main(run: RunDir, life: int, stop: StopFlag) -> str:
+    """The job's task, on every rank: checks, then the steps. InputError counts what failed; the log names it."""
+    from ftlib.train import preflight
+
+    trial = json.loads((run.path / TRIAL).read_text(encoding="utf-8"))
+    plan, profile = run.plan(), wishes.stored_profile(run)
+    asked, rank = plan["stages"][STAGE], int(os.environ.get("RANK", "0"))
+    on_gpu, host, failed = plan["device"] == "cuda", os.uname().nodename, []
+
+    def tell(check: preflight.Check) -> bool:
+        if rank == 0 or not check.ok:
+            print(check.line() if rank == 0 else f"{check.line()}\n{'':24}on {host}, rank {rank}", flush=True)
+        failed.extend([] if check.ok else [check.name])
+        return check.ok
+
+    tell(preflight.packages())
+    if on_gpu:
+        for check in preflight.gpu(asked=asked["tasks_per_node"], planned_gib=plan["gpu_memory_gib"]):
+            tell(check)
+    else:
+        tell(preflight.Check("GPU", True, "none is planned with here: the CPU computes"))
+    if not failed:
+        tell(preflight.imports())
+    tell(preflight.storage(run.path, need_bytes=trial["need_bytes"]))
+    tell(preflight.caches(profile.storage.home_gib))
+    if failed:
+        raise InputError(f"{len(failed)} of the checks on {host} failed: {', '.join(failed)}; the mends stand above")
+    if "whole" not in trial:
+        return f"the environment of {profile.name} works on {host}"
+    steps = _steps(run, life, stop, tell)
+    if not steps.ok:
+        raise InputError(f"{steps.name} failed on {host}: {steps.words}")
+    if rank == 0:
+        _measured(run, trial["whole"], preflight.peak_gib(plan["device"]))
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return f"{STEPS} steps of {run.spec().recipe} work on {host}"
+
+
+def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
+    """Data, collectives and the steps themselves; the last check, good or not."""
+    from ftlib.train.preflight import Check, collectives
+    from jobs import prepare, train
+
+    plan, rank, world = run.plan(), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    name = "data"
+    try:
+        tell(Check(name, True, prepare.main(run, life, stop))) if rank == 0 else _await(run.prepared_file)
+        if world > 1:
+            port = 30_000 + int(os.environ["MASTER_PORT"]) % 2_000
+            if not tell(check := collectives(plan["device"], local_rank=int(os.environ["LOCAL_RANK"]), port=port)):
+                return check
+        name = f"{STEPS} steps"
+        check = Check(name, True, train.main(run, life, stop))
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, it is what the trial was for
+        if not isinstance(error, FtError):
+            traceback.print_exc()
+        check = Check(name, False, f"{type(error).__name__}: {str(error).splitlines()[0]}", _mend(error))
+    tell(check)
+    return check
+
+
+def _await(file: Path) -> None:
+    """The first rank writes it; a node that does not see it has another storage under the same name."""
+    deadline = time.monotonic() + PREPARED_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise InputError(f"{os.uname().nodename} does not see {file}: is that folder shared by all nodes?")
+        time.sleep(0.5)
+
+
+def _mend(error: Exception) -> str:
+    if "out of memory" in str(error).lower():
+        return "a smaller train.micro_batch, a shorter data.seq_len or train.gradient_checkpointing=true (make plan)"
+    return "the words above say where"
+
+
+def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
+    """Print what the steps tell of the whole run, beside its plan; smoke.json holds the same."""
+    rows = [row for row in metrics.read_metrics(run.metrics_file) if "loss" in row][WARM:]
+    speed, step_s = (statistics.median(row[name] for row in rows) for name in ("tokens_per_s", "seconds"))
+    log = events.read(run.events)
+    save_s = [event["seconds"] for event in log if event["event"] == "checkpoint"][-1]
+    start_s = sum(v for e in log if e["event"] == "first_step" for k, v in e.items() if k.endswith("_s"))
+    asked, on_gpu = whole["stages"]["train"], whole["device"] == "cuda"
+    planned_gib = whole["gpu_needed_gib"] if on_gpu else asked["mem_gib"]
+    train_min = whole["steps"] * step_s / 60
+    found = {
+        "tokens_per_s": speed, "planned_tokens_per_s": whole["tokens_per_s"], "peak_gib": round(peak, 2),
+        "planned_gib": planned_gib, "step_s": step_s, "save_s": save_s, "start_s": round(start_s, 1),
+        "whole_min": round(train_min, 1), "planned_min": asked["estimate_min"],
+        "gpu_hours": round(train_min / 60 * whole["world_size"], 2) if on_gpu else None,
+    }  # fmt: skip
+    atomic.write_json(run.path / "smoke.json", found)
+    there = f" of {whole['gpu_memory_gib']:g}" if on_gpu else " of host memory"
+    plan = f"{whole['tokens_per_s']:,.0f}" if whole["tokens_per_s"] else "unknown"
+    print(f"speed   {speed:,.0f} tokens/s (plan: {plan})")
+    print(f"memory  {peak:.1f} GiB at most (plan: {planned_gib:.1f} GiB{there})")
+    print(f"start   {start_s:.0f} s to the first step; a save takes {save_s:.1f} s")
+    cost = f", {found['gpu_hours']:.1f} GPU-hours" if on_gpu else ""
+    limit = asked["time_min"]
+    lives = (
+        f"; its limit of {minutes(limit)} makes {math.ceil(train_min / limit)} lives of it" if train_min > limit else ""
+    )
+    print(
+        f"The whole training of {whole['steps']:,} steps would take {minutes(train_min)} at this speed{cost} (plan: "
+        f"{minutes(asked['estimate_min'])}){lives}.",
+        flush=True,
+    )
