@@ -119,7 +119,7 @@ def _queue(run: RunDir, profile: ClusterProfile) -> str:
     try:
         job: str = made.submit(stage_module.run, str(run.path), STAGE).job_id
     except Exception as error:  # submitit's errors hold sbatch's own words
-        raise FtError(f"sbatch refused the job: {str(error).strip().splitlines()[-1]}") from None
+        raise FtError(f"sbatch refused the job: {str(error).strip().rpartition('error: ')[2]}") from None
     events.append(run.events, events.submit_writer(), "submitted", stage=STAGE, job_id=job, after_life=0)
     return job
 
@@ -158,7 +158,7 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
 
 def _ended(run: RunDir, job: str, words: str, folder: Path, shown: int) -> int:
     """The job is over: its outcome where it comes late, else what there is to say without one."""
-    for _ in range(LATE_S):
+    for _ in range(0 if words.startswith("CANCELLED") else LATE_S):
         if ends := outcome.read(run.outcomes, STAGE):
             local._show(folder / f"{job}_0_log.out", shown, last=True)
             return ends[-1].code

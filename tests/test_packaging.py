@@ -46,7 +46,7 @@ class Checkout:
         done = subprocess.run(["make", *args], cwd=self.folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         stages = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("stage ")]
-        return json.loads(done.stdout), stages
+        return json.loads(done.stdout.splitlines()[-1]), stages
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def checkout(odd_dir: Path) -> Checkout:
 
 @pytest.mark.parametrize(
     "value",
-    ["a.b=c", "a.b='x y' ", "it's \"q\"", "$HOME $(HOME) $$ ${X `id`", "a\\ b\\", "two\nlines", "#no, (rem", "-x", "*"],
+    ["a.b=c", "a.b='x y' ", 'it\'s "q"', "$HOME $(HOME) $$ ${X `id`", "a\\ b\\", "two\nlines", "#no, (rem", "-x", "*"],
 )
 @pytest.mark.parametrize("way", ["argument", "environment"])
 def test_a_value_reaches_the_command_line_word_for_word(checkout: Checkout, value: str, way: str) -> None:
@@ -79,6 +79,7 @@ def test_what_is_empty_or_off_is_not_passed(checkout: Checkout) -> None:
     ("args", "stages"),
     [
         (["submit"], ["login", "train"]),
+        (["smoke"], ["login", "train"]),
         (["submit", "DRY_RUN=1"], ["login"]),
         (["submit", "DRY_RUN=0"], ["login", "train"]),
         (["test"], ["login", "train", "dev"]),
@@ -87,6 +88,17 @@ def test_what_is_empty_or_off_is_not_passed(checkout: Checkout) -> None:
 )
 def test_a_target_sets_up_no_more_than_it_needs(checkout: Checkout, args: list[str], stages: list[str]) -> None:
     assert checkout.make(*args)[1] == stages
+
+
+def test_an_environment_is_made_only_where_the_site_allows_it(checkout: Checkout) -> None:
+    (checkout.folder / "env" / "setup.sh").write_text('echo "stage $1" >&2; : > "$3"\n')
+    python = checkout.folder / ".venv" / "bin" / "python"
+    works = python.read_text()
+    python.write_text("#!/bin/sh\n[ \"$4\" != --before ] || { echo 'the checkout is in your home' >&2; exit 64; }\n")
+    done = subprocess.run(["make", "env"], cwd=checkout.folder, capture_output=True, text=True)
+    assert done.returncode == 2 and "the checkout is in your home" in done.stderr and "stage train" not in done.stderr
+    python.write_text(works)
+    assert checkout.make("env", "CLUSTER=x") == (["-m", "jobs", "env", "--cluster=x"], ["train"])
 
 
 def test_after_an_unfinished_set_up_no_stamp_counts(checkout: Checkout) -> None:
