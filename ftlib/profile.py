@@ -104,15 +104,16 @@ class ClusterProfile(Model):
 
     def cache_dir(self, checkout: Path) -> Path:
         """Where caches go: absolute, `{account}` and `{user}` filled in; a relative one lies in the checkout."""
-        return checkout / self._filled(self.cache)
+        return checkout / self.filled(self.cache)
 
     def work_dir(self) -> str | None:
         """The folder for checkouts, packages and runs, filled in."""
-        return self._filled(self.storage.work) if self.storage.work else None
+        return self.filled(self.storage.work) if self.storage.work else None
 
-    def _filled(self, folder: str) -> str:
+    def filled(self, text: str) -> str:
+        """`text` with {account} and {user} filled in."""
         user = os.environ.get("USER") or getpass.getuser()
-        return folder.format(account=self.account or "{account}", user=user)
+        return text.format(account=self.account or "{account}", user=user)
 
     def missing_account(self) -> str | None:
         """What to tell a person whose jobs would be refused for want of an account; None where all is well."""

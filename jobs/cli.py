@@ -35,7 +35,7 @@ def parser() -> Parser:
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
     command(
         "env",
-        "check packages, driver, GPU and storage on a node, in a job of two minutes",
+        "check packages, driver, GPU and storage on a GPU node, in a short job",
         "cluster",
         "set",
         "new",

@@ -39,6 +39,8 @@ LEAST_EXAMPLES, MOST_EXAMPLES = 256, 20_000
 PREPARED_S = 600
 # Results of other machines show late on a network file system.
 LATE_S = 15
+# A job that waits is said to wait this often.
+TELL_S = 300
 
 
 def env(options: argparse.Namespace) -> int:
@@ -64,7 +66,7 @@ def smoke(options: argparse.Namespace) -> int:
     whole = wishes.make(**said, settings=options.set)
     environment.require(whole.profile, whole.cache)
     wish = wishes.make(**said, settings=f"{options.set} {shortened(whole)}")
-    trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit._space_needed(whole)}
+    trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit.space_needed(whole)}
     return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
 
 
@@ -136,7 +138,7 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
     """Show the job's log as it grows; the scheduler is asked as rarely as its site wants. Returns the exit code."""
     assert profile.scheduler
     folder, every_s = run.slurm / STAGE, max(1.0, profile.scheduler.poll_interval_s)
-    log, shown, told, asked = folder / f"{job}_0_log.out", 0, "", -math.inf
+    log, shown, told, asked, began, said = folder / f"{job}_0_log.out", 0, "", -math.inf, time.monotonic(), 0.0
     try:
         while not (ends := outcome.read(run.outcomes, STAGE)):
             shown = local._show(log, shown, last=False)
@@ -145,9 +147,9 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
                 now, words = _job_state(job)
                 if now not in ("queued", "running"):
                     return _ended(run, job, words, folder, shown)
-                if words != told:
-                    print(f"job {job}: {words}", flush=True)
-                told = words
+                if words != told or now == "queued" and asked - said > TELL_S:
+                    print(f"job {job}: {words}, {minutes((asked - began) / 60)} so far", flush=True)
+                    told, said = words, asked
             time.sleep(1)
     except KeyboardInterrupt:
         print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")

@@ -10,7 +10,7 @@ import sys
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
 from ftlib.slurm import client
-from jobs import runs
+from jobs import environment, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -36,6 +36,8 @@ def submit(options: argparse.Namespace) -> int:
         return _dry_run(wish, name)
     if missing := wish.profile.missing_account():
         raise InputError(missing)
+    if found := environment.misplaced(wish.profile, wish.cache):
+        raise InputError(found)
     if wish.profile.python is None and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
@@ -44,7 +46,7 @@ def submit(options: argparse.Namespace) -> int:
     known = (RUNS / name / "spec.json").exists()
     if not known:
         _print_plan(wish, name)
-        atomic.require_space(RUNS, _space_needed(wish), f"run {name}")
+        atomic.require_space(RUNS, space_needed(wish), f"run {name}")
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
@@ -56,7 +58,7 @@ def _wish(options: argparse.Namespace) -> Wish:
     return wishes.make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
 
 
-def _space_needed(wish: Wish) -> int:
+def space_needed(wish: Wish) -> int:
     """Merged weights, two checkpoints of adapters with their optimizer state, and some."""
     from ftlib.plan import shapes
 

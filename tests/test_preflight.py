@@ -17,7 +17,7 @@ from ftlib.slurm import site as cluster_site
 from jobs import environment
 from jobs import wish as wishes
 from tests.cluster import Slurm
-from tests.wishes import CHECKOUT, site
+from tests.wishes import CHECKOUT, jobs, site
 
 torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 
@@ -152,6 +152,12 @@ def test_what_would_fill_a_small_home_is_refused(tmp_path: Path, monkeypatch: py
     assert "move it to /blue/lab/ada" in said and "the cache would be in your home folder" in said
     monkeypatch.setattr(wishes, "CHECKOUT", CHECKOUT)
     environment.require(site("local", **{"storage.home_gib": 40}), Path("/blue"))
+
+
+def test_submit_refuses_a_checkout_in_a_small_home_too() -> None:
+    refused = jobs("submit", "--cluster", "hipergator", "--set", "cluster.account=lab", HOME=str(CHECKOUT.parent))
+    assert refused.returncode == 64 and "would be in your home folder" in refused.stderr
+    assert "/blue/lab" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_home_that_is_nearly_full_by_its_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

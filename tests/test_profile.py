@@ -30,6 +30,7 @@ def test_the_account_fills_qos_and_cache(monkeypatch: pytest.MonkeyPatch) -> Non
     found = site("hipergator", account="lab")
     assert found.resolved_qos(gpu=True) == "lab"
     assert found.cache_dir(Path("/x")) == Path("/blue/lab/ada/.cache/ftlib")
+    assert found.work_dir() == "/blue/lab/ada"
     assert found.missing_account() is None
 
 

@@ -95,7 +95,8 @@ def test_a_warning_keeps_its_own_cause(run: RunDir) -> None:
     assert stop.cause == "preemption"
 
 
-def test_a_process_that_hangs_is_ended_and_says_what_is_saved(run: RunDir) -> None:
+@pytest.mark.parametrize(("stage", "saved"), [("train", ", saved at step 7"), ("evaluate", "")])
+def test_a_process_that_hangs_is_ended_and_says_what_is_saved(run: RunDir, stage: str, saved: str) -> None:
     (run.checkpoints / "step-00000007").mkdir(parents=True)
     ended: list[int] = []
     over = threading.Event()
@@ -104,12 +105,13 @@ def test_a_process_that_hangs_is_ended_and_says_what_is_saved(run: RunDir) -> No
         ended.append(code)
         over.set()
 
-    watch = GpuWatch(run, 2, StopFlag(), uuid="u", nvml=Nvml(0), every_s=0.01, limit_min=0.001, hang_s=0.05, end=end)
-    with watch:
+    short = {"every_s": 0.01, "limit_min": 0.001, "hang_s": 0.05}
+    with GpuWatch(run, 2, StopFlag(), uuid="u", stage=stage, nvml=Nvml(0), end=end, **short):  # type: ignore[arg-type]
         assert over.wait(10)
     assert ended == [75]
-    words = outcome.read(run.outcomes, "train")[0].words
-    assert words == "interrupted (idle GPU), saved at step 7; the process hung and was ended"
+    words = outcome.read(run.outcomes, stage)[0].words
+    assert words == f"interrupted (idle GPU){saved}; the process hung and was ended"
+    assert rows(run)[0]["stage"] == stage
     assert diagnose.from_outcome(75, words) == "idle GPU"
 
 
