@@ -44,14 +44,13 @@ TELL_S = 300
 
 
 def env(options: argparse.Namespace) -> int:
-    """Check the environment on a GPU node; nothing to do where this lock was checked there before."""
+    """Check the environment on a GPU node; nothing to do where these locks were checked under this profile before."""
     wish = wishes.make(model="tiny", data=None, cluster=options.cluster, settings=options.set)
     environment.require(wish.profile, wish.cache)
     if options.before:
         return DONE
-    locks = wishes.files_of(wish, "")["provenance.json"]["locks"]
-    side = wish.profile.partition(gpu=True).name
-    key = json.dumps([wish.profile.name, side, locks, wish.profile.python or sys.executable])
+    told = wishes.files_of(wish, "")["provenance.json"]
+    key = json.dumps([told["profile"], told["locks"], told["python"]])
     name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     run = RunDir(wishes.RUNS / STAGE / name)
     if run.stage_done(STAGE) and not options.new:
@@ -147,7 +146,7 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
                 now, words = _job_state(job)
                 if now not in ("queued", "running"):
                     return _ended(run, job, words, folder, shown)
-                if words != told or now == "queued" and asked - said > TELL_S:
+                if words != told or (now == "queued" and asked - said > TELL_S):
                     print(f"job {job}: {words}, {minutes((asked - began) / 60)} so far", flush=True)
                     told, said = words, asked
             time.sleep(1)
