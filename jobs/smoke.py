@@ -137,16 +137,17 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
     """Show the job's log as it grows; the scheduler is asked as rarely as its site wants. Returns the exit code."""
     assert profile.scheduler
     folder, every_s = run.slurm / STAGE, max(1.0, profile.scheduler.poll_interval_s)
-    log, shown, told, asked, began, said = folder / f"{job}_0_log.out", 0, "", -math.inf, time.monotonic(), 0.0
+    log, shown, told, began, asked, said = folder / f"{job}_0_log.out", 0, "", time.monotonic(), -math.inf, 0.0
+    deadline = math.inf
     try:
-        while not (ends := outcome.read(run.outcomes, STAGE)):
+        while not (ends := outcome.read(run.outcomes, STAGE)) and time.monotonic() < deadline:
             shown = local._show(log, shown, last=False)
-            if time.monotonic() - asked > every_s:
+            if time.monotonic() - asked > every_s and deadline == math.inf:
                 asked = time.monotonic()
                 now, words = _job_state(job)
                 if now not in ("queued", "running"):
-                    return _ended(run, job, words, folder, shown)
-                if words != told or (now == "queued" and asked - said > TELL_S):
+                    deadline = asked + (0 if words.startswith("CANCELLED") else LATE_S)
+                elif words != told or (now == "queued" and asked - said > TELL_S):
                     print(f"job {job}: {words}, {minutes((asked - began) / 60)} so far", flush=True)
                     told, said = words, asked
             time.sleep(1)
@@ -154,21 +155,16 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
         print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")
         raise
     local._show(log, shown, last=True)
-    return ends[-1].code
-
-
-def _ended(run: RunDir, job: str, words: str, folder: Path, shown: int) -> int:
-    """The job is over: its outcome where it comes late, else what there is to say without one."""
-    for _ in range(0 if words.startswith("CANCELLED") else LATE_S):
-        if ends := outcome.read(run.outcomes, STAGE):
-            local._show(folder / f"{job}_0_log.out", shown, last=True)
-            return ends[-1].code
-        time.sleep(1)
-    logs = sorted(folder.glob(f"{job}_*_log.out"))
-    local._show(folder / f"{job}_0_log.out", shown, last=True)
-    for log in logs[1:]:
-        local._show(log, 0, last=True)
-    if not logs:
+    if ends and ends[-1].code == DONE:
+        return DONE
+    # What stopped the job may be another rank's affair.
+    for other in sorted(folder.glob(f"{job}_*_log.out")):
+        if other != log and other.stat().st_size:
+            print(other.name)
+            local._show(other, 0, last=True)
+    if ends:
+        return ends[-1].code
+    if not log.exists():
         words += (
             f", and it could not write its log. Do compute nodes see {folder}, and may they write there? Move the "
             "checkout to storage that they mount"

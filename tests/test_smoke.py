@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from ftlib import outcome
+from ftlib.rundir import RunDir
+from jobs import smoke
 from tests.cluster import Slurm
-from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names
+from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names, site
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
@@ -74,6 +77,19 @@ def test_every_fault_of_a_wish_is_told_before_anything_is_made(tmp_path: Path) -
     wrong = jobs("smoke", "--cluster", "local", "--set", "optim.lrr=1 method.rank=0", checkout=checkout)
     assert wrong.returncode == 64 and "optim.lr" in wrong.stderr and "method.rank" in wrong.stderr
     assert not (checkout / "runs").exists()
+
+
+def test_what_another_rank_says_is_shown_where_the_job_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(tmp_path)
+    (run.slurm / "smoke").mkdir(parents=True)
+    (run.slurm / "smoke" / "7_0_log.out").write_text("ok      packages\n")
+    (run.slurm / "smoke" / "7_1_log.out").write_text("FAILED  driver     too old\n        on n2, rank 1\n")
+    outcome.write(run.outcomes, outcome.Outcome("smoke", 1, 75, "interrupted (preemption)"))
+    assert smoke._follow(run, "7", site("local-slurm")) == 75
+    said = capsys.readouterr().out
+    assert "7_1_log.out" in said and "on n2, rank 1" in said
 
 
 class TestOnSlurm:

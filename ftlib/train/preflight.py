@@ -180,7 +180,7 @@ def _computes(device: int) -> Check:
     except RuntimeError as error:
         line = str(error).splitlines()[0]
         return Check("CUDA", False, line, f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"')
-    # Rounding bf16 inputs moves a sum of 256 products of unit normals by about 0.1.
+    # Rounding to bf16 moves the largest of these sums by 0.3.
     return Check(
         "CUDA", off < 1, f"a product in bf16 is {off:.2g} off the CPU's", "the GPU computes wrongly: exclude its node"
     )
