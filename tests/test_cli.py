@@ -116,7 +116,8 @@ def test_schema_is_json_schema_with_a_description_on_every_field(checkout: Path)
 
 
 @pytest.mark.parametrize(
-    "words", [["submit", "--dry-run"], ["plan"], ["status"], ["submit", "--dry-run", "--data", "DATA"]]
+    "words",
+    [["submit", "--dry-run"], ["plan"], ["status"], ["env", "--before"], ["submit", "--dry-run", "--data", "DATA"]],
 )
 def test_login_commands_import_nothing_heavy(checkout: Path, tmp_path: Path, words: list[str]) -> None:
     data = write(tmp_path, rows(200))
