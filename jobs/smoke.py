@@ -61,10 +61,9 @@ def env(options: argparse.Namespace) -> int:
 
 def smoke(options: argparse.Namespace) -> int:
     """Ten real steps of a recipe on a node, and what they tell of the whole run."""
-    said = {"model": options.model, "data": options.data, "cluster": options.cluster}
-    whole = wishes.make(**said, settings=options.set)
+    whole = submit._wish(options)
     environment.require(whole.profile, whole.cache)
-    wish = wishes.make(**said, settings=f"{options.set} {shortened(whole)}")
+    wish = submit._wish(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
     trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit.space_needed(whole)}
     return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
 
