@@ -91,7 +91,8 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
             print(f"Job {job} is on its way already.")
             return _follow(run, job, profile)
     if run.path.exists():
-        atomic.discard_folder(run.path)
+        with run.claim():  # refused while another process works in it
+            atomic.discard_folder(run.path)
     files = wishes.files_of(wish, name)
     stages = files["plan.json"]["stages"]
     stages[STAGE] = stages["train"] | {"time_min": limit_min}
@@ -209,7 +210,7 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
         raise InputError(f"{steps.name} failed on {host}: {steps.words}")
     if rank == 0:
         _measured(run, trial["whole"], preflight.peak_gib(plan["device"]))
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     return f"{STEPS} steps of {run.spec().recipe} work on {host}"
 
 
@@ -233,7 +234,8 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     except Exception as error:  # whatever it is, it is what the trial was for
         if not isinstance(error, FtError):
             traceback.print_exc()
-        check = Check(name, False, f"{type(error).__name__}: {str(error).splitlines()[0]}", _mend(error))
+        line = (str(error).splitlines() or [""])[0]
+        check = Check(name, False, f"{type(error).__name__}: {line}", _mend(error))
     tell(check)
     return check
 
