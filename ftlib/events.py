@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,16 @@ def submit_writer() -> str:
 
 def append(folder: Path, writer: str, event: Name, **fields: Any) -> None:
     """Add one event to the writer's own file and flush it to storage."""
+    append_all(folder, writer, [(event, fields)])
+
+
+def append_all(folder: Path, writer: str, events: Sequence[tuple[Name, dict[str, Any]]]) -> None:
+    """`append` for several events of one moment."""
     folder.mkdir(exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
-    line = json.dumps({"time": now, "event": event, **fields}, ensure_ascii=False) + "\n"
+    lines = [json.dumps({"time": now, "event": name, **fields}, ensure_ascii=False) for name, fields in events]
     with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from ftlib import atomic
 from ftlib.errors import InputError, nearest
 from ftlib.outcome import done
 from ftlib.recipe import read_spec
-from ftlib.spec import RunSpec
+from ftlib.spec import RunSpec, file_digest
 
 STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -43,6 +44,7 @@ class RunDir:
         self.export = path / "export"
         self.evaluation_file = path / "evaluation.json"
         self.report_file = path / "report.md"
+        self.siblings_file = path / "siblings"
 
     def spec(self) -> RunSpec:
         """The run's frozen wish."""
@@ -78,35 +80,45 @@ class RunDir:
         """Whether a life of the stage has ended well."""
         return done(self.outcomes, stage)
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Be the only process on a login node or laptop that queues or runs stages of this run.
+    def claim(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only process on a login node or laptop that queues or runs stages of this run."""
+        return claim(self.path, f"run {self.name}")
 
-        InputError says who is writing. A claim whose process is gone on this machine is taken over.
-        """
-        file = self.path / "writer"
-        me = f"{socket.gethostname()} {os.getpid()}"
-        for _ in range(2):
-            try:
-                handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
-                if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
-                    file.unlink(missing_ok=True)
-                    continue
-                raise InputError(
-                    f"run {self.name}: another process is writing this run folder (process {pid or '?'} on "
-                    f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
-                ) from None
-        else:
-            raise InputError(f"run {self.name}: another process has just begun to write this run folder")
-        with os.fdopen(handle, "w") as opened:
-            opened.write(me)
+    def siblings(self) -> list[RunDir]:
+        """Runs of the same sweep that get this one's dataset."""
+        names = self.siblings_file.read_text(encoding="utf-8").split() if self.siblings_file.exists() else []
+        return [RunDir(self.path.parent / name) for name in names]
+
+
+@contextlib.contextmanager
+def claim(folder: Path, what: str) -> Iterator[None]:
+    """Be the only process that writes `folder`, of which a message speaks as `what`.
+
+    InputError says who is writing. A claim whose process is gone on this machine is taken over.
+    """
+    file = folder / "writer"
+    me = f"{socket.gethostname()} {os.getpid()}"
+    for _ in range(2):
         try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
+            if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
+                file.unlink(missing_ok=True)
+                continue
+            raise InputError(
+                f"{what}: another process is writing {folder} (process {pid or '?'} on "
+                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
+            ) from None
+    else:
+        raise InputError(f"{what}: another process has just begun to write {folder}")
+    with os.fdopen(handle, "w") as opened:
+        opened.write(me)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
@@ -119,10 +131,31 @@ def alive(pid: int) -> bool:
     return True
 
 
-def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path]) -> RunDir:
+def snapshot(runs: Path, code: dict[str, Path]) -> Path:
+    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+    digest = hashlib.sha256()
+    for place, source in sorted(code.items()):
+        for file in sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            digest.update(f"{place}/{file.relative_to(source)} {file_digest(file)}\n".encode())
+    target = runs / ".code" / digest.hexdigest()[:16]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = atomic.temporary_beside(target)
+        _copy(code, temporary)
+        atomic.commit_folder(temporary, target)
+    return target
+
+
+def _copy(code: dict[str, Path], target: Path) -> None:
+    for place, source in code.items():
+        shutil.copytree(source, target / place, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+
+
+def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path] | Path) -> RunDir:
     """A new run folder with JSON `files` and a snapshot of the `code` folders: there whole, or not at all.
 
-    When the folder is there already, that one is the run.
+    `code` may be a `snapshot` that is there already; the run then links to it. When the folder is there already, that
+    one is the run.
     """
     runs.mkdir(parents=True, exist_ok=True)
     target = runs / name
@@ -135,9 +168,10 @@ def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path]) 
             folder.mkdir(parents=True)
         for file, value in files.items():
             (temporary / file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for place, source in code.items():
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-            shutil.copytree(source, run.code / place, ignore=ignored)
+        if isinstance(code, Path):
+            run.code.symlink_to(os.path.relpath(code, target))
+        else:
+            _copy(code, run.code)
         atomic.commit_folder(temporary, target)
     except OSError as error:
         raise InputError(f"{target}: the run folder cannot be written: {error}") from None

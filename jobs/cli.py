@@ -33,13 +33,15 @@ def parser() -> Parser:
     wish = ("model", "data", "cluster", "set")
     command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
+    command("sweep", "queue every point of a sweep, in as few arrays as fit", "sweep!", *wish, "dry_run")
+    command("report", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
     command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "every run, or one: its stages and what they are doing", "run", "json")
     command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
     command("why", "what happened in each life of a run, and what to do now", "run!")
     command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
-    command("cancel", "end a run's jobs; it stays ended until it is resumed", "run!")
-    command("resume", "queue what is missing of a run", "run!")
+    command("cancel", "end a run's (or a sweep's) jobs; they stay ended until they are resumed", "run", "sweep")
+    command("resume", "queue what is missing of a run or a sweep, the cancelled, too", "run", "sweep")
     command("schema", "JSON Schema of a recipe, for editors")
     return top
 
@@ -54,6 +56,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
     "run": lambda p: p.add_argument("--run", help="name of a run"),
     "run!": lambda p: p.add_argument("--run", required=True, help="name of a run"),
+    "sweep": lambda p: p.add_argument("--sweep", help="name of a sweep"),
+    "sweep!": lambda p: p.add_argument("--sweep", required=True, help="a file of jobs/sweeps/, or a sweep's name"),
     "stage": lambda p: p.add_argument("--stage", help="prepare, train, export or evaluate"),
     "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as the log grows"),
 }
@@ -104,6 +108,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         from jobs import submit
 
         return submit.plan(options) if options.command == "plan" else submit.submit(options)
+    if options.command in ("sweep", "report") or getattr(options, "sweep", None):
+        from jobs import sweep
+
+        do: Callable[[argparse.Namespace], int] = getattr(sweep, options.command)
+        return do(options)
+    if options.command in ("cancel", "resume") and not options.run:
+        raise InputError(f"{options.command}: RUN= or SWEEP= is missing; make status names what there is")
     if options.command == "layers":
         from jobs import layers
 

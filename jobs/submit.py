@@ -34,17 +34,11 @@ def submit(options: argparse.Namespace) -> int:
     name = wishes.run_name(wish, new=options.new)
     if options.dry_run:
         return _dry_run(wish, name)
-    if missing := wish.profile.missing_account():
-        raise InputError(missing)
-    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
-        raise InputError(
-            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
-            'SET="cluster.python=<an interpreter that has them>"'
-        )
+    check_ready(wish)
     known = (RUNS / name / "spec.json").exists()
     if not known:
         _print_plan(wish, name)
-        atomic.require_space(RUNS, _space_needed(wish), f"run {name}")
+        atomic.require_space(RUNS, space_needed(wish), f"run {name}")
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
@@ -52,11 +46,22 @@ def submit(options: argparse.Namespace) -> int:
     return runs.start(run, wish.profile)
 
 
+def check_ready(wish: Wish) -> None:
+    """InputError when what every job here needs is missing: an account, the training packages."""
+    if missing := wish.profile.missing_account():
+        raise InputError(missing)
+    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
+            'SET="cluster.python=<an interpreter that has them>"'
+        )
+
+
 def _wish(options: argparse.Namespace) -> Wish:
     return wishes.make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
 
 
-def _space_needed(wish: Wish) -> int:
+def space_needed(wish: Wish) -> int:
     """Merged weights, two checkpoints of adapters with their optimizer state, and some."""
     from ftlib.plan import shapes
 

@@ -68,13 +68,15 @@ def cluster_name() -> str | None:
 def jobs() -> list[Job]:
     """My jobs that the controller still remembers, finished ones included for a while."""
     separator = "\x1f"
-    text = call("squeue", "--me", "--noheader", "--states=all", f"--format={separator.join(['%i', '%T', '%r', '%k'])}")
+    fields = separator.join(["%i", "%T", "%r", "%k"])
+    text = call("squeue", "--me", "--noheader", "--array", "--states=all", f"--format={fields}")
     return [Job(*line.split(separator)) for line in text.splitlines() if line.count(separator) == 3]
 
 
 def accounted(ids: Iterable[str]) -> list[Job]:
     """The last known state of `ids` in the accounting database; nothing for those it does not know."""
-    listed = ",".join(ids)
+    # An array is asked for as a whole: its tasks would not fit in a command line.
+    listed = ",".join(sorted({job.partition("_")[0] for job in ids}))
     if not listed:
         return []
     text = call("sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobID,State")
