@@ -42,6 +42,12 @@ class StageState:
     words: str  # how its last life ended, or why it waits
 
 
+def submission(run: RunDir, stage: str) -> dict[str, Any]:
+    """The event of the stage's last submission; empty without one."""
+    return next((event for event in reversed(events.read(run.events))
+                 if event["event"] == "submitted" and event["stage"] == stage), {})  # fmt: skip
+
+
 def submissions(run: RunDir) -> dict[str, str]:
     """The job id each stage, and the guard, was last queued under; local runs have process ids."""
     return {event["stage"]: str(event["job_id"]) for event in events.read(run.events) if event["event"] == "submitted"}

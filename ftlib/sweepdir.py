@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
+from ftlib.profile import ClusterProfile
 from ftlib.rundir import NAME, RunDir, claim
 from ftlib.sweep import Point, SweepSpec
 
@@ -18,11 +19,13 @@ FOLDER = "sweeps"
 
 @dataclass(frozen=True)
 class Sweep:
-    """What sweep.json holds: the file as it was, the words it was asked with, each point's run and fields."""
+    """What sweep.json holds: the file as it was, the words it was asked with, each point, where they run."""
 
     spec: SweepSpec
     said: dict[str, str]
     points: dict[str, Point]  # run -> swept field -> value
+    profile: ClusterProfile
+    cache: Path
 
 
 class SweepDir:
@@ -46,14 +49,16 @@ class SweepDir:
         """The sweep as it was last submitted; InputError when it cannot be read."""
         try:
             value = json.loads(self.file.read_text(encoding="utf-8"))
-            return Sweep(SweepSpec.model_validate(value["spec"]), value["said"], dict(value["points"]))
+            spec, profile = SweepSpec.model_validate(value["spec"]), ClusterProfile.model_validate(value["profile"])
+            return Sweep(spec, value["said"], dict(value["points"]), profile, Path(value["cache"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.file}: is no sweep of this version ({str(error).splitlines()[0]})") from None
 
     def write(self, sweep: Sweep) -> None:
         """Commit it; the folder is made."""
         self.path.mkdir(parents=True, exist_ok=True)
-        value = {"spec": sweep.spec.model_dump(mode="json", exclude_none=True), "said": sweep.said}
+        spec, profile = sweep.spec.model_dump(mode="json", exclude_none=True), sweep.profile.model_dump(mode="json")
+        value = {"spec": spec, "said": sweep.said, "profile": profile, "cache": str(sweep.cache)}
         atomic.write_json(self.file, {**value, "points": sweep.points})
 
     def members(self) -> list[RunDir]:

@@ -53,8 +53,10 @@ class Fed:
         return "\n".join(lines)
 
 
-def feed(sweep: SweepDir, profile: ClusterProfile, *, by: str) -> Fed:
+def feed(sweep: SweepDir, *, by: str) -> Fed:
     """Queue what is missing and fits; see `points.need_of` for `by`. Must be called under `sweep.claim()`."""
+    kept = sweep.read()
+    profile = kept.profile
     assert profile.scheduler
     client.use(profile.scheduler.slurm_conf)
     queue = client.jobs()
@@ -77,7 +79,7 @@ def feed(sweep: SweepDir, profile: ClusterProfile, *, by: str) -> Fed:
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
-    feeding = _Feeding(sweep, profile, fed, sweep.read().spec.at_once, Path(runs[0].provenance()["cache"]))
+    feeding = _Feeding(sweep, profile, fed, kept.spec.at_once, kept.cache)
     for jobs in submitted:
         for stage, job in jobs.items():
             if active(view, job):
@@ -138,9 +140,7 @@ def _record(
 class _Feeding:
     """The sbatch calls of one feeding."""
 
-    def __init__(
-        self, sweep: SweepDir, profile: ClusterProfile, fed: Fed, at_once: int | None, cache: Path
-    ) -> None:
+    def __init__(self, sweep: SweepDir, profile: ClusterProfile, fed: Fed, at_once: int | None, cache: Path) -> None:
         self.sweep, self.profile, self.fed, self.at_once, self.cache = sweep, profile, fed, at_once, cache
         self.python = profile.python or sys.executable
         self.active: dict[str, set[str]] = {}  # stage -> arrays, or jobs, that are queued or running
@@ -168,8 +168,9 @@ class _Feeding:
                 self.middle = [f"{array}_{index}" for index in indices[len(indices) // 2 :][:3]]
         except FtError as error:
             refused = error
+        nonces = {need.run: nonce for chunk, nonce in parts for need in chunk.needs.values() if need.run in prepares}
         for chunk, nonce in parts:
-            self._write_down(chunk, nonce, jobs[nonce], prepares)
+            self._write_down(chunk, nonce, jobs[nonce], prepares, nonces)
         if refused and self.profile.scheduler and self.profile.scheduler.max_jobs and "limit" in str(refused).lower():
             # Other jobs came in between.
             self.fed.waiting += sum(len(c.needs) for c, nonce in parts if set(c.stages) - jobs[nonce].keys())
@@ -238,14 +239,19 @@ class _Feeding:
         made.update_parameters(**batch.array(words, folder, stage, indices, self.at_once))
         return made
 
-    def _write_down(self, chunk: Chunk, nonce: str, arrays: dict[str, str], prepares: dict[Path, str]) -> None:
+    def _write_down(
+        self, chunk: Chunk, nonce: str, arrays: dict[str, str], prepares: dict[Path, str], nonces: dict[Path, str]
+    ) -> None:
         def record(index: int) -> None:
-            need, by = chunk.needs[index], None
+            need = chunk.needs[index]
+            run, by = RunDir(need.run), need.prepared_by
+            if by and (job := need.prepare or prepares.get(by)):
+                # A job's comment holds the nonce of the chunk that it was queued in.
+                whose = nonces.get(by) or str(state.submission(RunDir(by), "prepare")["nonce"])
+                _record(run, {"prepare": job}, whose, automatic=need.automatic, prepared_by=by.name)
             jobs = {stage: f"{array}_{index}" for stage, array in arrays.items() if stage in chunk.stages}
-            if need.prepared_by and (job := need.prepare or prepares.get(need.prepared_by)):
-                jobs["prepare"], by = job, need.prepared_by.name
             if jobs:
-                _record(RunDir(need.run), jobs, nonce, automatic=need.automatic, prepared_by=by)
+                _record(run, jobs, nonce, automatic=need.automatic)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(record, chunk.needs))
@@ -254,9 +260,7 @@ class _Feeding:
     def _variables(self, plan: RunPlan, stage: str) -> dict[str, str]:
         """The environment of a stage, but for its run."""
         hf = modelfiles.hf_home(self.cache)
-        found = batch.environment(
-            self.profile, plan, stage, run=Path(), cache=self.cache, hf=hf, python=self.python
-        )
+        found = batch.environment(self.profile, plan, stage, run=Path(), cache=self.cache, hf=hf, python=self.python)
         return {name: value for name, value in found.items() if name != "FT_RUN"}
 
     def queue_feeder(self, queue: list[client.Job], plan: RunPlan) -> None:
@@ -287,8 +291,9 @@ class _Feeding:
         made.queue("the feeder")
 
 
-def cancel(sweep: SweepDir, profile: ClusterProfile) -> int:
+def cancel(sweep: SweepDir) -> int:
     """End every job of the sweep, the feeder first; returns how many points had any."""
+    profile = sweep.read().profile
     assert profile.scheduler
     client.use(profile.scheduler.slurm_conf)
     queue = client.jobs()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic, events, state
+from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
@@ -35,8 +35,8 @@ class Need:
     stages: tuple[str, ...]
     plan: RunPlan
     dataset: str  # points with the same one share a dataset
-    prepare: str | None = None  # the job that prepares its dataset, where that is not done
-    prepared_by: Path | None = None  # the run whose job that is
+    prepare: str | None = None  # the job that is preparing its dataset
+    prepared_by: Path | None = None  # the run whose job that is, or will be
     before: str | None = None  # else the active job of its own after which the first stage comes
     behind: tuple[str, ...] = ()  # its jobs that wait for what has failed: to be cancelled
     automatic: bool = False  # queued again by the feeder, on its own account
@@ -82,8 +82,7 @@ def need_of(run: RunDir, view: View, *, by: str, told: dict[Path, str | None]) -
         return "completed" if state.overall(found) == "completed" else "on its way"
     job = found[first].job_id
     if job and by == "feeder":
-        last = next(e for e in reversed(events.read(run.events)) if e["event"] == "submitted" and e["stage"] == first)
-        whose = run.path.parent / last.get("prepared_by", run.name)
+        whose = run.path.parent / state.submission(run, first).get("prepared_by", run.name)
         if whose not in told:
             told[whose] = guard.why_not(RunDir(whose), view)
         if words := told[whose]:

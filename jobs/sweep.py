@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import submit
 from jobs import wish as wishes
 from jobs.points import Need, dataset_key, need_of, share_datasets
-from jobs.wish import RUNS, Wish, stored_profile
+from jobs.wish import RUNS, Wish
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -30,9 +31,10 @@ def sweep(options: argparse.Namespace) -> int:
     known = [name for name in points if (RUNS / name / "spec.json").exists()]
     place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
     _print_summary(place.name, spec, points, len(known))
-    asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, {n: _fields(w, spec) for n, w in points.items()})
+    fields = {name: _fields(wish, spec) for name, wish in points.items()}
+    asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, fields, first.profile, first.cache)
     before = place.read() if place.file.exists() else None
-    if before and before != asked:
+    if before and (before.spec, before.points) != (asked.spec, asked.points):
         _print_difference(before, asked)
     if options.dry_run:
         return _dry_run(place, spec, {name: wish for name, wish in points.items() if name not in known})
@@ -46,26 +48,25 @@ def sweep(options: argparse.Namespace) -> int:
     with place.claim():
         _make_runs(place, points)
         place.write(asked)
-        return _go(place, first.profile, by="sweep")
+        return _go(place, by="sweep")
 
 
 def resume(options: argparse.Namespace) -> int:
     """Queue what is missing of a sweep, what was cancelled, too."""
     place = sweepdir.find(RUNS, options.sweep)
     with place.claim():
-        return _go(place, _profile(place), by="resume")
+        return _go(place, by="resume")
 
 
 def cancel(options: argparse.Namespace) -> int:
     """End every job of a sweep."""
     place = sweepdir.find(RUNS, options.sweep)
-    profile = _profile(place)
-    if profile.scheduler is None:
+    if place.read().profile.scheduler is None:
         raise InputError(f"{place.name} runs in the foreground of the terminal that began it; Ctrl-C there saves it")
     from jobs import arrays
 
     with place.claim():
-        count = arrays.cancel(place, profile)
+        count = arrays.cancel(place)
     print(f"{place.name}: cancelled {count} points." if count else f"{place.name}: nothing is queued or running.")
     if count:
         print(f"make resume SWEEP={place.name} would go on.")
@@ -90,13 +91,6 @@ def report(options: argparse.Namespace) -> int:
     for file in [place.csv_file, *drawn]:
         print(os.path.relpath(file))
     return DONE
-
-
-def _profile(place: SweepDir) -> ClusterProfile:
-    members = place.members()
-    if not members:
-        raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
-    return stored_profile(members[0])
 
 
 def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
@@ -146,7 +140,8 @@ def _minutes(wish: Wish) -> float:
 
 def _hash(wish: Wish) -> str:
     """Of the words that the sweep was asked with; the file's content may change and it is still the same sweep."""
-    return hashlib.sha256(json.dumps(wish.words, sort_keys=True).encode()).hexdigest()[:8]
+    words = {**wish.words, "SET": sorted(shlex.split(wish.words.get("SET", "")))}
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
@@ -223,12 +218,15 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
         list(pool.map(create, ((n, w) for n, w in points.items() if not (RUNS / n).exists())))
 
 
-def _go(place: SweepDir, profile: ClusterProfile, *, by: str) -> int:
+def _go(place: SweepDir, *, by: str) -> int:
+    profile = place.read().profile
+    if not place.members():
+        raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
     if profile.scheduler is None:
         return _run_here(place, profile)
     from jobs import arrays
 
-    print(arrays.feed(place, profile, by=by).words())
+    print(arrays.feed(place, by=by).words())
     print(f"Watch it: make status   make report SWEEP={place.name}")
     return DONE
 

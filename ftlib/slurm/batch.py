@@ -167,7 +167,7 @@ def array_setup(
     """
     check_path(folder)
     link = f'"$(readlink {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID")"'
-    lines = [f"export FT_RUN={shlex.quote(str(runs))}/\"$(basename {link})\"", 'cd "$FT_RUN/code" || exit 1']
+    lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
     if prepared:
         lines.append('[ -e "$FT_RUN/prepared.json" ] || { echo "ftlib: its dataset was not prepared"; exit 64; }')
     return [*_exports(profile, environment), *lines, f". {TEMPLATES}/prologue.sh"]
