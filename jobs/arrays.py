@@ -6,6 +6,7 @@ points that did not fit yet. No process stays on the login node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftlib import events, modelfiles, state
-from ftlib.errors import FtError
+from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.slurm import batch, client, settle
 from ftlib.sweepdir import SweepDir
+from jobs import guard
 from jobs.chain import ModuleExecutor
 from jobs.points import Chunk, Need, View, active, chunks, fitting, need_of, share_datasets
 
@@ -75,7 +77,6 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
             needs.append(found)
         else:
             fed.told.setdefault(found, []).append(run.name)
-    client.cancel(job for need in needs for job in need.behind)
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
@@ -84,11 +85,29 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
         for stage, job in jobs.items():
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
-    refused = feeding.queue(share_datasets(sweep, now, view))
+    with contextlib.ExitStack() as held:
+        known = dict(zip((run.path for run in runs), submitted, strict=True))
+        mine = [need for need in now if _claimed(need, known[need.run], held, by=by)]
+        if len(mine) < len(now):
+            fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
+        client.cancel(job for need in mine for job in need.behind)
+        refused = feeding.queue(share_datasets(sweep, mine, view))
     feeding.queue_feeder(queue, RunPlan.model_validate(runs[0].plan()))
     if refused:
         raise refused
     return fed
+
+
+def _claimed(need: Need, known: dict[str, str], held: contextlib.ExitStack, *, by: str) -> bool:
+    """Whether the point is ours to queue: nobody else is at it, and nobody was since we looked."""
+    run = RunDir(need.run)
+    if by == "feeder":
+        guard.wait_for_the_login_node(run.path)
+    try:
+        held.enter_context(run.claim())
+    except InputError:
+        return False
+    return state.submissions(run) == known
 
 
 def preview(
@@ -196,7 +215,7 @@ class _Feeding:
         follows = next(iter(needs.values())).before
         if follows:
             words = [f"aftercorr:{follows.partition('_')[0]}" if "_" in follows else f"afterok:{follows}"]
-        elif len(jobs) == 1:
+        elif len(jobs) == 1 and all(waits.values()):
             words = [f"afterok:{jobs[0]}"]
         elif len(arrays) == 1 and all(job == f"{arrays[0]}_{index}" for index, job in waits.items()):
             words = [f"aftercorr:{arrays[0]}"]

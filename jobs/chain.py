@@ -11,7 +11,7 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib import events, modelfiles
+from ftlib import events, modelfiles, state
 from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
@@ -204,6 +204,8 @@ def scheduler_view(job_ids: list[str]) -> dict[str, tuple[str, str]]:
 
 def cancel(run: RunDir, job_ids: dict[str, str]) -> None:
     """Cancel the stages' jobs, the last first, so that none starts because another ended."""
+    if "prepared_by" in state.submission(run, "prepare"):  # other points of its sweep wait for that job, too
+        job_ids = {stage: job for stage, job in job_ids.items() if stage != "prepare"}
     writer = events.submit_writer()
     for stage in reversed(list(job_ids)):
         events.append(run.events, writer, "cancelled", stage=stage, job_id=job_ids[stage], user=os.environ.get("USER"))

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shlex
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ftlib import atomic, rundir, sweepdir
 from ftlib import sweep as sweeps
-from ftlib.errors import DONE, RUN_AGAIN, InputError
+from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.sweep import SweepSpec
@@ -81,7 +82,12 @@ def report(options: argparse.Namespace) -> int:
     place = sweepdir.find(RUNS, options.sweep)
     members = place.members()
     undone = [run for run in members if not run.evaluation_file.exists()]
-    rows = pages.rows(place, look(undone))
+    try:
+        found = look(undone)
+    except Unavailable as error:
+        print(f"The scheduler does not answer, so the others' states are not known: {error}", file=sys.stderr)
+        found = {}
+    rows = pages.rows(place, found)
     if options.json:
         print(json.dumps([row.as_json() for row in rows], indent=1))
         return DONE

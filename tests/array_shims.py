@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,31 @@ from pathlib import Path
 from typing import Any
 
 ACTIVE = ("PENDING", "RUNNING")
+# Stands for the jobs' interpreter: a stage is a second of sleep that saves when it is warned; all else is real.
+QUICK = """#!/bin/bash
+[ "$3" = jobs.stage ] || [ "$3" = submitit.core._submit ] || exec {python} "$@"
+run=$FT_RUN stage=$FT_STAGE
+say() {{ printf '%s\\n' "$1" >"$run/outcomes/.q" && mv "$run/outcomes/.q" "$run/outcomes/$stage-$FT_LIFE"; }}
+trap 'say "75 interrupted (preemption), saved"; exit 75' TERM USR2
+sleep {seconds} & wait $!
+[ ! -e "$run/fails" ] || [ $stage != train ] || {{ say "1 it always fails"; exit 1; }}
+case $stage in
+prepare) echo '{{"dataset": "x"}}' >"$run/prepared.json"; {python} -c "
+import sys; from pathlib import Path; from ftlib.rundir import RunDir; from ftlib.sweepdir import share_prepared
+run = RunDir(Path(sys.argv[1])); share_prepared(run, run.siblings())" "$run" ;;
+evaluate) perplexity=$(($(cksum <"$run/spec.json" | cut -d' ' -f1) % 100))
+  echo '{{"tuned": {{"perplexity": '$perplexity'}}}}' >"$run/evaluation.json" ;;
+esac
+say "0 done"
+"""
+
+
+def quick_python(folder: Path, seconds: float = 1) -> Path:
+    """The stand-in for an interpreter whose stages take `seconds`; a run with a file `fails` fails in train."""
+    file = folder / "python"
+    file.write_text(QUICK.format(python=shlex.quote(sys.executable), seconds=seconds))
+    file.chmod(0o755)
+    return file
 
 
 class Queue:

@@ -20,7 +20,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import batch
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import SweepDir, share_prepared
-from tests.array_shims import ACTIVE, Login
+from tests.array_shims import ACTIVE, Login, quick_python
 from tests.wishes import CHECKOUT, copied_checkout, jobs
 
 TASKS = STAGES[1:]
@@ -437,6 +437,49 @@ def test_wrong_points_are_refused_before_anything_is_made(
 def test_wrong_words_exit_64(login: Login, words: tuple[str, ...], told: str) -> None:
     done = login.jobs(*words)
     assert done.returncode == 64 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_slurm_the_points_run_here_one_after_the_other(
+    login: Login, file: Callable[..., str], tmp_path: Path
+) -> None:
+    name, quick = file(seeds(3)), quick_python(tmp_path, 0.1)
+    wish = ("--sweep", name, "--cluster", "local", "--set", f"cluster.python={quick}")
+    # The second point's folder is there beforehand, and its training fails.
+    assert login.jobs("submit", "--cluster", "local", "--set", f"cluster.python={quick} train.seed=1").returncode == 0
+    (failing,) = (login.checkout / "runs").glob("tiny-*")
+    shutil.rmtree(failing / "outcomes")
+    (failing / "outcomes").mkdir()
+    (failing / "fails").touch()
+    done = login.jobs("sweep", *wish)
+    assert done.returncode == 1 and "2 of 3 points are completed" in done.stdout, done.stdout + done.stderr
+    assert f"failed: make why RUN={failing.name}" in done.stdout
+    (failing / "fails").unlink()
+    again = login.jobs("sweep", *wish)
+    assert again.returncode == 0 and again.stdout.count("completed before") == 2, again.stdout + again.stderr
+    members = place(login).members()
+    assert all(run.stage_done("evaluate") for run in members)
+    # The two that the sweep made share what one of them prepared.
+    assert sum((run.lives / "prepare-1").exists() for run in members) == 2
+
+
+def test_a_cancelled_point_leaves_the_dataset_to_the_others(login: Login, file: Callable[..., str]) -> None:
+    swept(login, file(seeds(3)))
+    first, *_ = place(login).members()
+    done = login.jobs("cancel", "--run", first.name)
+    assert done.returncode == 0, done.stderr
+    assert queued(login) == {"prepare": 1, "train": 2, "export": 2, "evaluate": 2, "feeder": 1}
+
+
+def test_a_point_that_another_process_is_queueing_is_left_to_it(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(3))
+    swept(login, name, "--dry-run")
+    words = ("submit", "--cluster", "local-slurm", "--set", "tracking.mode=disabled train.seed=1")
+    alone = login.jobs(*words, KILL_AT="1")
+    assert alone.returncode == -9
+    (run,) = (login.checkout / "runs").glob("tiny-*")
+    (run / "writer").write_text("elsewhere 1")
+    assert "1 another process is queueing it" in swept(login, name)
+    assert queued(login)["train"] == 2
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

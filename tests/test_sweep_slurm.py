@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,28 +14,12 @@ import pytest
 from ftlib import metrics, state
 from ftlib.rundir import RunDir
 from ftlib.sweepdir import SweepDir
+from tests.array_shims import quick_python
 from tests.cluster import Slurm
 from tests.wishes import copied_checkout, jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-# Stands for the jobs' interpreter: a stage is a second of sleep that saves when it is warned; all else is real.
-QUICK = """#!/bin/bash
-[ "$3" = jobs.stage ] || exec {python} "$@"
-run=$4 stage=$5
-say() {{ printf '%s\\n' "$1" >"$run/outcomes/.q" && mv "$run/outcomes/.q" "$run/outcomes/$stage-$FT_LIFE"; }}
-trap 'say "75 interrupted (preemption), saved"; exit 75' TERM USR2
-sleep 1 & wait $!
-[ ! -e "$run/fails" ] || [ $stage != train ] || {{ say "1 it always fails"; exit 1; }}
-case $stage in
-prepare) echo '{{"dataset": "x"}}' >"$run/prepared.json"; {python} -c "
-import sys; from pathlib import Path; from ftlib.rundir import RunDir; from ftlib.sweepdir import share_prepared
-run = RunDir(Path(sys.argv[1])); share_prepared(run, run.siblings())" "$run" ;;
-evaluate) perplexity=$(($(cksum <"$run/spec.json" | cut -d' ' -f1) % 100))
-  echo '{{"tuned": {{"perplexity": '$perplexity'}}}}' >"$run/evaluation.json" ;;
-esac
-say "0 done"
-"""
 SHORT = (
     "train.steps=40 train.save_every_steps=10 data.pairs=300 evaluate.pairs=8 evaluate.max_new_tokens=8 "
     "tracking.mode=disabled"
@@ -85,9 +68,7 @@ def ended(runs: list[RunDir], stage: str) -> int:
 
 def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: Slurm, tmp_path: Path) -> None:
     checkout = copied_checkout(tmp_path)
-    quick = tmp_path / "python"
-    quick.write_text(QUICK.format(python=shlex.quote(sys.executable)))
-    quick.chmod(0o755)
+    quick = quick_python(tmp_path)
     text = f"grid: {{train.seed: {list(range(60))}}}\nmetric: perplexity\n"
     # Not all have room at once: the feeder queues the rest.
     swept = Swept(checkout, slurm, text, f"cluster.python={shlex.quote(str(quick))} cluster.scheduler.max_jobs=150")

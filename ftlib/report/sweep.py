@@ -60,11 +60,12 @@ def rows(sweep: SweepDir, found: dict[str, dict[str, StageState]]) -> list[Row]:
 
 def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: datetime.datetime) -> Row:
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
+    state = overall(stages) if stages else "unknown"
     if not run.spec_file.exists():
         return Row(run.name, point, "gone", scores, 0.0, 0.0, "its folder is not there any more; make sweep makes it")
     try:
         tuned = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["tuned"]
-        scores = {name: tuned.get(name) for name in METRICS}
+        scores, state = {name: tuned.get(name) for name in METRICS}, "completed"
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):
@@ -72,7 +73,7 @@ def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: d
     costs = stage_costs(events.read(run.events), run.plan(), now)
     gpu_hours, hours = sum(cost.gpu_hours for cost in costs), sum(cost.seconds for cost in costs) / 3600
     words = next((s.words for s in (stages or {}).values() if s.state in ("failed", "queued") and s.words), "")
-    return Row(run.name, point, overall(stages) if stages else "completed", scores, gpu_hours, hours, words)
+    return Row(run.name, point, state, scores, gpu_hours, hours, words)
 
 
 def print_rows(sweep: SweepDir, found: list[Row]) -> None:
