@@ -36,16 +36,31 @@ fi
 
 # A killed slurmstepd leaves its srun waiting until the time limit, and its task without anyone to end it: no longer
 # than one save. (scontrol listpids asks this node alone, not the controller.)
-ft_step_lives() { scontrol listpids "$SLURM_JOB_ID.0" 2>/dev/null | grep -q '^[0-9]'; }
+# Prints lives or gone; nothing where this node does not even tell of the shell's own step.
+ft_step() {
+    scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
+        awk '$3 == "batch" && !it { it = "gone" } $3 == "0" { it = "lives" } END { print it }'
+}
+ft_gone() { [ "$(ft_step)" = gone ] && sleep 2 && [ "$(ft_step)" = gone ]; }
 ft_tasks() {
     for ft_of in $(grep -lzxs "SLURM_STEP_ID=0" /proc/[0-9]*/environ); do
         grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "$ft_of" && grep -qzxs "FT_LIFE=$FT_LIFE" "$ft_of" && basename "${ft_of%/*}"
     done
 }
+# A step that is killed at once is never seen alive here. Its task may be; the controller is asked once a minute.
+ft_step_began() {
+    [ "$(ft_step)" != lives ] || return 0
+    [ -z "$(ft_tasks)" ] || return 0
+    [ ! -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ] || return 0
+    [ $((SECONDS - ft_asked)) -ge 60 ] || return 1
+    ft_asked=$SECONDS
+    squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep -q '\.0$' && sleep 30
+}
 ft_watch_step() {
+    ft_asked=$SECONDS
     # Without its batch shell it has nothing to watch, and nobody would end it.
-    until ft_step_lives; do kill -0 $$ 2>/dev/null || return; sleep 5; done
-    while ft_step_lives || { sleep 2; ft_step_lives; }; do sleep 5; done
+    until ft_step_began; do kill -0 $$ || return; sleep 1; done
+    until ft_gone; do sleep 5; done
     if [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; then
         sleep 60 # ended as it should; other nodes, or an absent controller, may keep srun for a while
     else

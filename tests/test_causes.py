@@ -40,6 +40,7 @@ REPLAYED = [
     ("node-down", 1, "node failure", "Node failure on n1"),
     ("worker-killed", 137, "killed", "task 0: Killed"),
     ("rank-killed", 137, "killed", "task 1: Killed"),
+    ("rank-warned", 140, "time limit", "task 0: User defined signal 2"),
     ("stepd-killed", 137, "killed", "slurmstepd is gone"),
     # One fault brings the next: a rank that ends for a reason of its own cuts its peers' connections.
     ("gpu-oom-beside-gloo", 1, "GPU memory", "CUDA out of memory"),

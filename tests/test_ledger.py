@@ -267,6 +267,14 @@ def test_the_guard_leaves_alone_what_an_epilogue_has_stopped(training: Login) ->
     assert training.jobs("PENDING", "RUNNING")["train"] == 0
 
 
+def test_the_guard_goes_on_where_slurm_cancelled_what_waited_for_a_done_stage(training: Login) -> None:
+    """The stage had written its outcome when its batch shell was killed: its job is FAILED, and nobody cancelled."""
+    training.life("train", 1, "0 trained 40 steps")
+    ends(training)
+    assert training.guard().startswith("queued anew: export ")
+    assert training.jobs("PENDING") == Counter({"export": 1, "evaluate": 1, "guard": 2})
+
+
 @pytest.mark.parametrize("by", ["scancel", "make cancel"])
 def test_the_guard_never_revives_what_its_owner_cancelled(training: Login, by: str) -> None:
     if by == "scancel":

@@ -72,6 +72,8 @@ STEP_LOST = re.compile(r"^ftlib: the step's slurmstepd is gone.*$", re.MULTILINE
 # How our own errors say it; the libraries' words need not name the reason.
 _NO_ROOM = re.compile(r"[Nn]o space left|quota exceeded|could not be written, with|free some space")
 _RANK_ENDED = re.compile(r"^srun: error: \S+: tasks? [\d,\[\]-]+: (.*)$", re.MULTILINE)
+# The warnings end a rank whose handler does not stand yet.
+_ENDED_BY: dict[str, Cause] = {"Killed": "killed", "User defined signal 2": "time limit", "Terminated": "preemption"}
 _COMPILED = {cause: re.compile("|".join(patterns), re.MULTILINE) for cause, patterns in SIGNATURES.items()}
 
 # What Slurm's accounting says of a job whose epilogue did not run.
@@ -130,8 +132,8 @@ def from_outcome(code: int, words: str) -> Cause | None:
 def from_log(text: str) -> Finding | None:
     """The first known signature; None without one."""
     for cause, pattern in _COMPILED.items():
-        if cause == "collective" and (killed := _first_rank_killed(text)):
-            return killed
+        if cause == "collective" and (signalled := _first_rank_signalled(text)):
+            return signalled
         if found := pattern.search(text):
             start = text.rfind("\n", 0, found.start()) + 1
             end = text.find("\n", found.end())
@@ -139,10 +141,11 @@ def from_log(text: str) -> Finding | None:
     return None
 
 
-def _first_rank_killed(text: str) -> Finding | None:
-    """A rank that SIGKILL ended takes the others with it, which then complain of a lost connection."""
+def _first_rank_signalled(text: str) -> Finding | None:
+    """A rank that a signal ended takes the others with it, which then complain of a lost connection."""
     first = _RANK_ENDED.search(text)
-    return Finding("killed", first[0].strip()) if first and first[1].startswith("Killed") else None
+    cause = next((cause for words, cause in _ENDED_BY.items() if first and first[1].startswith(words)), None)
+    return Finding(cause, first[0].strip()) if first and cause else None
 
 
 def life_cause(*, code: int, outcome: str | None, log: str, accounted: str = "") -> Finding:
