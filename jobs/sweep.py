@@ -75,7 +75,7 @@ def cancel(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """Print the points by their score; write the table as CSV and the plot as PNG and SVG."""
     from ftlib.report import sweep as pages
-    from jobs.runs import look
+    from jobs.look import look
 
     place = sweepdir.find(RUNS, options.sweep)
     members = place.members()
