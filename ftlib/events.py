@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ftlib.outcome import names
+
 Name = Literal[
     "intended",
     "submitted", "started", "resumed", "first_step", "checkpoint",
@@ -45,7 +47,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     A writer's own lines keep their order, even where its clock was set back between them.
     """
     found = []
-    for name in _names(folder):
+    for name in names(folder):
         if not name.endswith(".jsonl"):
             continue
         with open(f"{folder}/{name}", encoding="utf-8", errors="replace") as file:
@@ -56,13 +58,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
                 latest = max(latest, str(event["time"]))
                 found.append((latest, {"writer": writer, **event}))
     return [event for _, event in sorted(found, key=lambda pair: pair[0])]
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
 
 
 def _parsed(lines: list[str]) -> Iterator[Any]:

@@ -33,13 +33,21 @@ def write(folder: Path, outcome: Outcome) -> None:
 def read(folder: Path, stage: str | None = None) -> list[Outcome]:
     """Outcomes of a stage's lives (of every stage's without one), first life first."""
     found = []
-    for name in os.listdir(folder) if folder.is_dir() else ():
+    for name in names(folder):
         of, _, life = name.rpartition("-")
         if life.isdigit() and stage in (None, of) and name[0] != ".":
             code, _, words = (folder / name).read_text(encoding="utf-8").strip().partition(" ")
             if code.isdigit():
                 found.append(Outcome(of, int(life), int(code), words))
     return sorted(found, key=lambda outcome: outcome.life)
+
+
+def names(folder: Path) -> list[str]:
+    """Of the files in a folder; nothing where there is none (a copy may leave out what is empty)."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def done(folder: Path, stage: str) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ftlib import events, outcome
-from ftlib.outcome import Outcome
+from ftlib.outcome import Outcome, names
 from ftlib.rundir import STAGES, RunDir
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -59,7 +58,7 @@ def journal(run: RunDir) -> Journal:
     for end in outcome.read(run.outcomes):
         if end.stage in found.ends:
             found.ends[end.stage].append(end)
-    for name in os.listdir(run.lives) if run.lives.is_dir() else ():
+    for name in names(run.lives):
         stage = name.rpartition("-")[0]
         if stage in found.lives:
             found.lives[stage] += 1
@@ -82,7 +81,7 @@ def elsewhere(run: RunDir, known: Journal, provenance: dict[str, Any]) -> tuple[
         words = f"a copy of run {original} under another name; jobs and checkpoints are that run's"
     else:
         original = known.home or Path(provenance["checkout"]) / "runs" / run.name
-        if original.resolve() == run.path.resolve():
+        if original == run.path or original.resolve() == run.path.resolve():
             return "here", ""
         if not (original / "spec.json").exists():
             return "moved", f"moved here from {original.parent}, where its queued jobs still look for it"

@@ -51,26 +51,24 @@ def logs(options: argparse.Namespace) -> int:
 def _follow(run: RunDir, wanted: tuple[str, ...]) -> None:
     shown: Part | None = None
     at, asked = 0, 0.0
+    goes_on, words = True, ""
     while True:
+        if time.monotonic() - asked > ASK_S or all(run.stage_done(stage) for stage in wanted):
+            asked = time.monotonic()
+            before = words
+            goes_on, words = _now(run, wanted)
+            if goes_on and shown is None and words != before:
+                print(f"{run.name}: no log yet. {words}", file=sys.stderr)
         part = newest(run, wanted)
+        if shown:
+            at = _show(shown, at, heading=False)
         if part and part != shown:
-            if shown:
-                at = _show(shown, at, heading=False)  # what it wrote last
             # Lives of one job append to one file.
             at = _show(part, at if shown and shown.path == part.path else part.start)
             shown = part
-        elif shown:
-            at = _show(shown, at, heading=False)
-        if time.monotonic() - asked > ASK_S or all(run.stage_done(stage) for stage in wanted):
-            asked = time.monotonic()
-            goes_on, words = _now(run, wanted)
-            if not goes_on:
-                if shown:
-                    _show(shown, at, heading=False)
-                print(f"{run.name}: {words}", file=sys.stderr)
-                return
-            if shown is None:
-                print(f"{run.name}: no log yet. {words}".rstrip(), file=sys.stderr)
+        if not goes_on:
+            print(f"{run.name}: {words}", file=sys.stderr)
+            return
         time.sleep(EVERY_S)
 
 
@@ -124,4 +122,8 @@ def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
     first = seen.stages[open_stages[0]]
     job = seen.answer.jobs.get(first.job_id or "")
     words = queue.why_waits(job, time.time()) if first.state == "queued" and job else first.words
-    return first.state in ACTIVE, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")
+    # Where nobody could requeue it, the guard will.
+    guard = seen.answer.jobs.get(seen.known.jobs.get("guard", ""))
+    guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE
+    goes_on = first.state in ACTIVE or (guarded and first.state == "failed")
+    return goes_on, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")

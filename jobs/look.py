@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import getpass
 import hashlib
 import json
@@ -18,8 +19,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ftlib import rundir, state
-from ftlib.errors import DONE, InputError, unknown
+from ftlib import rundir, state, sweepdir
+from ftlib.errors import DONE, InputError
 from ftlib.report.board import board
 from ftlib.report.plan import console
 from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
@@ -43,9 +44,9 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
     Without `fresh` an answer as old as the site's least poll interval will do, and one that does not come is no error.
     """
     by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
-    found = []
+    found, me = [], getpass.getuser()
     for run in runs:
-        seen, provenance = _from_files(run)
+        seen, provenance = _from_files(run, me)
         found.append(seen)
         site = provenance["profile"].get("scheduler")
         if site is None:
@@ -61,7 +62,7 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
             client.use(conf)
             least_s = max(said["profile"]["scheduler"].get("poll_interval_s", 0) for _, said in members)
             users = {said.get("user", "") for _, said in members} & {user.pw_name for user in pwd.getpwall()}
-            users = users if users - {getpass.getuser()} else set()
+            users = users if users - {me} else set()
             answer = queue.ask(jobs, users=users, kept=None if fresh else kept_answer(conf), least_s=least_s)
         for seen, _ in members:
             seen.answer = answer
@@ -75,12 +76,12 @@ def kept_answer(slurm_conf: str | None) -> Path:
     return RUNS / f".queue-{getpass.getuser()}-{which}.json"
 
 
-def _from_files(run: RunDir) -> tuple[Seen, dict[str, Any]]:
+def _from_files(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
     """A run as its folder tells it, and its provenance."""
     known, provenance = state.journal(run), run.provenance()
     place, words = state.elsewhere(run, known, provenance)
     notes = [words] if words and not all(map(known.done, STAGES)) else []
-    if (user := provenance.get("user")) and user != getpass.getuser():
+    if (user := provenance.get("user")) and user != me:
         notes.append(f"it belongs to {user}")
     return Seen(run, known, place, notes), provenance
 
@@ -124,29 +125,23 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[Seen]]:
     """What to show: one run; one sweep with its runs; or all sweeps, each in a line, and the other runs."""
-    sweeps = _sweeps()
+    gc.disable()  # It would walk over what was read, again and again: a third of the time where runs are thousands.
     if options.run:
-        chosen, sweeps = [rundir.find(RUNS, options.run)], {}
+        chosen, sweeps = [rundir.find(RUNS, options.run)], []
     elif options.sweep:
-        of = [name for name in sweeps if name == options.sweep or name.startswith(f"{options.sweep}-")]
-        if not of:
-            raise InputError(unknown("SWEEP", options.sweep, sweeps))
-        sweeps = {name: sweeps[name] for name in of}
-        members = {name for names in sweeps.values() for name in names}
-        chosen = [run for run in rundir.every(RUNS) if run.name in members]
+        sweeps = [sweepdir.find(RUNS, options.sweep)]
+        chosen = sweeps[0].members()
     else:
-        chosen = rundir.every(RUNS)
+        chosen, sweeps = rundir.every(RUNS), sweepdir.every(RUNS)
     seen, now = see(chosen, fresh=False), datetime.datetime.now(datetime.timezone.utc)
+    gc.enable()
     by_name = {one.run.name: one for one in seen}
-    collapsed = set() if options.run or options.sweep else {name for names in sweeps.values() for name in names}
-    lines = [sweep_row(name, [by_name[run] for run in runs if run in by_name], now) for name, runs in sweeps.items()]
+    lines, collapsed = [], set[str]()
+    for sweep in sweeps:
+        points = sweep.read().points
+        lines.append(sweep_row(sweep.name, [by_name[run] for run in points if run in by_name], now))
+        collapsed |= set() if options.sweep else points.keys()
     return [row(one, now) for one in seen if one.run.name not in collapsed], lines, seen
-
-
-def _sweeps() -> dict[str, list[str]]:
-    """The runs of each sweep."""
-    found = sorted((RUNS / "sweeps").glob("*/sweep.json"), key=lambda path: path.stat().st_mtime)
-    return {path.parent.name: list(json.loads(path.read_text(encoding="utf-8"))["points"]) for path in found}
 
 
 def _json(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> str:

@@ -84,9 +84,9 @@ def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list
     for name in [*empty, *DISPENSABLE]:
         if name in empty or sum(columns.values()) + len(GAP) * (len(columns) - 1) > width:
             columns.pop(name, None)
-    lines: list[RenderableType] = [Text(_line({name: name for name in columns}, columns), "bold", no_wrap=True)]
+    lines: list[RenderableType] = [Text(_line({name: name for name in columns}, columns), "bold")]
     for cells, said in rows:
-        line = Text(_line(cells, columns), no_wrap=True, overflow="ellipsis")
+        line = Text(_line(cells, columns))
         for state, colour in COLOURS.items():
             if state in cells.get("state", ""):
                 line.highlight_words([state], colour)

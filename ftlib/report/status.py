@@ -164,10 +164,11 @@ def _words(name: str, stage: StageState, answer: Answer, now: datetime.datetime)
 
 
 def _clock(known: Journal, now: datetime.datetime) -> list[str]:
-    if not known.log or (time_of(known.log[-1]) - now).total_seconds() < CLOCKS_S:
+    last = max(known.log, key=lambda event: str(event["time"]), default=None)
+    if last is None or (time_of(last) - now).total_seconds() < CLOCKS_S:
         return []
-    writer = known.log[-1].get("node") or known.log[-1]["writer"]
-    return [f"an event of {known.log[-1]['time'][:16]} UTC is not over yet: a clock is wrong, here or of {writer}"]
+    of = last.get("node") or last["writer"]
+    return [f"an event of {last['time'][:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
 
 
 def _steps(run: RunDir) -> int:

@@ -117,7 +117,7 @@ def _limit(reason: str) -> str:
     if not (found := _LIMIT.fullmatch(reason)):
         return ""
     whose, kind, rest = found[1], found[2], found[3].lower()
-    what = next((words for word, words in LIMITED.items() if word in rest), "such jobs")
+    what = next((words for word, words in LIMITED.items() if word in rest.partition("per")[0]), "such jobs")
     each = next((words for word, words in (("peruser", " a user"), ("perjob", " a job")) if word in rest), "")
     holder = {"QOS": "its QOS", "Assoc": "its account", "": "the site"}[whose]
     return f"{holder} allows no more {what}{each}" + (" for the whole group now" if kind == "Grp" else "")
