@@ -59,10 +59,10 @@ report: $(TRAIN) ## a sweep's points by their score, as table, CSV and plot: SWE
 layers: $(LOGIN) ## the names, shapes and sizes of a model's layers: MODEL= SET= JSON=1
 	$(JOBS)
 
-status: $(LOGIN) ## the runs and their stages: RUN= JSON=1 WATCH=1
+status: $(LOGIN) ## all sweeps and runs now, or one: RUN= SWEEP= JSON=1; WATCH=1 draws again until all has ended
 	$(JOBS)
 
-logs: $(LOGIN) ## a run's log: RUN= STAGE= FOLLOW=1
+logs: $(LOGIN) ## what a run's newest life wrote: RUN= STAGE=; FOLLOW=1 goes on, across lives and stages
 	$(JOBS)
 
 why: $(LOGIN) ## what happened in each life of a run, and what to do now: RUN=

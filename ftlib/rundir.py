@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +24,32 @@ STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+def _inside(name: str) -> cached_property[Path]:
+    return cached_property(lambda run: run.path / name)
+
+
 class RunDir:
     """Paths of a run, and the few files every stage reads. Making one touches nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.name
-        self.spec_file = path / "spec.json"
-        self.plan_file = path / "plan.json"
-        self.adjustments_file = path / "adjustments.json"
-        self.provenance_file = path / "provenance.json"
-        self.code = path / "code"
-        self.slurm = path / "slurm"
-        self.events = path / "events"
-        self.outcomes = path / "outcomes"
-        self.lives = path / "lives"
-        self.prepared_file = path / "prepared.json"
-        self.checkpoints = path / "checkpoints"
-        self.metrics_file = path / "metrics.jsonl"
-        self.export = path / "export"
-        self.evaluation_file = path / "evaluation.json"
-        self.report_file = path / "report.md"
-        self.siblings_file = path / "siblings"
+        self.path, self.name = path, path.name
+
+    spec_file = _inside("spec.json")
+    plan_file = _inside("plan.json")
+    adjustments_file = _inside("adjustments.json")
+    provenance_file = _inside("provenance.json")
+    code = _inside("code")
+    slurm = _inside("slurm")
+    events = _inside("events")
+    outcomes = _inside("outcomes")
+    lives = _inside("lives")
+    prepared_file = _inside("prepared.json")
+    checkpoints = _inside("checkpoints")
+    metrics_file = _inside("metrics.jsonl")
+    export = _inside("export")
+    evaluation_file = _inside("evaluation.json")
+    report_file = _inside("report.md")
+    siblings_file = _inside("siblings")
 
     def spec(self) -> RunSpec:
         """The run's frozen wish."""
@@ -111,6 +116,9 @@ def claim(folder: Path, what: str) -> Iterator[None]:
                 f"{what}: another process is writing {folder} (process {pid or '?'} on "
                 f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
             ) from None
+        except OSError as error:
+            owner = f"; it belongs to {folder.owner()}" if os.stat(folder).st_uid != os.getuid() else ""
+            raise InputError(f"{what}: {folder} cannot be written ({error.strerror}{owner})") from None
     else:
         raise InputError(f"{what}: another process has just begun to write {folder}")
     with os.fdopen(handle, "w") as opened:
@@ -196,5 +204,9 @@ def find(runs: Path, name: str) -> RunDir:
 
 def every(runs: Path) -> list[RunDir]:
     """All runs, oldest first."""
-    found = [path for path in runs.glob("*") if NAME.fullmatch(path.name) and (path / "spec.json").exists()]
-    return [RunDir(path) for path in sorted(found, key=lambda path: (path / "spec.json").stat().st_mtime)]
+    found = []
+    for name in os.listdir(runs) if runs.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if NAME.fullmatch(name):
+                found.append((os.stat(f"{runs}/{name}/spec.json").st_mtime, name))
+    return [RunDir(runs / name) for _, name in sorted(found)]

@@ -67,12 +67,12 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     view: View = {job.id: (job.state, job.reason) for job in queue}
     used = sum(active(view, job.id) for job in queue)
     with ThreadPoolExecutor(THREADS) as pool:
-        submitted = list(pool.map(state.submissions, runs))
-    forgotten = {job for jobs in submitted for job in jobs.values()} - view.keys()
+        journals = list(pool.map(state.journal, runs))
+    forgotten = {job for known in journals for job in known.jobs.values()} - view.keys()
     view |= {job.id: (job.state, job.reason) for job in client.accounted(sorted(forgotten))}
     fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
-    for run in runs:
-        found = need_of(run, view, by=by, told=told)
+    for run, known in zip(runs, journals, strict=True):
+        found = need_of(run, known, view, by=by, told=told)
         if isinstance(found, Need):
             needs.append(found)
         else:
@@ -81,13 +81,13 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
     feeding = _Feeding(sweep, profile, fed, kept.spec.at_once, kept.cache)
-    for jobs in submitted:
-        for stage, job in jobs.items():
+    for known in journals:
+        for stage, job in known.jobs.items():
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
     with contextlib.ExitStack() as held:
-        known = dict(zip((run.path for run in runs), submitted, strict=True))
-        mine = [need for need in now if _claimed(need, known[need.run], held, by=by)]
+        seen = {run.path: known.jobs for run, known in zip(runs, journals, strict=True)}
+        mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
         client.cancel(job for need in mine for job in need.behind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -36,8 +37,8 @@ def parser() -> Parser:
     command("sweep", "queue every point of a sweep, in as few arrays as fit", "sweep!", *wish, "dry_run")
     command("report", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
     command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
-    command("status", "every run, or one: its stages and what they are doing", "run", "json")
-    command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
+    command("status", "every sweep and run, or one, and what it is doing", "run", "sweep", "json", "watch")
+    command("logs", "the log of the newest life, or of a stage's", "run!", "stage", "follow")
     command("why", "what happened in each life of a run, and what to do now", "run!")
     command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
     command("cancel", "end a run's (or a sweep's) jobs; they stay ended until they are resumed", "run", "sweep")
@@ -59,8 +60,16 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "sweep": lambda p: p.add_argument("--sweep", help="name of a sweep"),
     "sweep!": lambda p: p.add_argument("--sweep", required=True, help="a file of jobs/sweeps/, or a sweep's name"),
     "stage": lambda p: p.add_argument("--stage", help="prepare, train, export or evaluate"),
-    "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as the log grows"),
+    "watch": lambda p: p.add_argument("--watch", action="store_true", help="draw again until all has ended"),
+    "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as it grows, in every later life"),
 }
+
+
+# Where each command is; the others are in jobs/look.py.
+MODULES = {
+    "submit": "submit", "plan": "submit", "sweep": "sweep", "report": "sweep", "layers": "layers", "logs": "logs",
+    "cancel": "runs", "resume": "runs",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,22 +113,9 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print(json.dumps(RunSpec.model_json_schema(), indent=1))
         return 0
-    if options.command in ("submit", "plan"):
-        from jobs import submit
-
-        return submit.plan(options) if options.command == "plan" else submit.submit(options)
-    if options.command in ("sweep", "report") or getattr(options, "sweep", None):
-        from jobs import sweep
-
-        do: Callable[[argparse.Namespace], int] = getattr(sweep, options.command)
-        return do(options)
-    if options.command in ("cancel", "resume") and not options.run:
+    if options.command in ("cancel", "resume") and not (options.run or options.sweep):
         raise InputError(f"{options.command}: RUN= or SWEEP= is missing; make status names what there is")
-    if options.command == "layers":
-        from jobs import layers
-
-        return layers.layers(options)
-    from jobs import runs
-
-    run: Callable[[argparse.Namespace], int] = getattr(runs, options.command)
+    where = MODULES.get(options.command, "look")
+    module = importlib.import_module(f"jobs.{'sweep' if where == 'runs' and options.sweep else where}")
+    run: Callable[[argparse.Namespace], int] = getattr(module, options.command)
     return run(options)

@@ -15,10 +15,10 @@ from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.spec import RunSpec
+from ftlib.state import ACTIVE, Journal
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
 
-ACTIVE = ("queued", "running")
 View = dict[str, tuple[str, str]]  # job id -> (Slurm's state, its reason)
 
 
@@ -70,13 +70,15 @@ def dataset_key(spec: RunSpec, provenance: dict[str, Any], code: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def need_of(run: RunDir, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
+def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
     """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
+
+    known: what its folder says.
 
     by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
     are kept in `told`, for a dataset's one job is many points').
     """
-    found = state.stages(run, view)
+    found = state.stages(known, view)
     first = next((stage for stage in STAGES if found[stage].state not in ("completed", *ACTIVE)), None)
     if first is None:
         return "completed" if state.overall(found) == "completed" else "on its way"

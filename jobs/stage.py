@@ -86,6 +86,7 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
             code=code,
             words=words,
             seconds=round(time.monotonic() - began, 1),
+            signal_s=stop.at and round(time.monotonic() - stop.at, 2),
         )
         print(f"{stage}: {words}", flush=True)
     return code

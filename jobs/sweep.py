@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ftlib import atomic, rundir, sweepdir
+from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
@@ -77,7 +77,7 @@ def cancel(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """Print the points by their score; write the table as CSV and the plot as PNG and SVG."""
     from ftlib.report import sweep as pages
-    from jobs.runs import look
+    from jobs.look import look
 
     place = sweepdir.find(RUNS, options.sweep)
     members = place.members()
@@ -242,7 +242,7 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
     from jobs import local
 
     members, points, failed = place.members(), place.read().points, []
-    found = [need_of(run, {}, by="resume", told={}) for run in members]
+    found = [need_of(run, state.journal(run), {}, by="resume", told={}) for run in members]
     share_datasets(place, [need for need in found if isinstance(need, Need)], {})
     for number, run in enumerate(members, 1):
         print(f"\n== point {number} of {len(members)}: {sweeps.words(points[run.name])} ({run.name})", flush=True)
