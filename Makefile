@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env smoke submit status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
+.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -58,13 +58,19 @@ submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run:
 plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
 	$(JOBS)
 
+sweep: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run per point of a sweep: SWEEP= MODEL= DATA= CLUSTER= SET= DRY_RUN=1
+	$(JOBS)
+
+report: $(TRAIN) ## a sweep's points by their score, as table, CSV and plot: SWEEP= JSON=1
+	$(JOBS)
+
 layers: $(LOGIN) ## the names, shapes and sizes of a model's layers: MODEL= SET= JSON=1
 	$(JOBS)
 
-status: $(LOGIN) ## the runs and their stages: RUN= JSON=1 WATCH=1
+status: $(LOGIN) ## all sweeps and runs now, or one: RUN= SWEEP= JSON=1; WATCH=1 draws again until all has ended
 	$(JOBS)
 
-logs: $(LOGIN) ## a run's log: RUN= STAGE= FOLLOW=1
+logs: $(LOGIN) ## what a run's newest life wrote: RUN= STAGE=; FOLLOW=1 goes on, across lives and stages
 	$(JOBS)
 
 why: $(LOGIN) ## what happened in each life of a run, and what to do now: RUN=
@@ -73,10 +79,10 @@ why: $(LOGIN) ## what happened in each life of a run, and what to do now: RUN=
 verify: $(LOGIN) ## check a run's checkpoints: RUN=
 	$(JOBS)
 
-cancel: $(LOGIN) ## end a run, for good until it is resumed: RUN=
+cancel: $(LOGIN) ## end a run or a sweep, for good until it is resumed: RUN= SWEEP=
 	$(JOBS)
 
-resume: $(LOGIN) ## go on with a run that failed or was cancelled: RUN=
+resume: $(LOGIN) ## go on with a run or a sweep that failed or was cancelled: RUN= SWEEP=
 	$(JOBS)
 
 schema: $(LOGIN) ## the recipes' JSON Schema, for editors

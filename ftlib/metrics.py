@@ -1,10 +1,13 @@
-"""metrics.jsonl: a row per optimizer step and per validation, appended by each life of the training stage.
+"""What the training stage measures, appended by each of its lives.
 
-Step rows:        {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "life", "time"}
-Validation rows:  {"step", "eval_loss", "life", "time"}
+metrics.jsonl, a row per optimizer step and per validation:
+    {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "seconds", "life", "time"}
+    {"step", "eval_loss", "life", "time"}
+`tokens` are the real, non-padding tokens of the step over all ranks; `seconds` is the step alone, without saves and
+validations.
 
-`tokens` are the real, non-padding tokens of the step over all ranks; `seconds` is the step alone, without
-saves and validations.
+gpu.jsonl and gpu-RANK.jsonl, a row per sample of one GPU:
+    {"time", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}
 """
 
 from __future__ import annotations
@@ -12,8 +15,15 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+GPU_EVERY_S = 5.0
+GPU_IDLE_BELOW = 5  # % of the time in which some kernel ran
+TAIL_BYTES = 16 * 1024
+# Read as text: a day of samples is 2 MB a GPU, and is read at every look at the run.
+_UTILIZATION = re.compile(rb'"utilization": (\d+)')
 
 
 class MetricsWriter:
@@ -59,14 +69,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"step", "life"} <= row.keys():
-            rows.append(row)
+    rows = [row for row in map(_parsed, lines) if {"step", "life"} <= row.keys()]
     first: dict[int, int] = {}
     for row in rows:
         if "loss" in row:
@@ -76,3 +79,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not any(life > row["life"] and start <= row["step"] for life, start in first.items()):
             kept[row["step"], "eval_loss" in row] = row
     return [kept[key] for key in sorted(kept)]
+
+
+def last_steps(path: Path) -> list[dict[str, Any]]:
+    """The newest step rows of the life that wrote last, in order; some dozens, from the file's end alone."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = [row for row in map(_parsed, lines) if {"step", "life", "loss", "time"} <= row.keys()]
+    return [row for row in rows if row["life"] == rows[-1]["life"]]
+
+
+def idle_gpu_hours(run: Path) -> float:
+    """GPU-hours in which the run's GPUs did nothing, by their samples."""
+    shares = (share for path in run.glob("gpu*.jsonl") for share in _UTILIZATION.findall(path.read_bytes()))
+    return sum(int(share) < GPU_IDLE_BELOW for share in shares) * GPU_EVERY_S / 3600
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """One row; empty where a killed life left half of it."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}

@@ -6,6 +6,7 @@ The line is `CODE WORDS`, CODE being the exit code by which the epilogue acts (0
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +30,24 @@ def write(folder: Path, outcome: Outcome) -> None:
     atomic.write_text(folder / f"{outcome.stage}-{outcome.life}", f"{outcome.code} {words}\n")
 
 
-def read(folder: Path, stage: str) -> list[Outcome]:
-    """Outcomes of a stage's lives, first life first."""
+def read(folder: Path, stage: str | None = None) -> list[Outcome]:
+    """Outcomes of a stage's lives (of every stage's without one), first life first."""
     found = []
-    for path in folder.glob(f"{stage}-*"):
-        code, _, words = path.read_text(encoding="utf-8").strip().partition(" ")
-        life = path.name.removeprefix(f"{stage}-")
-        if life.isdigit() and code.isdigit():
-            found.append(Outcome(stage, int(life), int(code), words))
+    for name in names(folder):
+        of, _, life = name.rpartition("-")
+        if life.isdigit() and stage in (None, of) and name[0] != ".":
+            code, _, words = (folder / name).read_text(encoding="utf-8").strip().partition(" ")
+            if code.isdigit():
+                found.append(Outcome(of, int(life), int(code), words))
     return sorted(found, key=lambda outcome: outcome.life)
+
+
+def names(folder: Path) -> list[str]:
+    """Of the files in a folder; nothing where there is none (a copy may leave out what is empty)."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
 
 
 def done(folder: Path, stage: str) -> bool:

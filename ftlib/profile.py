@@ -52,6 +52,11 @@ class Scheduler(Model):
     slurm_conf: str | None = Field(None, description="SLURM_CONF, where it is not the system's")
     account_required: bool = Field(False, description="Jobs without --account are refused")
     requeue: bool = Field(True, description="Jobs may be requeued")
+    max_array_size: int = Field(1001, ge=2, description="MaxArraySize of slurm.conf: tasks of one array")
+    max_jobs: int | None = Field(
+        None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit"
+    )
+    max_points: int = Field(10_000, ge=1, description="Most points of one sweep: each is a run folder")
     poll_interval_s: float = Field(30, ge=0, description="Least time between two questions to the scheduler")
     kill_wait_s: int = Field(30, ge=0, description="Seconds from SIGTERM to SIGKILL at the time limit")
     kill_every_h: float = Field(

@@ -81,15 +81,25 @@ def load(folder: Path, name: str, changes: dict[str, Any], data: str | None = No
 
     Raises InputError with every problem at once.
     """
+    return resolve(read(folder, name), name, changes, data)
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """The fields that the recipe `name` gives; InputError names the recipes there are."""
     if name not in names(folder):
         raise InputError(unknown("MODEL", name, names(folder)))
+    return read_yaml(folder / f"{name}.yaml")
+
+
+def resolve(values: dict[str, Any], name: str, changes: dict[str, Any], data: str | None = None) -> RunSpec:
+    """`load` for a recipe whose `values` have been read."""
     if data is not None:
         changes = {**changes, "data.path": data}
     # Saying one source replaces the recipe's other one.
     for said, other in (("data.path", "data.hub"), ("data.hub", "data.path")):
         if changes.get(said) and other not in changes:
             changes = {**changes, other: None}
-    values = override(read_yaml(folder / f"{name}.yaml"), changes)
+    values = override(values, changes)
     # Saying one length replaces the recipe's other one: SET="train.epochs=3" needs no second word to drop the steps.
     train = values.get("train")
     if isinstance(train, dict):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +18,38 @@ from ftlib import atomic
 from ftlib.errors import InputError, nearest
 from ftlib.outcome import done
 from ftlib.recipe import read_spec
-from ftlib.spec import RunSpec
+from ftlib.spec import RunSpec, file_digest
 
 STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _inside(name: str) -> cached_property[Path]:
+    return cached_property(lambda run: run.path / name)
 
 
 class RunDir:
     """Paths of a run, and the few files every stage reads. Making one touches nothing."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.name
-        self.spec_file = path / "spec.json"
-        self.plan_file = path / "plan.json"
-        self.adjustments_file = path / "adjustments.json"
-        self.provenance_file = path / "provenance.json"
-        self.code = path / "code"
-        self.slurm = path / "slurm"
-        self.events = path / "events"
-        self.outcomes = path / "outcomes"
-        self.lives = path / "lives"
-        self.prepared_file = path / "prepared.json"
-        self.checkpoints = path / "checkpoints"
-        self.metrics_file = path / "metrics.jsonl"
-        self.export = path / "export"
-        self.evaluation_file = path / "evaluation.json"
-        self.report_file = path / "report.md"
+        self.path, self.name = path, path.name
+
+    spec_file = _inside("spec.json")
+    plan_file = _inside("plan.json")
+    adjustments_file = _inside("adjustments.json")
+    provenance_file = _inside("provenance.json")
+    code = _inside("code")
+    slurm = _inside("slurm")
+    events = _inside("events")
+    outcomes = _inside("outcomes")
+    lives = _inside("lives")
+    prepared_file = _inside("prepared.json")
+    checkpoints = _inside("checkpoints")
+    metrics_file = _inside("metrics.jsonl")
+    export = _inside("export")
+    evaluation_file = _inside("evaluation.json")
+    report_file = _inside("report.md")
+    siblings_file = _inside("siblings")
 
     def spec(self) -> RunSpec:
         """The run's frozen wish."""
@@ -78,35 +85,48 @@ class RunDir:
         """Whether a life of the stage has ended well."""
         return done(self.outcomes, stage)
 
-    @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
-        """Be the only process on a login node or laptop that queues or runs stages of this run.
+    def claim(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only process on a login node or laptop that queues or runs stages of this run."""
+        return claim(self.path, f"run {self.name}")
 
-        InputError says who is writing. A claim whose process is gone on this machine is taken over.
-        """
-        file = self.path / "writer"
-        me = f"{socket.gethostname()} {os.getpid()}"
-        for _ in range(2):
-            try:
-                handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
-                if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
-                    file.unlink(missing_ok=True)
-                    continue
-                raise InputError(
-                    f"run {self.name}: another process is writing this run folder (process {pid or '?'} on "
-                    f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
-                ) from None
-        else:
-            raise InputError(f"run {self.name}: another process has just begun to write this run folder")
-        with os.fdopen(handle, "w") as opened:
-            opened.write(me)
+    def siblings(self) -> list[RunDir]:
+        """Runs of the same sweep that get this one's dataset."""
+        names = self.siblings_file.read_text(encoding="utf-8").split() if self.siblings_file.exists() else []
+        return [RunDir(self.path.parent / name) for name in names]
+
+
+@contextlib.contextmanager
+def claim(folder: Path, what: str) -> Iterator[None]:
+    """Be the only process that writes `folder`, of which a message speaks as `what`.
+
+    InputError says who is writing. A claim whose process is gone on this machine is taken over.
+    """
+    file = folder / "writer"
+    me = f"{socket.gethostname()} {os.getpid()}"
+    for _ in range(2):
         try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            break
+        except FileExistsError:
+            host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
+            if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
+                file.unlink(missing_ok=True)
+                continue
+            raise InputError(
+                f"{what}: another process is writing {folder} (process {pid or '?'} on "
+                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
+            ) from None
+        except OSError as error:
+            owner = f"; it belongs to {folder.owner()}" if os.stat(folder).st_uid != os.getuid() else ""
+            raise InputError(f"{what}: {folder} cannot be written ({error.strerror}{owner})") from None
+    else:
+        raise InputError(f"{what}: another process has just begun to write {folder}")
+    with os.fdopen(handle, "w") as opened:
+        opened.write(me)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
@@ -119,10 +139,31 @@ def alive(pid: int) -> bool:
     return True
 
 
-def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path]) -> RunDir:
+def snapshot(runs: Path, code: dict[str, Path]) -> Path:
+    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+    digest = hashlib.sha256()
+    for place, source in sorted(code.items()):
+        for file in sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+            digest.update(f"{place}/{file.relative_to(source)} {file_digest(file)}\n".encode())
+    target = runs / ".code" / digest.hexdigest()[:16]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = atomic.temporary_beside(target)
+        _copy(code, temporary)
+        atomic.commit_folder(temporary, target)
+    return target
+
+
+def _copy(code: dict[str, Path], target: Path) -> None:
+    for place, source in code.items():
+        shutil.copytree(source, target / place, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"))
+
+
+def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path] | Path) -> RunDir:
     """A new run folder with JSON `files` and a snapshot of the `code` folders: there whole, or not at all.
 
-    When the folder is there already, that one is the run.
+    `code` may be a `snapshot` that is there already; the run then links to it. When the folder is there already, that
+    one is the run.
     """
     runs.mkdir(parents=True, exist_ok=True)
     target = runs / name
@@ -135,9 +176,10 @@ def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path]) 
             folder.mkdir(parents=True)
         for file, value in files.items():
             (temporary / file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for place, source in code.items():
-            ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
-            shutil.copytree(source, run.code / place, ignore=ignored)
+        if isinstance(code, Path):
+            run.code.symlink_to(os.path.relpath(code, target))
+        else:
+            _copy(code, run.code)
         atomic.commit_folder(temporary, target)
     except OSError as error:
         raise InputError(f"{target}: the run folder cannot be written: {error}") from None
@@ -162,5 +204,9 @@ def find(runs: Path, name: str) -> RunDir:
 
 def every(runs: Path) -> list[RunDir]:
     """All runs, oldest first."""
-    found = [path for path in runs.glob("*") if NAME.fullmatch(path.name) and (path / "spec.json").exists()]
-    return [RunDir(path) for path in sorted(found, key=lambda path: (path / "spec.json").stat().st_mtime)]
+    found = []
+    for name in os.listdir(runs) if runs.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if NAME.fullmatch(name):
+                found.append((os.stat(f"{runs}/{name}/spec.json").st_mtime, name))
+    return [RunDir(runs / name) for _, name in sorted(found)]

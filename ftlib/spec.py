@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
@@ -157,6 +158,10 @@ class TrainSpec(Model):
         if (self.stop_after_worse or self.keep_best) and not self.eval_every_steps:
             raise ValueError("stop_after_worse and keep_best need eval_every_steps")
         return self
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the training on `rows` packed rows."""
+        return self.steps or max(1, math.ceil((self.epochs or 0) * rows / self.global_batch))
 
 
 class ExportSpec(Model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 
@@ -11,6 +12,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.cause: str | None = None
+        self.at: float | None = None  # when the signal came, by time.monotonic()
 
     def install(self) -> StopFlag:
         """Take over the two signals; from the main thread, before any heavy import."""
@@ -23,7 +25,7 @@ class StopFlag:
     def _set(self, number: int, _frame: FrameType | None) -> None:
         # The first cause stands: at the time limit SIGTERM follows SIGUSR2.
         if self.cause is None:
-            self.cause = "time limit" if number == signal.SIGUSR2 else "preemption"
+            self.cause, self.at = "time limit" if number == signal.SIGUSR2 else "preemption", time.monotonic()
 
     def __bool__(self) -> bool:
         return self.cause is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib import events, modelfiles
+from ftlib import events, modelfiles, state
 from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
@@ -35,6 +35,23 @@ class StageExecutor(SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
 
+class ModuleExecutor(StageExecutor):
+    """submitit's executor for a job that runs `python -m module` and needs no pickle."""
+
+    module: str
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return f"{self.python} -u -m {self.module}"
+
+    def queue(self, what: str) -> str:
+        """Call sbatch; returns the job's id. FtError holds sbatch's words."""
+        try:
+            return str(self._submit_command(self._submitit_command_str).job_id)
+        except Exception as error:
+            raise FtError(f"sbatch refused {what}: {str(error).strip().splitlines()[-1]}") from None
+
+
 def executor(
     profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, comment: str, after: str | None
 ) -> StageExecutor:
@@ -44,9 +61,15 @@ def executor(
         profile, plan, stage, run=run, cache=cache, hf=modelfiles.hf_home(cache), python=python
     )
     made = StageExecutor(run / "slurm" / stage, python=shlex.quote(python))
-    made.update_parameters(
-        **batch.parameters(profile, plan, stage, run=run, environment=variables, comment=comment, after=after)
+    words = batch.parameters(
+        profile,
+        plan.stages[stage],
+        name=f"{run.name}.{stage}",
+        setup=batch.setup(profile, variables, run),
+        comment=comment,
+        dependency=f"afterok:{after}" if after else None,
     )
+    made.update_parameters(**words)
     return made
 
 
@@ -101,9 +124,15 @@ def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, cache: Pat
     )
     made = StageExecutor(run.slurm / GUARD, python=shlex.quote(python))
     comment = f"ftlib {run.name} {GUARD} {nonce}"
-    made.update_parameters(
-        **batch.guard_parameters(profile, run=run.path, environment=variables, comment=comment, watched=watched)
+    words = batch.small_parameters(
+        profile,
+        name=f"{run.name}.{GUARD}",
+        setup=batch.enter(profile, variables, run.code),
+        comment=comment,
+        # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
+        dependency="?".join(f"afternotok:{job}" for job in watched),
     )
+    made.update_parameters(**words)
     try:
         job = made.submit(guard.run, str(run.path)).job_id
     except Exception as error:
@@ -175,6 +204,8 @@ def scheduler_view(job_ids: list[str]) -> dict[str, tuple[str, str]]:
 
 def cancel(run: RunDir, job_ids: dict[str, str]) -> None:
     """Cancel the stages' jobs, the last first, so that none starts because another ended."""
+    if "prepared_by" in state.submission(run, "prepare"):  # other points of its sweep wait for that job, too
+        job_ids = {stage: job for stage, job in job_ids.items() if stage != "prepare"}
     writer = events.submit_writer()
     for stage in reversed(list(job_ids)):
         events.append(run.events, writer, "cancelled", stage=stage, job_id=job_ids[stage], user=os.environ.get("USER"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -33,22 +34,17 @@ def parser() -> Parser:
     wish = ("model", "data", "cluster", "set")
     command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
-    command(
-        "env",
-        "check packages, driver, GPU and storage on a GPU node, in a short job",
-        "cluster",
-        "set",
-        "new",
-        "before",
-    )
+    command("env", "check packages, driver, GPU and storage on a GPU node", "cluster", "set", "new", "before")
     command("smoke", "ten real steps on a node, and what they tell of the whole run", *wish)
+    command("sweep", "queue every point of a sweep, in as few arrays as fit", "sweep!", *wish, "dry_run")
+    command("report", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
     command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
-    command("status", "every run, or one: its stages and what they are doing", "run", "json")
-    command("logs", "the log of a stage's newest life", "run!", "stage", "follow")
+    command("status", "every sweep and run, or one, and what it is doing", "run", "sweep", "json", "watch")
+    command("logs", "the log of the newest life, or of a stage's", "run!", "stage", "follow")
     command("why", "what happened in each life of a run, and what to do now", "run!")
     command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
-    command("cancel", "end a run's jobs; it stays ended until it is resumed", "run!")
-    command("resume", "queue what is missing of a run", "run!")
+    command("cancel", "end a run's (or a sweep's) jobs; they stay ended until they are resumed", "run", "sweep")
+    command("resume", "queue what is missing of a run or a sweep, the cancelled, too", "run", "sweep")
     command("schema", "JSON Schema of a recipe, for editors")
     return top
 
@@ -64,9 +60,19 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
     "run": lambda p: p.add_argument("--run", help="name of a run"),
     "run!": lambda p: p.add_argument("--run", required=True, help="name of a run"),
+    "sweep": lambda p: p.add_argument("--sweep", help="name of a sweep"),
+    "sweep!": lambda p: p.add_argument("--sweep", required=True, help="a file of jobs/sweeps/, or a sweep's name"),
     "stage": lambda p: p.add_argument("--stage", help="prepare, train, export or evaluate"),
-    "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as the log grows"),
+    "watch": lambda p: p.add_argument("--watch", action="store_true", help="draw again until all has ended"),
+    "follow": lambda p: p.add_argument("--follow", action="store_true", help="go on as it grows, in every later life"),
 }
+
+
+# Where each command is; the others are in jobs/look.py.
+MODULES = {
+    "submit": "submit", "plan": "submit", "env": "smoke", "smoke": "smoke", "sweep": "sweep", "report": "sweep", "layers": "layers", "logs": "logs",
+    "cancel": "runs", "resume": "runs",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,19 +116,9 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print(json.dumps(RunSpec.model_json_schema(), indent=1))
         return 0
-    if options.command in ("submit", "plan"):
-        from jobs import submit
-
-        return submit.plan(options) if options.command == "plan" else submit.submit(options)
-    if options.command in ("env", "smoke"):
-        from jobs import smoke
-
-        return smoke.env(options) if options.command == "env" else smoke.smoke(options)
-    if options.command == "layers":
-        from jobs import layers
-
-        return layers.layers(options)
-    from jobs import runs
-
-    run: Callable[[argparse.Namespace], int] = getattr(runs, options.command)
+    if options.command in ("cancel", "resume") and not (options.run or options.sweep):
+        raise InputError(f"{options.command}: RUN= or SWEEP= is missing; make status names what there is")
+    where = MODULES.get(options.command, "look")
+    module = importlib.import_module(f"jobs.{'sweep' if where == 'runs' and options.sweep else where}")
+    run: Callable[[argparse.Namespace], int] = getattr(module, options.command)
     return run(options)

@@ -35,6 +35,24 @@ def decide(run: RunDir) -> str:
     profile = stored_profile(run)
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
     jobs = state.submissions(run)
+    words = why_not(run, chain.scheduler_view(list(jobs.values())))
+    if words:
+        return words
+    wait_for_the_login_node(run.path)
+    with run.claim():
+        # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
+        missing = [name for name in STAGES if not run.stage_done(name)]
+        client.cancel([jobs[name] for name in missing[1:] if name in jobs])
+        queued = chain.queue(run, profile, {}, by_guard=True)
+    return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+
+
+def why_not(run: RunDir, view: dict[str, tuple[str, str]]) -> str | None:
+    """Why the run's first stage that is not done must not be queued again; None when it may.
+
+    view: job id -> (Slurm's state, its reason). Settles the stage's last life where nobody has.
+    """
+    jobs = state.submissions(run)
     stage = next((name for name in STAGES if not run.stage_done(name)), None)
     if stage is None or stage not in jobs:
         return "every stage is done" if stage is None else f"{stage} was never queued"
@@ -42,7 +60,6 @@ def decide(run: RunDir) -> str:
     if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
         return f"{stage} was cancelled by its owner; it stays so"
     before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), None)
-    view = chain.scheduler_view([job for job in (before, jobs[stage]) if job])
     slurm = view.get(jobs[stage], ("", ""))[0]
     # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
     by_dependency = view.get(before or "", ("COMPLETED", ""))[0] in FAILED
@@ -52,21 +69,12 @@ def decide(run: RunDir) -> str:
     if state.SLURM_STATES.get(slurm) in ("queued", "running"):
         return f"{stage} is {slurm}: nothing to do"
     lives = len(list(run.lives.glob(f"{stage}-*")))
-    words = _stop_reason(run, stage, lives, jobs[stage])
-    if words:
-        return words
-    _wait_for_the_login_node(run)
-    with run.claim():
-        # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
-        behind = [jobs[name] for name in STAGES[STAGES.index(stage) + 1 :] if name in jobs]
-        client.cancel(behind)
-        queued = chain.queue(run, profile, {}, by_guard=True)
-    return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+    return _stop_reason(run, stage, lives, jobs[stage])
 
 
-def _wait_for_the_login_node(run: RunDir) -> None:
+def wait_for_the_login_node(folder: Path) -> None:
     """A submit or resume holds its claim for seconds. One that was killed there leaves it, and we cannot see that."""
-    file = run.path / "writer"
+    file = folder / "writer"
     for _ in range(CLAIM_S):
         try:
             old = time.time() - file.stat().st_mtime > CLAIM_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
+from ftlib.sweepdir import share_prepared
 
 
 def main(run: RunDir, life: int, stop: StopFlag) -> str:
@@ -11,6 +12,8 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.data.prepare import prepare
 
     prepared = prepare(run, stop)
+    # After prepared.json was written: who adds a sibling looks for it, so that none is missed.
+    share_prepared(run, run.siblings())
     train = prepared["train"]
     found = "found" if prepared["reused"] else "packed"
     return f"{found} {train['examples']:,} examples in {train['rows']:,} rows, {prepared['test']:,} to test with"

@@ -1,30 +1,26 @@
-"""Commands about runs that exist: status, logs, cancel, resume; and starting one, which resume and submit share."""
+"""Commands that act on runs that exist: cancel and resume; and starting one, which resume and submit share."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
-import socket
-import sys
-import time
-from collections import defaultdict
 
-from ftlib import rundir, state
-from ftlib.errors import DONE, InputError, unknown
+from ftlib import events, rundir, state
+from ftlib.errors import DONE, InputError
 from ftlib.profile import ClusterProfile
-from ftlib.rundir import STAGES, RunDir
+from ftlib.report.status import Seen
+from ftlib.rundir import RunDir
 from ftlib.slurm import client
-from ftlib.state import StageState
+from ftlib.state import ACTIVE
+from jobs.look import kept_answer, look, see, writer
 from jobs.wish import RUNS, stored_profile
-
-ACTIVE = ("queued", "running")
 
 
 def start(run: RunDir, profile: ClusterProfile) -> int:
     """Queue what is missing, or run it here; says where to look next."""
     with run.claim():
+        _settle_in(see([run])[0])
         if profile.scheduler is None:
             from jobs import local
 
@@ -47,13 +43,16 @@ def start(run: RunDir, profile: ClusterProfile) -> int:
 
 def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     """What resume, or a second submit of the same wish, does about a run that exists."""
-    found = look([run])[run.name]
+    (seen,) = see([run])
+    found = seen.stages
     now = state.overall(found)
     if now == "completed":
         print(f"{run.name} is completed.")
         _say_results(run)
         return DONE
     if any(s.state in ACTIVE for s in found.values()) and now in ACTIVE:
+        if seen.place == "moved":
+            raise InputError(f"run {run.name}: {seen.notes[0]}. make cancel RUN={run.name}, then make resume again")
         doing = ", ".join(f"{name} {s.state}" for name, s in found.items())
         print(f"{run.name} is on its way: {doing}.")
         if profile.scheduler and any(s.job_id is None and s.state != "completed" for s in found.values()):
@@ -70,81 +69,15 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     return start(run, profile)
 
 
-def look(runs: list[RunDir]) -> dict[str, dict[str, StageState]]:
-    """Every run's stages, with one question to each cluster's scheduler."""
-    by_conf: dict[str | None, list[RunDir]] = defaultdict(list)
-    found: dict[str, dict[str, StageState]] = {}
-    for run in runs:
-        profile = stored_profile(run)
-        if profile.scheduler is None:
-            found[run.name] = state.stages(run, None, alive=_writer_lives(run))
-        else:
-            by_conf[profile.scheduler.slurm_conf].append(run)
-    for conf, members in by_conf.items():
-        from jobs import chain
-
-        wanted = [
-            job for run in members for stage, job in state.submissions(run).items() if not run.stage_done(stage)
-        ]
-        client.use(conf)
-        view = chain.scheduler_view(wanted) if wanted else {}
-        found.update({run.name: state.stages(run, view) for run in members})
-    return {run.name: found[run.name] for run in runs}
-
-
-def status(options: argparse.Namespace) -> int:
-    """Print every run's stages, or those of one run."""
-    chosen = [rundir.find(RUNS, options.run)] if options.run else rundir.every(RUNS)
-    found = look(chosen)
-    if options.json:
-        print(json.dumps([state.as_json(run, found[run.name]) for run in chosen], indent=1))
-        return DONE
-    if not chosen:
-        print("No runs yet. `make submit` makes one.")
-        return DONE
-    from ftlib.report.status import print_status
-
-    print_status(chosen, found)
-    return DONE
-
-
-def logs(options: argparse.Namespace) -> int:
-    """Print the newest log of a stage; with --follow until interrupted or the run has ended."""
-    run = rundir.find(RUNS, options.run)
-    if options.stage and options.stage not in STAGES:
-        raise InputError(unknown("STAGE", options.stage, STAGES))
-    wanted = [options.stage] if options.stage else list(STAGES)
-    files = [path for stage in wanted for path in (run.slurm / stage).glob("*_log.out")]
-    if not files:
-        print(f"{run.name}: no log of {options.stage or 'any stage'} yet.")
-        return DONE
-    newest = max(files, key=lambda path: path.stat().st_mtime)
-    print(f"==> {newest}", file=sys.stderr)
-    with newest.open(encoding="utf-8", errors="replace") as file:
-        while True:
-            text = file.read()
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            if not options.follow or run.stage_done(newest.parent.name):
-                return DONE
-            if not text:
-                time.sleep(0.5)
-
-
-def why(options: argparse.Namespace) -> int:
-    """Print what happened in each life of a run, and what to do now."""
-    from ftlib.report import plan, why
-
-    run = rundir.find(RUNS, options.run)
-    why.print_why(run, look([run])[run.name], plan.console())
-    return DONE
-
-
-def verify(options: argparse.Namespace) -> int:
-    """Check every checkpoint of a run; 1 when one is damaged."""
-    from ftlib.report import plan, why
-
-    return DONE if why.print_verify(rundir.find(RUNS, options.run), plan.console()) else 1
+def _settle_in(seen: Seen) -> None:
+    """A run that was moved or copied goes on where it lies now. Its checkpoints know it by its name."""
+    run = seen.run
+    if seen.place != "here":
+        if run.provenance()["run"] != run.name:
+            raise InputError(
+                f"run {run.name}: {seen.notes[0]}. Give the folder its name back, or make submit … NEW=1 for another"
+            )
+        events.append(run.events, events.submit_writer(), "moved", to=str(run.path))
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -153,11 +86,11 @@ def cancel(options: argparse.Namespace) -> int:
     profile = stored_profile(run)
     found = look([run])[run.name]
     if profile.scheduler is None:
-        writer = _writer(run)
-        if writer is None or not _writer_lives(run):
+        process = writer(run)
+        if process is None:
             print(f"{run.name}: nothing is running.")
             return DONE
-        os.kill(writer, signal.SIGTERM)
+        os.kill(process, signal.SIGTERM)
         print(f"{run.name}: asked to save and stop.")
         return DONE
     from jobs import chain
@@ -167,6 +100,7 @@ def cancel(options: argparse.Namespace) -> int:
         print(f"{run.name}: nothing is queued or running.")
         return DONE
     chain.cancel(run, active)
+    kept_answer(profile.scheduler.slurm_conf).unlink(missing_ok=True)
     print(f"{run.name}: cancelled {', '.join(active)}. make resume RUN={run.name} would go on.")
     return DONE
 
@@ -175,20 +109,6 @@ def resume(options: argparse.Namespace) -> int:
     """Queue what is missing of a run, under the profile it was submitted with."""
     run = rundir.find(RUNS, options.run)
     return go_on(run, stored_profile(run), asked=True)
-
-
-def _writer(run: RunDir) -> int | None:
-    """Process id of the foreground process that works on the run on this machine."""
-    try:
-        host, _, pid = (run.path / "writer").read_text(encoding="utf-8").strip().partition(" ")
-    except FileNotFoundError:
-        return None
-    return int(pid) if host == socket.gethostname() and pid.isdigit() else None
-
-
-def _writer_lives(run: RunDir) -> bool:
-    writer = _writer(run)
-    return writer is not None and rundir.alive(writer)
 
 
 def _say_results(run: RunDir) -> None:

@@ -60,7 +60,8 @@ def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: flo
 def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:
     writer = f"{stage}-{life}"
     if rank == 0:
-        job = os.environ.get("SLURM_JOB_ID") or str(os.getpid())
+        # Of an array's task, SLURM_JOB_ID is not what squeue and sacct call it.
+        job = os.environ.get("FT_JOB") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
         events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, node=socket.gethostname())
     began = time.monotonic()
     try:
@@ -85,6 +86,7 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
             code=code,
             words=words,
             seconds=round(time.monotonic() - began, 1),
+            signal_s=stop.at and round(time.monotonic() - stop.at, 2),
         )
         print(f"{stage}: {words}", flush=True)
     return code
@@ -111,3 +113,7 @@ def _assert_snapshot(rundir: RunDir) -> None:
     here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
     if snapshot not in here.parents:
         raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -34,15 +34,7 @@ def submit(options: argparse.Namespace) -> int:
     name = wishes.run_name(wish, new=options.new)
     if options.dry_run:
         return _dry_run(wish, name)
-    if missing := wish.profile.missing_account():
-        raise InputError(missing)
-    if found := environment.misplaced(wish.profile, wish.cache):
-        raise InputError(found)
-    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
-        raise InputError(
-            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
-            'SET="cluster.python=<an interpreter that has them>"'
-        )
+    check_ready(wish)
     known = (RUNS / name / "spec.json").exists()
     if not known:
         _print_plan(wish, name)
@@ -52,6 +44,19 @@ def submit(options: argparse.Namespace) -> int:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
         return runs.go_on(run, wish.profile, asked=False)
     return runs.start(run, wish.profile)
+
+
+def check_ready(wish: Wish) -> None:
+    """InputError when what every job here needs is missing: an account, the training packages."""
+    if missing := wish.profile.missing_account():
+        raise InputError(missing)
+    if found := environment.misplaced(wish.profile, wish.cache):
+        raise InputError(found)
+    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
+            'SET="cluster.python=<an interpreter that has them>"'
+        )
 
 
 def _wish(options: argparse.Namespace) -> Wish:

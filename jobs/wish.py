@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from ftlib import modelfiles, profile, recipe, rundir
+from ftlib import modelfiles, profile, recipe, rundir, sweep
 from ftlib.errors import InputError, unknown
 from ftlib.plan import fits, plan, shapes
 from ftlib.profile import ClusterProfile
@@ -24,7 +26,10 @@ RECIPES = CHECKOUT / "jobs" / "recipes"
 CLUSTERS = CHECKOUT / "slurm_templates" / "clusters"
 OWN_CLUSTER = CHECKOUT / "cluster.yaml"
 RUNS = CHECKOUT / "runs"
+SWEEPS = CHECKOUT / "jobs" / "sweeps"
 SNAPSHOT = {name: CHECKOUT / name for name in ("ftlib", "jobs", "slurm_templates")}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,20 @@ def load_profile(cluster: str, changes: dict[str, Any]) -> ClusterProfile:
 
 def make(*, model: str, data: str | None, cluster: str | None, settings: str) -> Wish:
     """Resolve everything; InputError lists every problem that can be seen at once."""
+    return make_all(model=model, data=data, cluster=cluster, settings=settings, points=[{}])[0]
+
+
+def make_all(
+    *, model: str, data: str | None, cluster: str | None, settings: str, points: Sequence[dict[str, Any]]
+) -> list[Wish]:
+    """The wish of each point (changes to the recipe beyond `settings`); what they share is looked up once.
+
+    InputError lists every problem, and how many of several points have it.
+    """
     problems: list[str] = []
     changes: dict[str, Any] = {}
     cluster_changes: dict[str, Any] = {}
-    spec = site = None
+    values = site = None
     try:
         changes, cluster_changes = recipe.parse_set(settings)
     except InputError as error:
@@ -89,25 +104,66 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
         problems += error.messages
     path = Path(data).expanduser().resolve() if data else None
     try:
-        spec = recipe.load(RECIPES, model, changes, str(path) if path else None)
+        values = recipe.read(RECIPES, model)
     except InputError as error:
-        problems += error.messages
-    if spec is None or site is None or problems:
+        raise InputError(problems + error.messages) from None
+    words = {"MODEL": model, "DATA": str(path or ""), "CLUSTER": site.name if site else "", "SET": settings}
+    said = {key: value for key, value in words.items() if value}
+    found: list[Wish] = []
+    of_points: dict[str, list[dict[str, Any]]] = {}
+    once = _Once()
+    for point in points:
+        try:
+            spec = recipe.resolve(values, model, {**changes, **point}, str(path) if path else None)
+            if site and not problems:
+                found.append(_wish(spec, site, said, once))
+        except InputError as error:
+            for message in error.messages:
+                of_points.setdefault(message, []).append(point)
+    for message, having in of_points.items():
+        of = f" (in {len(having)} of {len(points)} points, first {sweep.words(having[0])})" if len(points) > 1 else ""
+        problems.append(message + of)
+    if problems:
         raise InputError(problems)
+    return found
+
+
+class _Once:
+    """What many points share is looked up for the first alone; an InputError is kept, too."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def __call__(self, key: Hashable, call: Callable[[], T]) -> T:
+        if key not in self._known:
+            try:
+                self._known[key] = call()
+            except InputError as error:
+                self._known[key] = error
+        if isinstance(self._known[key], InputError):
+            raise self._known[key]
+        return cast(T, self._known[key])
+
+
+def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once) -> Wish:
+    """One point's wish; InputError with all of its problems."""
+    problems: list[str] = []
     cache = site.cache_dir(CHECKOUT)
-    init_adapter = planned = size = None
+    path, digest, size = None, "", None
+    init_adapter = planned = None
     try:
-        path, digest, size = _data(spec, cache, internet=site.compute_internet)
+        # What only chooses among the rows decides nothing here.
+        source = spec.data.model_copy(update={"limit": None, "share": None, "pairs": 1, "seq_len": 16})
+        path, digest, size = once(source, lambda: _data(spec, cache, internet=site.compute_internet))
     except InputError as error:
         problems += error.messages
     try:
-        files = modelfiles.locate(
-            spec.model.name, spec.model.revision, checkout=CHECKOUT, cache=cache, internet=site.compute_internet
-        )
-        shape = shapes.from_config(files.config, spec.model.name)
+        files, shape = once(spec.model, lambda: _model(spec, site, cache))
         problems += fits.problems(spec, shape)
         if spec.model.init_from:
-            init, init_adapter = modelfiles.start(spec.model.init_from, runs=RUNS, checkout=CHECKOUT)
+            init, init_adapter = once(
+                ("from", spec.model), lambda: modelfiles.start(spec.model.init_from or "", runs=RUNS, checkout=CHECKOUT)
+            )
             start = shapes.from_config(init.config, init.path) if init else None
             problems += fits.start_problems(spec, shape, start, init_adapter)
             files, shape = init or files, start or shape
@@ -116,9 +172,13 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
         problems += error.messages
     if problems or planned is None:
         raise InputError(problems)
-    words = {"MODEL": model, "DATA": str(path or ""), "CLUSTER": site.name, "SET": settings}
-    said = {k: v for k, v in words.items() if v}
     return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)
+
+
+def _model(spec: RunSpec, site: ClusterProfile, cache: Path) -> tuple[modelfiles.ModelFiles, shapes.ModelShape]:
+    name, internet = spec.model.name, site.compute_internet
+    files = modelfiles.locate(name, spec.model.revision, checkout=CHECKOUT, cache=cache, internet=internet)
+    return files, shapes.from_config(files.config, name)
 
 
 def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, str, int | None]:
@@ -136,10 +196,11 @@ def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, s
     return found.path, found.digest, found.bytes
 
 
-def files_of(wish: Wish, name: str) -> dict[str, Any]:
-    """The JSON files a new run folder begins with."""
+def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, Any]:
+    """The JSON files a new run folder begins with; `sweep`: the sweep that makes it."""
     provenance = {
         "run": name,
+        "sweep": sweep,
         "cluster": wish.profile.name,
         "profile": wish.profile.model_dump(mode="json"),
         "checkout": str(CHECKOUT),
@@ -154,7 +215,7 @@ def files_of(wish: Wish, name: str) -> dict[str, Any]:
         "user": getpass.getuser(),
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_version(),
-        "locks": {path.name: file_digest(path)[:16] for path in sorted((CHECKOUT / "env").glob("*.lock"))},
+        "locks": locks(),
     }
     return {
         "spec.json": wish.spec.model_dump(mode="json"),
@@ -163,6 +224,13 @@ def files_of(wish: Wish, name: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def locks() -> dict[str, str]:
+    """Each dependency lock and the digest of its content."""
+    return {path.name: file_digest(path)[:16] for path in sorted((CHECKOUT / "env").glob("*.lock"))}
+
+
+@functools.cache
 def code_version() -> dict[str, Any]:
     """Commit of the checkout, and whether files differ from it; nulls outside git."""
 

@@ -9,7 +9,7 @@ rm -f "$FT_RUN/slurm/$FT_STAGE/"*.save_tmp
 
 # In an array one task's SLURM_JOB_ID may be the array's own.
 FT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
-FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
+export FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
 FT_LOG="$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_0_log.out"
 
 # Lives share appended logs, one a rank: where this life's part begins.

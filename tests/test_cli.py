@@ -46,7 +46,7 @@ def refused(checkout: Path, *words: str) -> str:
         (["submit", "--cluster", "hipergator", "--model", "llama2-7b"], "cluster.account="),
         (["status", "--run", "../x"], "no name of a run"),
         (["logs", "--run", "tiny-1"], "there is no run 'tiny-1'"),
-        (["cancel"], "--run"),
+        (["cancel"], "RUN= or SWEEP= is missing"),
         (["resume", "--run", "x"], "there is no run 'x'"),
     ],
 )

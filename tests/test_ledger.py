@@ -27,7 +27,7 @@ echo "Submitted batch job $number"
 SQUEUE = """for job in "$QUEUE"/*; do
     [ -e "$job" ] || continue
     read -r job_state comment <"$job"
-    printf '%s\\037%s\\037None\\037%s\\n' "${job##*/}" "$job_state" "$comment"
+    printf '%s\\037%s\\037None\\037%s\\037N/A\\n' "${job##*/}" "$job_state" "$comment"
 done
 """
 SCANCEL = """for number; do

@@ -31,7 +31,7 @@ pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the tra
 from ftlib.data.dataset import PackedRows  # noqa: E402
 from ftlib.train import run as training  # noqa: E402
 from ftlib.train.model import attach_adapter, check_quantised, linear_names, load_base, quantised_layers  # noqa: E402
-from ftlib.train.order import Order, total_steps  # noqa: E402
+from ftlib.train.order import Order  # noqa: E402
 
 STEPS, ROWS, SEQ_LEN, VOCABULARY = 30, 44, 48, 97
 MakeRun = Callable[..., RunDir]
@@ -480,7 +480,7 @@ def test_order_is_epoch_by_epoch_and_depends_on_the_seed_alone() -> None:
 
 def test_epochs_become_steps(make_run: MakeRun) -> None:
     spec = make_run(train={"steps": None, "epochs": 1.5}).spec()
-    assert total_steps(spec.train, rows=10) == 4  # 15 rows, 4 at a time
+    assert spec.train.total_steps(rows=10) == 4  # 15 rows, 4 at a time
 
 
 def test_read_metrics_lets_the_last_life_win(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ import pytest
 
 from ftlib import outcome
 from ftlib.errors import Interrupted
+from ftlib.metrics import idle_gpu_hours
 from ftlib.rundir import RunDir
 from ftlib.slurm import diagnose, policy
 from ftlib.stop import StopFlag
-from ftlib.train.watch import GpuWatch, act_after_s, idle_hours
+from ftlib.train.watch import GpuWatch, act_after_s
 
 
 class Nvml:
@@ -66,7 +67,7 @@ def test_samples_become_rows(run: RunDir) -> None:
     assert nvml.asked == "GPU-abc" and stop.cause is None
     assert [row["utilization"] for row in found[:3]] == [90, 2, 97]
     assert found[0]["life"] == 3 and found[0]["memory_gib"] == 3 and found[0]["power_w"] == 71.5
-    assert idle_hours(run.path) == pytest.approx(5 / 3600)
+    assert idle_gpu_hours(run.path) == pytest.approx(5 / 3600)
 
 
 def test_an_idle_gpu_stops_the_stage_and_a_busy_one_never(run: RunDir) -> None:

@@ -72,7 +72,7 @@ def status(checkout: Path, run: str, **environment: str) -> dict[str, Any]:
     """`status --json` of one run."""
     done = jobs("status", "--json", "--run", run, checkout=checkout, **environment)
     assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["runs"]
     assert isinstance(found, dict)
     return found
 

@@ -123,7 +123,7 @@ class Ground:
 
     def state(self, run: RunDir) -> dict[str, Any]:
         """`status --json` of one run."""
-        (found,) = json.loads(self.jobs("status", "--json", "--run", run.name))
+        (found,) = json.loads(self.jobs("status", "--json", "--run", run.name))["runs"]
         assert isinstance(found, dict)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,13 @@ class StageCost:
         return self.gpus * self.lost_seconds / 3600
 
 
-def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime) -> list[StageCost]:
+def stage_costs(
+    events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime, running: Collection[str] | None = None
+) -> list[StageCost]:
     """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a
-    stage is taken to be running still, until `now` (with a time zone).
+    stage that is `running` (of every stage without that) until `now`, which has a time zone.
+
+    Where a clock was set back, the time that it took back counts as none.
     """
     lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for event in events:
@@ -43,15 +48,15 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
         found = {life: mine for life, mine in found.items() if any(event["event"] == "started" for event in mine)}
         seconds = lost = 0.0
         for life, mine in found.items():
-            began = _time(next(event for event in mine if event["event"] == "started"))
+            began = time_of(next(event for event in mine if event["event"] == "started"))
             ends = [event for event in mine if event["event"] in ENDS]
             last = ends[-1] if ends else mine[-1]
-            running = not ends and life == max(found)
-            ended = now if running else _time(last)
-            seconds += (ended - began).total_seconds()
-            if not running and last.get("code") not in (0, 75):
-                saves = [_time(event) for event in mine if event["event"] == "checkpoint"]
-                lost += (ended - (saves[-1] if saves else began)).total_seconds()
+            at_work = not ends and life == max(found) and (running is None or stage in running)
+            ended = now if at_work else time_of(last)
+            seconds += max(0.0, (ended - began).total_seconds())
+            if not at_work and last.get("code") not in (0, 75):
+                saves = [time_of(event) for event in mine if event["event"] == "checkpoint"]
+                lost += max(0.0, (ended - (saves[-1] if saves else began)).total_seconds())
         asked = (plan.get("stages") or {}).get(stage) or {}
         gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if plan.get("device") == "cuda" else 0
         if found:
@@ -59,5 +64,6 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
     return costs
 
 
-def _time(event: dict[str, Any]) -> datetime.datetime:
+def time_of(event: dict[str, Any]) -> datetime.datetime:
+    """When it happened, by its writer's clock."""
     return datetime.datetime.fromisoformat(event["time"])

@@ -1,47 +1,211 @@
-"""Runs and their stages as a table."""
+"""What runs and sweeps are doing: a row each, from their folders' files and what Slurm says. Made to be printed
+(board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's).
+"""
 
 from __future__ import annotations
 
 import datetime
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from rich.table import Table
-
-from ftlib import events, metrics
-from ftlib.report.cost import stage_costs
-from ftlib.report.plan import console
+from ftlib import metrics
+from ftlib.errors import FtError
+from ftlib.report.cost import stage_costs, time_of
 from ftlib.rundir import STAGES, RunDir
-from ftlib.state import StageState, overall
+from ftlib.slurm.queue import Answer, why_waits
+from ftlib.state import ACTIVE, Journal, Place, StageState, overall
 
 COLOURS = {"completed": "green", "running": "cyan", "queued": "yellow", "failed": "red", "cancelled": "magenta"}
+# Clocks of a cluster's machines may differ by this much.
+CLOCKS_S = 300
+# A training that has made no step for so long, and for so many steps' time, is worth a look.
+SILENT_S, SILENT_STEPS = 600, 20
 
 
-def print_status(runs: list[RunDir], found: dict[str, dict[str, StageState]]) -> None:
-    """One row a run: its state, each stage's, the training's progress, and why it waits or ended."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("run", "state", *STAGES, "step", "loss", "GPU-h", "lost", ""):
-        table.add_column(column, overflow="fold")
-    for run in runs:
-        stages = found[run.name]
-        now = overall(stages)
-        rows = [row for row in metrics.read_metrics(run.metrics_file) if "loss" in row]
-        last = rows[-1] if rows else None
-        words = next((s.words for s in stages.values() if s.state not in ("completed", "running") and s.words), "")
-        table.add_row(
-            run.name,
-            f"[{COLOURS[now]}]{now}[/]",
-            *(f"[{COLOURS[s.state]}]{s.state}[/]" + (f" ({s.lives})" if s.lives > 1 else "") for s in stages.values()),
-            f"{last['step']}/{run.plan()['steps']}" if last else "",
-            f"{last['loss']:.3f}" if last else "",
-            *_gpu_hours(run),
-            words,
-        )
-    console().print(table)
+@dataclass
+class Seen:
+    """All that was read about one run."""
+
+    run: RunDir
+    known: Journal
+    place: Place
+    notes: list[str]  # what a person should know: moved, copied, another's
+    stages: dict[str, StageState] = field(default_factory=dict)
+    answer: Answer = field(default_factory=lambda: Answer({}))  # what Slurm said of the jobs of all runs of its cluster
 
 
-def _gpu_hours(run: RunDir) -> tuple[str, str]:
-    """GPU-hours used, and those of work that was lost; blank where no GPU computes."""
-    plan = run.plan()
+@dataclass
+class Spent:
+    """GPU-hours over all lives: held, of work that was lost, and in which the GPU did nothing (the two may overlap)."""
+
+    gpu_hours: float = 0.0
+    lost_gpu_hours: float = 0.0
+    idle_gpu_hours: float = 0.0
+
+
+@dataclass
+class Row(Spent):
+    """One run, now. None: unknown, or nothing yet."""
+
+    run: str = ""
+    state: str = ""
+    stage: str | None = None  # the one that works, waits or went wrong; None when all are completed
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    left_s: float | None = None  # seconds of work left in all stages, without queueing
+    lives: int = 0  # over all stages
+    causes: dict[str, int] = field(default_factory=dict)  # why lives ended before their work was done
+    words: str = ""  # why it waits, or how it ended
+    notes: list[str] = field(default_factory=list)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # state, job_id, lives, words of each
+
+
+@dataclass
+class SweepRow(Spent):
+    """One sweep, now: how many of its runs are in each state, and the words that most of those that wait share."""
+
+    sweep: str = ""
+    state: str = ""
+    runs: int = 0
+    states: dict[str, int] = field(default_factory=dict)
+    lives: int = 0
+    words: str = ""
+
+
+def row(seen: Seen, now: datetime.datetime) -> Row:
+    """The row of a run; `now` with a time zone."""
+    known, stages, run = seen.known, seen.stages, seen.run
+    stage = next((name for name in STAGES if stages[name].state != "completed"), None)
+    state = overall(stages)
+    found = Row(
+        run=run.name, state=state, stage=stage, lives=sum(known.lives.values()), causes=causes(known),
+        notes=[*seen.notes, *_clock(known, now)],
+        words=_words(stage, stages[stage], seen.answer, now) if stage else "",
+        stages={
+            name: {"state": s.state, "job_id": s.job_id, "lives": s.lives, "words": s.words}
+            for name, s in stages.items()
+        },
+        **vars(spent(seen, now)),
+    )  # fmt: skip
+    try:
+        plan, steps = run.plan(), _steps(run)
+    except FtError as error:
+        found.notes += error.messages
+        return found
+    rows = metrics.last_steps(run.metrics_file) if known.lives["train"] else []
+    resumed = [e for e in known.log if e["event"] == "resumed" and e.get("stage") == "train"]
+    found.steps = steps
+    if resumed and (not rows or resumed[-1]["life"] > rows[-1]["life"]):
+        found.step = resumed[-1]["step"]
+    elif rows:
+        found.step, found.loss = rows[-1]["step"], rows[-1]["loss"]
+    pace_s = _pace_s(rows)
+    if stage == "train" and state == "running" and rows and pace_s:
+        found.tokens_per_s = statistics.median(one["tokens_per_s"] for one in rows)
+        silent_s = (now - time_of(rows[-1])).total_seconds()
+        if rows[-1]["life"] == known.lives["train"] and silent_s > max(SILENT_S, SILENT_STEPS * pace_s):
+            found.words = f"no step for {silent_s / 60:.0f} min: make logs RUN={run.name}"
+    if state in ACTIVE:
+        found.left_s = _left_s(seen, plan, now, ahead=1 - (found.step or 0) / steps, training_s=steps * pace_s)
+    return found
+
+
+def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> SweepRow:
+    """The row of a sweep's runs."""
+    states = Counter[str](overall(seen.stages) for seen in members)
+    total, words = Spent(), Counter[str]()
+    for seen in members:
+        for key, value in vars(spent(seen, now)).items():
+            setattr(total, key, getattr(total, key) + value)
+        stage = next((name for name in STAGES if seen.stages[name].state != "completed"), None)
+        if stage and seen.stages[stage].state in ("queued", "failed"):
+            words[_words(stage, seen.stages[stage], seen.answer, now)] += 1
+    order = ("running", "queued", "failed", "cancelled", "completed")
+    return SweepRow(
+        sweep=name, state=next((state for state in order if states[state]), "queued"), runs=len(members),
+        states={state: states[state] for state in order if states[state]},
+        lives=sum(sum(seen.known.lives.values()) for seen in members),
+        words="; ".join(f"{count} × {text}" for text, count in words.most_common(2) if text), **vars(total),
+    )  # fmt: skip
+
+
+def spent(seen: Seen, now: datetime.datetime) -> Spent:
+    """What a run's GPUs were used for; nothing where none computes."""
+    if not any(seen.known.lives.values()):
+        return Spent()
+    try:
+        plan = seen.run.plan()
+    except FtError:
+        return Spent()
     if plan["device"] != "cuda":
-        return "", ""
-    costs = stage_costs(events.read(run.events), plan, datetime.datetime.now(datetime.timezone.utc))
-    return f"{sum(c.gpu_hours for c in costs):.2f}", f"{sum(c.lost_gpu_hours for c in costs):.2f}"
+        return Spent()
+    at_work = [name for name, stage in seen.stages.items() if stage.state == "running"]
+    costs = stage_costs(seen.known.log, plan, now, at_work)
+    held, lost = sum(cost.gpu_hours for cost in costs), sum(cost.lost_gpu_hours for cost in costs)
+    return Spent(held, lost, metrics.idle_gpu_hours(seen.run.path))
+
+
+def causes(known: Journal) -> dict[str, int]:
+    """Why lives ended before their work was done, and how many did."""
+    of_life = {(e.get("stage"), e.get("life")): str(e["cause"]) for e in known.log if e.get("cause")}
+    return dict(Counter(of_life.values()).most_common())
+
+
+def _words(name: str, stage: StageState, answer: Answer, now: datetime.datetime) -> str:
+    if stage.state == "queued":
+        job = answer.jobs.get(stage.job_id or "")
+        return why_waits(job, now.timestamp()) if job else ""
+    return f"{name}: {stage.words}" if stage.words and stage.state != "running" else ""
+
+
+def _clock(known: Journal, now: datetime.datetime) -> list[str]:
+    last = max(known.log, key=lambda event: str(event["time"]), default=None)
+    if last is None or (time_of(last) - now).total_seconds() < CLOCKS_S:
+        return []
+    of = last.get("node") or last["writer"]
+    return [f"an event of {last['time'][:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
+
+
+def _steps(run: RunDir) -> int:
+    """How many steps the training has; an estimate of the plan's until the data is packed."""
+    if run.prepared_file.exists():
+        return run.spec().train.total_steps(run.prepared()["train"]["rows"])
+    return int(run.plan()["steps"])
+
+
+def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
+    """Seconds a step, saves and validations included; 0 where that cannot be told."""
+    if len(rows) < 2:
+        return 0.0
+    wall = (time_of(rows[-1]) - time_of(rows[0])).total_seconds() / (len(rows) - 1)
+    return wall if wall > 0 else statistics.median(row["seconds"] for row in rows)
+
+
+def _left_s(
+    seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float, training_s: float
+) -> float | None:
+    """What is left of all stages, in seconds; None where a stage's time is not known.
+
+    ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is.
+    """
+    total = 0.0
+    for name, stage in seen.stages.items():
+        minutes = plan["stages"][name]["estimate_min"]
+        if stage.state == "completed":
+            continue
+        if name == "train" and training_s:
+            total += ahead * training_s
+        elif minutes is None:
+            return None
+        elif name == "train":
+            total += ahead * 60 * minutes
+        else:
+            began = [time_of(e) for e in seen.known.log if e["event"] == "started" and e.get("stage") == name]
+            ran_s = (now - began[-1]).total_seconds() if began and stage.state == "running" else 0.0
+            total += max(0.0, 60 * minutes - max(0.0, ran_s))
+    return total

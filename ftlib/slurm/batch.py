@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ftlib.errors import InputError
-from ftlib.plan.plan import RunPlan
+from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 
 # The warning before the time limit: long enough for one step and one save, and at most a quarter of the job.
@@ -58,18 +59,9 @@ def environment(
 
 
 def parameters(
-    profile: ClusterProfile,
-    plan: RunPlan,
-    stage: str,
-    *,
-    run: Path,
-    environment: dict[str, str],
-    comment: str,
-    after: str | None,
+    profile: ClusterProfile, asked: StagePlan, *, name: str, setup: list[str], comment: str, dependency: str | None
 ) -> dict[str, Any]:
-    """submitit's parameters for one stage of the run folder `run`, to start when job `after` is completed."""
-    check_path(run)
-    asked = plan.stages[stage]
+    """submitit's parameters for a job that runs one stage; `setup`: its shell lines before srun."""
     partition = profile.partition(gpu=asked.gpus_per_node > 0)
     extra: dict[str, Any] = {"kill-on-invalid-dep": "yes", "mem": f"{asked.mem_gib}G"}
     extra["requeue" if profile.scheduler and profile.scheduler.requeue else "no-requeue"] = True
@@ -87,10 +79,10 @@ def parameters(
         "exclude": profile.exclude,
         "mail_user": profile.mail_user,
         "mail_type": "END,FAIL" if profile.mail_user else None,
-        "dependency": f"afterok:{after}" if after else None,
+        "dependency": dependency,
     }
     return {
-        "job_name": f"{run.name}.{stage}",
+        "job_name": name,
         "partition": asked.partition,
         "time": asked.time_min,
         "nodes": asked.nodes,
@@ -102,21 +94,50 @@ def parameters(
         "wckey": None,
         **{key: value for key, value in chosen.items() if value is not None},
         "additional_parameters": extra,
-        "setup": setup(profile, environment, run),
+        "setup": setup,
         "teardown": [f". {TEMPLATES}/epilogue.sh"],
         # A rank that crashes must not leave the others hanging; srun of 22.05 does not inherit cpus-per-task.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}", "--open-mode=append"],
     }
 
 
-def guard_parameters(
-    profile: ClusterProfile, *, run: Path, environment: dict[str, str], comment: str, watched: list[str]
+def array(
+    parameters: dict[str, Any], folder: Path, stage: str, indices: Sequence[int], cap: int | None
 ) -> dict[str, Any]:
-    """submitit's parameters for the job of seconds that runs when one of the `watched` jobs ends badly."""
+    """`parameters` for an array: each task's run is linked in `folder` by its index, and its logs lie in that run.
+
+    cap: most tasks at the same time.
+    """
+    check_path(folder)
+    spec = ranges(indices) + (f"%{min(cap, len(indices))}" if cap else "")
+    log = f"{folder}/%a/slurm/{stage}/%A_%a"
+    extra = {**parameters["additional_parameters"], "array": spec, "output": f"{log}_0_log.out"}
+    # The last one counts.
+    srun = [*parameters["srun_args"], "--output", f"{log}_%t_log.out"]
+    return {**parameters, "additional_parameters": extra, "srun_args": srun}
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as Slurm says them: 0-3,7,9-10."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or numbers[i - 1] != number - 1]
+    ends = [i - 1 for i in starts[1:]] + [len(numbers) - 1]
+    pairs = [(numbers[a], numbers[b]) for a, b in zip(starts, ends, strict=True)]
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
+
+
+def small_parameters(
+    profile: ClusterProfile, *, name: str, setup: list[str], comment: str, dependency: str | None
+) -> dict[str, Any]:
+    """submitit's parameters for a guard or feeder: a job of seconds that queues others."""
     partition = profile.partition(gpu=False)
-    chosen = {"account": profile.account, "qos": profile.resolved_qos(gpu=False), "constraint": partition.constraint}
+    chosen = {
+        "account": profile.account,
+        "qos": profile.resolved_qos(gpu=False),
+        "constraint": partition.constraint,
+        "dependency": dependency,
+    }
     return {
-        "job_name": f"{run.name}.guard",
+        "job_name": name,
         "partition": partition.name,
         "time": GUARD_MIN,
         "nodes": 1,
@@ -126,25 +147,40 @@ def guard_parameters(
         "stderr_to_stdout": True,
         "wckey": None,
         **{key: value for key, value in chosen.items() if value is not None},
-        # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
-        "dependency": "?".join(f"afternotok:{job}" for job in watched),
         "additional_parameters": {"kill-on-invalid-dep": "yes", "mem": "1G", "requeue": True},
-        "setup": [*_exports(profile, environment), _enter(run)],
+        "setup": setup,
     }
 
 
 def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> list[str]:
     """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue."""
-    return [*_exports(profile, environment), _enter(run), f". {TEMPLATES}/prologue.sh"]
+    check_path(run)
+    return [*enter(profile, environment, run / "code"), f". {TEMPLATES}/prologue.sh"]
+
+
+def array_setup(
+    profile: ClusterProfile, environment: dict[str, str], runs: Path, folder: Path, *, prepared: bool
+) -> list[str]:
+    """`setup` of an array's task, whose run in `runs` is linked in `folder` by its index.
+
+    prepared: whether Slurm's dependency does not tell that this run's dataset is there, and the task must look.
+    """
+    check_path(folder)
+    link = f'"$(readlink {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID")"'
+    lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
+    if prepared:
+        lines.append('[ -e "$FT_RUN/prepared.json" ] || { echo "ftlib: its dataset was not prepared"; exit 64; }')
+    return [*_exports(profile, environment), *lines, f". {TEMPLATES}/prologue.sh"]
+
+
+def enter(profile: ClusterProfile, environment: dict[str, str], code: Path) -> list[str]:
+    """Shell lines of every job: variables, modules, and into the snapshot of the code."""
+    return [*_exports(profile, environment), f"cd {shlex.quote(str(code))} || exit 1"]
 
 
 def _exports(profile: ClusterProfile, environment: dict[str, str]) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return [*lines, *(f"module load {shlex.quote(module)}" for module in profile.modules)]
-
-
-def _enter(run: Path) -> str:
-    return f"cd {shlex.quote(str(run / 'code'))} || exit 1"
 
 
 def check_path(path: Path) -> None:

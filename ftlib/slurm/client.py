@@ -6,21 +6,24 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ftlib.errors import FtError, Unavailable
 
 TIMEOUT_S = 60
+FIELDS, SEPARATOR = ("%i", "%T", "%r", "%k", "%S"), "\x1f"
+# The longest argument that Linux passes on is 128 KiB.
+MOST_LISTED = 120_000
 
 
-@dataclass(frozen=True)
-class Job:
-    """One job as the scheduler sees it."""
+class Job(NamedTuple):
+    """One job, or one task of an array, as the scheduler sees it."""
 
-    id: str
     state: str  # Slurm's long state name, such as PENDING
     reason: str = ""  # why it is pending, in Slurm's words
     comment: str = ""
+    start: str = ""  # when it began or is thought to begin, in seconds since 1970; N/A where Slurm cannot tell
+    id: str = ""  # of an array's task: ARRAY_INDEX
 
 
 def use(slurm_conf: str | None) -> None:
@@ -36,9 +39,10 @@ def use(slurm_conf: str | None) -> None:
 
 
 def call(*command: str) -> str:
-    """A Slurm command's output. Unavailable when there is no such command or no answer."""
+    """A Slurm command's output, times in seconds since 1970. Unavailable when there is no such command or no answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        said = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=said)
     except FileNotFoundError:
         raise Unavailable(f"{command[0]}: there is no such command here. Is this a login node?") from None
     except subprocess.TimeoutExpired:
@@ -65,21 +69,25 @@ def cluster_name() -> str | None:
     return None
 
 
-def jobs() -> list[Job]:
-    """My jobs that the controller still remembers, finished ones included for a while."""
-    separator = "\x1f"
-    text = call("squeue", "--me", "--noheader", "--states=all", f"--format={separator.join(['%i', '%T', '%r', '%k'])}")
-    return [Job(*line.split(separator)) for line in text.splitlines() if line.count(separator) == 3]
+def jobs(users: Iterable[str] = ()) -> list[Job]:
+    """The jobs of `users` (mine without any) that the controller still remembers, finished ones for a while."""
+    whose = f"--user={','.join(sorted(users))}" if users else "--me"
+    text = call("squeue", whose, "--noheader", "--array", "--states=all", f"--format={SEPARATOR.join(FIELDS)}")
+    rows = (line.split(SEPARATOR) for line in text.splitlines())
+    return [Job(row[1], row[2], row[3], row[4], row[0]) for row in rows if len(row) == len(FIELDS)]
 
 
 def accounted(ids: Iterable[str]) -> list[Job]:
-    """The last known state of `ids` in the accounting database; nothing for those it does not know."""
-    listed = ",".join(ids)
+    """The last known state of `ids` in the accounting database, in one call; nothing for those it does not know."""
+    # An array is asked for as a whole: its tasks would not fit in a command line.
+    listed = ",".join(sorted({job.partition("_")[0] for job in ids}, key=lambda job: (len(job), job)))
     if not listed:
         return []
+    # So many jobs are of many months: the oldest are left out.
+    listed = listed[-MOST_LISTED:].partition(",")[2] if len(listed) > MOST_LISTED else listed
     text = call("sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobID,State")
     rows = (line.split("|") for line in text.splitlines())
-    return [Job(row[0], row[1].split(" ")[0]) for row in rows if len(row) == 2]
+    return [Job(row[1].split(" ")[0], id=row[0]) for row in rows if len(row) == 2]
 
 
 def cancel(ids: Iterable[str]) -> None:

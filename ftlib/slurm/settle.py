@@ -166,7 +166,7 @@ def _found(code: int, outcome: tuple[int, str] | None, logs: dict[int, str], sta
 
 def _logs(run: Path, stage: str, life: int, job: str, folder: Path) -> dict[int, str]:
     """The end of what each rank wrote in this life; the first one's also has srun's and the shell's words."""
-    starts, found = _log_starts(run, stage, life), {}
+    starts, found = log_starts(run, stage, life), {}
     for path in folder.glob(f"{job}_*_log.out"):
         rank = path.name.removeprefix(f"{job}_").removesuffix("_log.out")
         if rank.isdigit():
@@ -182,7 +182,7 @@ def _node_of(rank: int) -> str:
     return nodes[rank // int(each)] if each.isdigit() and rank // int(each) < len(nodes) else here
 
 
-def _log_starts(run: Path, stage: str, life: int) -> dict[str, int]:
+def log_starts(run: Path, stage: str, life: int) -> dict[str, int]:
     """Where this life's part of each rank's appended log begins: the prologue wrote it down as name:bytes."""
     words = (run / "lives" / f"{stage}-{life}").read_text(encoding="utf-8").split()
     pairs = (word.rpartition(":") for word in words[3:])

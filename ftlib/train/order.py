@@ -1,14 +1,11 @@
-"""In which order rows are read, and for how many steps."""
+"""In which order rows are read."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
-
-from ftlib.spec import TrainSpec
 
 
 class Order(Sampler[int]):
@@ -31,11 +28,3 @@ class Order(Sampler[int]):
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
             yield from torch.randperm(self._rows, generator=generator)[:left].tolist()
             left, epoch = left - self._rows, epoch + 1
-
-
-def total_steps(train: TrainSpec, rows: int) -> int:
-    """Optimizer steps of the training on `rows` packed rows."""
-    if train.steps is not None:
-        return train.steps
-    assert train.epochs is not None
-    return max(1, math.ceil(train.epochs * rows / train.global_batch))

@@ -25,7 +25,6 @@ from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
 from ftlib.train.model import load_base
-from ftlib.train.order import total_steps
 from ftlib.train.starting import StartTimes
 from ftlib.train.tracking import Tracking
 from ftlib.train.trainer import FineTuner
@@ -44,7 +43,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
     if not len(train_rows):
         raise InputError(f"{dataset / 'train'}: the dataset has no rows")
-    total = total_steps(spec.train, len(train_rows))
+    total = spec.train.total_steps(len(train_rows))
     device = prepare_process(spec, plan)
     arguments = training_arguments(spec, plan, total, run.checkpoints)
     first = ranks.rank() == 0

@@ -67,6 +67,7 @@ class Tracking:
             entity=tracking.entity,
             id=run.name,
             name=run.name,
+            group=run.provenance().get("sweep"),
             resume="allow",
             dir=str(run.path),
             config=run.spec().model_dump(mode="json"),

@@ -12,16 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 from ftlib import checkpoint, outcome
 from ftlib.errors import RUN_AGAIN, Interrupted
+from ftlib.metrics import GPU_EVERY_S, GPU_IDLE_BELOW
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 
-EVERY_S = 5.0
-IDLE_BELOW = 5  # % of the time in which some kernel ran
 CAUSE = "idle GPU"
 
 
@@ -39,8 +37,8 @@ class GpuWatch:
 
     def __init__(
         self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, stage: str = "train", rank: int = 0,
-        limit_min: float | None = None, nvml: Any = None,
-        every_s: float = EVERY_S, hang_s: float = 120.0, end: Callable[[int], Any] = os._exit,
+        limit_min: float | None = None, nvml: Any = None, every_s: float = GPU_EVERY_S, hang_s: float = 120.0,
+        end: Callable[[int], Any] = os._exit,
     ) -> None:  # fmt: skip
         """uuid: the GPU's, as torch tells it. nvml: the pynvml module, or one that answers like it."""
         self._run, self._life, self._stop, self._stage, self._rank = run, life, stop, stage, rank
@@ -79,7 +77,7 @@ class GpuWatch:
                     print(f"GPU use is no longer watched: {error}", flush=True)
                     return
                 now = time.monotonic()
-                if share >= IDLE_BELOW:
+                if share >= GPU_IDLE_BELOW:
                     busy_at, asked = now, False
                 elif self._act_after_s is None or now - busy_at < self._act_after_s:
                     continue
@@ -124,15 +122,3 @@ class GpuWatch:
         if self._rank == 0:
             outcome.write(self._run.outcomes, outcome.Outcome(self._stage, self._life, RUN_AGAIN, words))
         self._end(RUN_AGAIN)
-
-
-def idle_hours(run: Path) -> float:
-    """GPU-hours in which this run's GPUs did nothing, by the samples of gpu*.jsonl."""
-    idle = 0
-    for path in run.glob("gpu*.jsonl"):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                idle += json.loads(line)["utilization"] < IDLE_BELOW
-            except (ValueError, KeyError, TypeError):
-                continue
-    return idle * EVERY_S / 3600

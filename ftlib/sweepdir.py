@@ -1,0 +1,98 @@
+"""SweepDir: where a sweep is kept, runs/sweeps/<sweep>-<recipe>-<hash>/. Its points are runs like any other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftlib import atomic, outcome
+from ftlib.errors import InputError, nearest
+from ftlib.profile import ClusterProfile
+from ftlib.rundir import NAME, RunDir, claim
+from ftlib.sweep import Point, SweepSpec
+
+FOLDER = "sweeps"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What sweep.json holds: the file as it was, the words it was asked with, each point, where they run."""
+
+    spec: SweepSpec
+    said: dict[str, str]
+    points: dict[str, Point]  # run -> swept field -> value
+    profile: ClusterProfile
+    cache: Path
+
+
+class SweepDir:
+    """Paths of a sweep. Making one touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.file = path / "sweep.json"
+        self.events = path / "events"
+        self.arrays = path / "arrays"  # a folder per array, in it a link per task: <index> -> its run
+        self.code = path / "code"  # a link to the snapshot of the last submit
+        self.datasets = path / "datasets"  # a file per dataset: the name of the run that prepares it
+        self.csv_file = path / "report.csv"
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.path.parent.parent
+
+    def read(self) -> Sweep:
+        """The sweep as it was last submitted; InputError when it cannot be read."""
+        try:
+            value = json.loads(self.file.read_text(encoding="utf-8"))
+            spec, profile = SweepSpec.model_validate(value["spec"]), ClusterProfile.model_validate(value["profile"])
+            return Sweep(spec, value["said"], dict(value["points"]), profile, Path(value["cache"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.file}: is no sweep of this version ({str(error).splitlines()[0]})") from None
+
+    def write(self, sweep: Sweep) -> None:
+        """Commit it; the folder is made."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        spec, profile = sweep.spec.model_dump(mode="json", exclude_none=True), sweep.profile.model_dump(mode="json")
+        value = {"spec": spec, "said": sweep.said, "profile": profile, "cache": str(sweep.cache)}
+        atomic.write_json(self.file, {**value, "points": sweep.points})
+
+    def members(self) -> list[RunDir]:
+        """The points' runs that are there, in the sweep's order."""
+        return [run for name in self.read().points if (run := RunDir(self.runs / name)).spec_file.exists()]
+
+    def claim(self) -> contextlib.AbstractContextManager[None]:
+        """Be the only process that queues points of this sweep."""
+        return claim(self.path, f"sweep {self.name}")
+
+
+def every(runs: Path) -> list[SweepDir]:
+    """All sweeps, oldest first."""
+    found = [path.parent for path in (runs / FOLDER).glob("*/sweep.json") if NAME.fullmatch(path.parent.name)]
+    return [SweepDir(path) for path in sorted(found, key=lambda path: (path / "sweep.json").stat().st_mtime)]
+
+
+def find(runs: Path, said: str) -> SweepDir:
+    """The sweep of that name, or the only one of that sweep file; InputError lists what there is."""
+    known = {sweep.name: sweep for sweep in every(runs)}
+    of_file = [name for name, sweep in known.items() if sweep.read().said.get("SWEEP") == said]
+    if said in known or len(of_file) == 1:
+        return known[said if said in known else of_file[0]]
+    if of_file:
+        raise InputError(f"SWEEP: {said!r} was submitted in {len(of_file)} ways; say which: {', '.join(of_file)}")
+    listed = f" Sweeps here: {', '.join(list(known)[-10:])}." if known else f" There are no sweeps in {runs} yet."
+    raise InputError(f"SWEEP: there is no sweep {said!r}.{listed}{nearest(said, known)}")
+
+
+def share_prepared(run: RunDir, siblings: Iterable[RunDir]) -> None:
+    """Give the dataset that `run` has prepared to its siblings, whose own prepare stage is done by that."""
+    text = run.prepared_file.read_text(encoding="utf-8")
+    for sibling in siblings:
+        if sibling.path.exists() and not sibling.stage_done("prepare"):
+            atomic.write_text(sibling.prepared_file, text)
+            # Life 0: none of its own.
+            outcome.write(sibling.outcomes, outcome.Outcome("prepare", 0, 0, f"prepared by {run.name}"))

@@ -1,0 +1,129 @@
+"""`logs`: what the newest life of a run wrote; with --follow every life after it, too, of every stage, to the end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftlib import rundir, state
+from ftlib.errors import DONE, InputError, unknown
+from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import queue, settle
+from ftlib.state import ACTIVE, Journal
+from jobs.look import see
+from jobs.wish import RUNS
+
+EVERY_S = 0.5
+# How often a followed run's state is asked for; its own files tell most ends at once.
+ASK_S = 10.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One life's part of the log of its first rank: from byte `start` on. Life 0: the job ended before a life began."""
+
+    stage: str
+    life: int
+    path: Path
+    start: int = 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """Print the newest life's log, or that of a stage; Ctrl-C ends the following."""
+    run = rundir.find(RUNS, options.run)
+    if options.stage and options.stage not in STAGES:
+        raise InputError(unknown("STAGE", options.stage, STAGES))
+    wanted = (options.stage,) if options.stage else STAGES
+    if options.follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            _follow(run, wanted)
+    elif part := newest(run, wanted):
+        _show(part, part.start)
+    else:
+        print(f"{run.name}: no log yet. {_now(run, wanted)[1]}".rstrip())
+    return DONE
+
+
+def _follow(run: RunDir, wanted: tuple[str, ...]) -> None:
+    shown: Part | None = None
+    at, asked = 0, 0.0
+    goes_on, words = True, ""
+    while True:
+        if time.monotonic() - asked > ASK_S or all(run.stage_done(stage) for stage in wanted):
+            asked = time.monotonic()
+            before = words
+            goes_on, words = _now(run, wanted)
+            if goes_on and shown is None and words != before:
+                print(f"{run.name}: no log yet. {words}", file=sys.stderr)
+        part = newest(run, wanted)
+        if shown:
+            at = _show(shown, at, heading=False)
+        if part and part != shown:
+            # Lives of one job append to one file.
+            at = _show(part, at if shown and shown.path == part.path else part.start)
+            shown = part
+        if not goes_on:
+            print(f"{run.name}: {words}", file=sys.stderr)
+            return
+        time.sleep(EVERY_S)
+
+
+def newest(run: RunDir, wanted: tuple[str, ...]) -> Part | None:
+    """The part of the life that began last, of the stages `wanted`; None before any log is there."""
+    known = state.journal(run)
+    began = []
+    for order, stage in enumerate(wanted):
+        for path in run.lives.glob(f"{stage}-*"):
+            life, said = int(path.name.rpartition("-")[2]), path.read_text(encoding="utf-8").split()
+            if len(said) > 2:  # else it is being written
+                began.append((int(said[2]), order, life, f"{_job(known, stage, life, said)}_0_log.out"))
+    if began:
+        _, order, life, name = max(began)
+        path = run.slurm / wanted[order] / name
+        start = settle.log_starts(run.path, wanted[order], life).get(name, 0)
+        return Part(wanted[order], life, path, start) if path.exists() else None
+    logs = [path for stage in wanted for path in (run.slurm / stage).glob("*_log.out")]
+    path = max(logs, key=lambda path: path.stat().st_mtime, default=Path())
+    return Part(path.parent.name, 0, path) if logs else None
+
+
+def _job(known: Journal, stage: str, life: int, said: list[str]) -> str:
+    """The job as its log's name has it: a foreground life's own file names the process that started the job."""
+    if said[1] != "local":
+        return said[0]
+    mine = (e for e in known.log if e["event"] == "submitted" and e["stage"] == stage)
+    return next((str(e["job_id"]) for e in mine if e.get("after_life") == life - 1), said[0])
+
+
+def _show(part: Part, start: int, *, heading: bool = True) -> int:
+    """Print what the log holds from byte `start` on; returns where it ends."""
+    if heading:
+        sys.stdout.flush()
+        words = f"{part.stage}, life {part.life}" if part.life else f"{part.stage}, before its first life"
+        print(f"==> {words}: {part.path}", file=sys.stderr, flush=True)
+    with part.path.open("rb") as file:
+        # A file that is shorter now was replaced by a copy's, or truncated by hand.
+        file.seek(min(start, file.seek(0, 2)))
+        sys.stdout.buffer.write(file.read())
+        sys.stdout.buffer.flush()
+        return file.tell()
+
+
+def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether more may come in one of the stages, and the state of the last that is not done."""
+    (seen,) = see([run], fresh=False)
+    open_stages = [stage for stage in wanted if seen.stages[stage].state != "completed"]
+    if not open_stages:
+        return False, "completed"
+    first = seen.stages[open_stages[0]]
+    job = seen.answer.jobs.get(first.job_id or "")
+    words = queue.why_waits(job, time.time()) if first.state == "queued" and job else first.words
+    # Where nobody could requeue it, the guard will.
+    guard = seen.answer.jobs.get(seen.known.jobs.get("guard", ""))
+    guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE
+    goes_on = first.state in ACTIVE or (guarded and first.state == "failed")
+    return goes_on, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")

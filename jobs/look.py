@@ -1,0 +1,196 @@
+"""Commands that look at runs and change nothing: status, why, verify. One question to each cluster's scheduler."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import getpass
+import hashlib
+import json
+import pwd
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from ftlib import rundir, state, sweepdir
+from ftlib.errors import DONE, InputError
+from ftlib.report.board import board
+from ftlib.report.plan import console
+from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
+from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import client, queue
+from ftlib.slurm.queue import Answer
+from ftlib.state import ACTIVE, StageState
+from jobs.wish import RUNS
+
+REDRAW_S = 2.0
+
+
+def look(runs: Iterable[RunDir]) -> dict[str, dict[str, StageState]]:
+    """Every run's stages, now."""
+    return {seen.run.name: seen.stages for seen in see(runs)}
+
+
+def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
+    """Every run, with one question to each cluster's scheduler.
+
+    Without `fresh` an answer as old as the site's least poll interval will do, and one that does not come is no error.
+    """
+    by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
+    found, me = [], getpass.getuser()
+    for run in runs:
+        seen, provenance = _from_files(run, me)
+        found.append(seen)
+        site = provenance["profile"].get("scheduler")
+        if site is None:
+            alive = seen.place != "copy" and writer(run) is not None
+            seen.stages = state.stages(seen.known, None, alive=alive)
+        else:
+            by_cluster[site.get("slurm_conf")].append((seen, provenance))
+    for conf, members in by_cluster.items():
+        jobs = {job for seen, _ in members for stage, job in seen.known.jobs.items()
+                if stage in STAGES and not seen.known.done(stage)}  # fmt: skip
+        answer = Answer({})
+        if jobs:
+            client.use(conf)
+            least_s = max(said["profile"]["scheduler"].get("poll_interval_s", 0) for _, said in members)
+            users = {said.get("user", "") for _, said in members} & {user.pw_name for user in pwd.getpwall()}
+            users = users if users - {me} else set()
+            answer = queue.ask(jobs, users=users, kept=None if fresh else kept_answer(conf), least_s=least_s)
+        for seen, _ in members:
+            seen.answer = answer
+            seen.stages = state.stages(seen.known, answer.jobs)
+    return found
+
+
+def kept_answer(slurm_conf: str | None) -> Path:
+    """Where the last answer of a cluster's scheduler to this person is kept."""
+    which = hashlib.sha256((slurm_conf or "").encode()).hexdigest()[:8]
+    return RUNS / f".queue-{getpass.getuser()}-{which}.json"
+
+
+def _from_files(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
+    """A run as its folder tells it, and its provenance."""
+    known, provenance = state.journal(run), run.provenance()
+    place, words = state.elsewhere(run, known, provenance)
+    notes = [words] if words and not all(map(known.done, STAGES)) else []
+    if (user := provenance.get("user")) and user != me:
+        notes.append(f"it belongs to {user}")
+    return Seen(run, known, place, notes), provenance
+
+
+# -- status ------------------------------------------------------------------------------------------------------------
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print every sweep and run, or one; with --watch until nothing of it is queued or running."""
+    if options.run and options.sweep:
+        raise InputError("status: RUN and SWEEP exclude each other; say one of them")
+    if not options.watch:
+        rows, sweeps, seen = _rows(options)
+        print(_json(rows, sweeps, seen)) if options.json else _print(rows, sweeps, seen)
+        return DONE
+    try:
+        return _watch(options)
+    except KeyboardInterrupt:
+        return DONE
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from rich.live import Live
+
+    out = console()
+    before = ""
+    with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
+        while True:
+            rows, sweeps, seen = _rows(options)
+            if out.is_terminal and not options.json:
+                # What is at work stands first: a screen has no room for all.
+                rows.sort(key=lambda one: one.state not in ACTIVE)
+                live.update(_board(rows, sweeps, seen, out.width), refresh=True)
+            elif (now := _json(rows, sweeps, seen)) != before:
+                before = now
+                print(now, flush=True) if options.json else _print(rows, sweeps, seen)
+            if not ({one.state for one in rows} & {*ACTIVE} or {one.state for one in sweeps} & {*ACTIVE}):
+                return DONE
+            time.sleep(REDRAW_S)
+
+
+def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[Seen]]:
+    """What to show: one run; one sweep with its runs; or all sweeps, each in a line, and the other runs."""
+    gc.disable()  # It would walk over what was read, again and again: a third of the time where runs are thousands.
+    if options.run:
+        chosen, sweeps = [rundir.find(RUNS, options.run)], []
+    elif options.sweep:
+        sweeps = [sweepdir.find(RUNS, options.sweep)]
+        chosen = sweeps[0].members()
+    else:
+        chosen, sweeps = rundir.every(RUNS), sweepdir.every(RUNS)
+    seen, now = see(chosen, fresh=False), datetime.datetime.now(datetime.timezone.utc)
+    gc.enable()
+    by_name = {one.run.name: one for one in seen}
+    lines, collapsed = [], set[str]()
+    for sweep in sweeps:
+        points = sweep.read().points
+        lines.append(sweep_row(sweep.name, [by_name[run] for run in points if run in by_name], now))
+        collapsed |= set() if options.sweep else points.keys()
+    return [row(one, now) for one in seen if one.run.name not in collapsed], lines, seen
+
+
+def _json(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> str:
+    answers = [one.answer for one in seen if one.answer.asked]
+    value = {
+        "asked": min((answer.asked for answer in answers), default=None),
+        "trouble": next((one.answer.trouble for one in seen if one.answer.trouble), ""),
+        "runs": [dataclasses.asdict(one) for one in rows],
+        "sweeps": [dataclasses.asdict(one) for one in sweeps],
+    }
+    return json.dumps(value, indent=1)
+
+
+def _board(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], width: int) -> RenderableType:
+    oldest = min((one.answer for one in seen if one.answer.jobs), key=lambda answer: answer.asked, default=Answer({}))
+    return board(rows, sweeps, oldest, width=width)
+
+
+def _print(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> None:
+    if not rows and not sweeps:
+        print("No runs yet. `make submit` makes one.")
+        return
+    out = console()
+    out.print(_board(rows, sweeps, seen, out.width))
+
+
+# -- why, verify -------------------------------------------------------------------------------------------------------
+
+
+def why(options: argparse.Namespace) -> int:
+    """Print what happened in each life of a run, and what to do now."""
+    from ftlib.report import plan, why
+
+    (seen,) = see([rundir.find(RUNS, options.run)], fresh=False)
+    why.print_why(seen, plan.console())
+    return DONE
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check every checkpoint of a run; 1 when one is damaged."""
+    from ftlib.report import plan, why
+
+    return DONE if why.print_verify(rundir.find(RUNS, options.run), plan.console()) else 1
+
+
+def writer(run: RunDir) -> int | None:
+    """Process id of the foreground process that works on the run on this machine."""
+    try:
+        host, _, pid = (run.path / "writer").read_text(encoding="utf-8").strip().partition(" ")
+    except FileNotFoundError:
+        return None
+    return int(pid) if host == socket.gethostname() and pid.isdigit() and rundir.alive(int(pid)) else None

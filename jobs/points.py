@@ -1,0 +1,177 @@
+"""What each point of a sweep still needs, and how the needs are put into as few arrays as the site's limits allow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftlib import atomic, state
+from ftlib.plan.plan import RunPlan, StagePlan
+from ftlib.profile import ClusterProfile
+from ftlib.rundir import STAGES, RunDir
+from ftlib.spec import RunSpec
+from ftlib.state import ACTIVE, Journal
+from ftlib.sweepdir import SweepDir, share_prepared
+from jobs import guard
+
+View = dict[str, tuple[str, str]]  # job id -> (Slurm's state, its reason)
+
+
+def active(view: View, job: str) -> bool:
+    """Whether the job is queued or running."""
+    return state.SLURM_STATES.get(view.get(job, ("", ""))[0]) in ACTIVE
+
+
+@dataclass(frozen=True)
+class Need:
+    """A point whose `stages` are to be queued, in order."""
+
+    run: Path
+    stages: tuple[str, ...]
+    plan: RunPlan
+    dataset: str  # points with the same one share a dataset
+    prepare: str | None = None  # the job that is preparing its dataset
+    prepared_by: Path | None = None  # the run whose job that is, or will be
+    before: str | None = None  # else the active job of its own after which the first stage comes
+    behind: tuple[str, ...] = ()  # its jobs that wait for what has failed: to be cancelled
+    automatic: bool = False  # queued again by the feeder, on its own account
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The stages that are tasks of its own; prepare is one job a dataset."""
+        return tuple(stage for stage in self.stages if stage != "prepare")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Points that go through the same arrays, each under its index."""
+
+    needs: dict[int, Need]
+    stages: tuple[str, ...]  # without prepare
+
+    def asked(self, stage: str) -> StagePlan:
+        """What the array of a stage asks for: as much as the most demanding of its points."""
+        plans = [need.plan.stages[stage] for need in self.needs.values() if stage in need.stages]
+        return plans[0].model_copy(
+            update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min")}
+        )
+
+
+def dataset_key(spec: RunSpec, provenance: dict[str, Any], code: Path) -> str:
+    """All that decides a dataset, as far as it is known before the tokenizer is read."""
+    parts: list[Any] = [spec.data.model_dump(mode="json"), spec.tokens.add, spec.model.revision]
+    parts += [spec.evaluate.pairs, spec.method.prompted, str(code)]
+    parts += [provenance[name] for name in ("data_digest", "data_path", "model_path", "cache")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
+    """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
+
+    known: what its folder says.
+
+    by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
+    are kept in `told`, for a dataset's one job is many points').
+    """
+    found = state.stages(known, view)
+    first = next((stage for stage in STAGES if found[stage].state not in ("completed", *ACTIVE)), None)
+    if first is None:
+        return "completed" if state.overall(found) == "completed" else "on its way"
+    job = found[first].job_id
+    if job and by == "feeder":
+        whose = run.path.parent / state.submission(run, first).get("prepared_by", run.name)
+        if whose not in told:
+            told[whose] = guard.why_not(RunDir(whose), view)
+        if words := told[whose]:
+            return words
+    elif job and by == "sweep" and state.overall(found) == "cancelled":
+        return "cancelled"
+    position = STAGES.index(first)
+    before = [name for name in STAGES[:position] if found[name].state in ACTIVE]
+    waits = found[before[-1]].job_id if before else None
+    return Need(
+        run.path,
+        tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
+        RunPlan.model_validate(run.plan()),
+        dataset_key(run.spec(), run.provenance(), run.code.resolve()),
+        prepare=waits if before == ["prepare"] else None,
+        before=waits if before != ["prepare"] else None,
+        behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),
+        automatic=by == "feeder" and job is not None,
+    )
+
+
+def fitting(needs: Sequence[Need], free: float) -> list[Need]:
+    """The first of `needs` that `free` jobs of room hold, each dataset's prepare job counted once."""
+    datasets: set[str] = set()
+    for number, need in enumerate(needs):
+        free -= len(need.tasks) + ("prepare" in need.stages and need.dataset not in datasets)
+        if free < 0:
+            return list(needs[:number])
+        datasets.add(need.dataset)
+    return list(needs)
+
+
+def chunks(needs: Iterable[Need], profile: ClusterProfile) -> list[Chunk]:
+    """As few chunks as resource shapes and MaxArraySize allow; points that follow an array keep its indices."""
+    assert profile.scheduler
+    most = profile.scheduler.max_array_size
+    groups: dict[Any, list[Need]] = {}
+    for need in needs:
+        shapes = tuple(_shape(need.plan, stage) for stage in need.tasks)
+        groups.setdefault((need.tasks, (need.before or "").partition("_")[0], shapes), []).append(need)
+    found = []
+    for (stages, follows, _), members in groups.items():
+        if follows:
+            indexed = {int((need.before or "").partition("_")[2] or 0): need for need in members}
+            found.append(Chunk(dict(sorted(indexed.items())), stages))
+        else:
+            parts = [members[start : start + most] for start in range(0, len(members), most)]
+            found += [Chunk(dict(enumerate(part)), stages) for part in parts]
+    return found
+
+
+def _shape(plan: RunPlan, stage: str) -> tuple[Any, ...]:
+    """What must be equal in one array. Of memory and time the order of magnitude: an array asks for the most."""
+    asked = plan.stages[stage].model_dump(exclude={"estimate_min", "mem_gib", "time_min"})
+    near = [math.ceil(math.log2(getattr(plan.stages[stage], name))) for name in ("mem_gib", "time_min")]
+    return *asked.values(), *near, plan.device, plan.threads, plan.deterministic
+
+
+def share_datasets(sweep: SweepDir, needs: Iterable[Need], view: View) -> list[Need]:
+    """`needs` in which each dataset is prepared by one point alone, or by none where that was done before."""
+    found, siblings = [], dict[Path, list[str]]()
+    sweep.datasets.mkdir(exist_ok=True)
+    for need in needs:
+        if "prepare" not in need.stages:
+            found.append(need)
+            continue
+        file, run = sweep.datasets / need.dataset, RunDir(need.run)
+        other = RunDir(sweep.runs / file.read_text(encoding="utf-8").strip()) if file.exists() else run
+        job = state.submissions(other).get("prepare", "") if other.path != run.path else ""
+        if other.path in siblings:
+            siblings[other.path].append(run.name)
+            found.append(replace(need, stages=need.tasks, prepared_by=other.path))
+        elif other.prepared_file.exists():
+            share_prepared(other, [run])
+            found.append(replace(need, stages=need.tasks))
+        elif active(view, job):
+            siblings[other.path] = [run.name]
+            found.append(replace(need, stages=need.tasks, prepare=job, prepared_by=other.path))
+        else:
+            atomic.write_text(file, run.name)
+            siblings[run.path] = []
+            found.append(replace(need, prepared_by=run.path))
+    for path, names in siblings.items():
+        run = RunDir(path)
+        known = [sibling.name for sibling in run.siblings()]
+        atomic.write_text(run.siblings_file, "\n".join(dict.fromkeys([*known, *names])))
+        # It may have ended in between: its job reads the siblings after it has written this file.
+        if run.prepared_file.exists():
+            share_prepared(run, run.siblings())
+    return found

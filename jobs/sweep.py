@@ -1,0 +1,282 @@
+"""`sweep`, and `cancel`, `resume` and `report` of one: many runs from one file, each a run like any other."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ftlib import atomic, rundir, state, sweepdir
+from ftlib import sweep as sweeps
+from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
+from ftlib.profile import ClusterProfile
+from ftlib.rundir import STAGES, RunDir
+from ftlib.sweep import SweepSpec
+from ftlib.sweepdir import FOLDER, Sweep, SweepDir
+from jobs import submit
+from jobs import wish as wishes
+from jobs.points import Need, dataset_key, need_of, share_datasets
+from jobs.wish import RUNS, Wish
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Queue the points that are missing or failed, or run them here one after the other."""
+    spec = sweeps.load(wishes.SWEEPS, options.sweep)
+    points = _points(options, spec)
+    first = next(iter(points.values()))
+    known = [name for name in points if (RUNS / name / "spec.json").exists()]
+    place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
+    _print_summary(place.name, spec, points, len(known))
+    fields = {name: _fields(wish, spec) for name, wish in points.items()}
+    asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, fields, first.profile, first.cache)
+    before = place.read() if place.file.exists() else None
+    if before and (before.spec, before.points) != (asked.spec, asked.points):
+        _print_difference(before, asked)
+    if options.dry_run:
+        return _dry_run(place, spec, {name: wish for name, wish in points.items() if name not in known})
+    submit.check_ready(first)
+    _check_known(points, known)
+    new = [wish for name, wish in points.items() if name not in known]
+    if new:
+        need = sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in new) + submit.SPARE_BYTES
+        atomic.require_space(RUNS, need, f"the {len(new)} new runs of {place.name}")
+    place.path.mkdir(parents=True, exist_ok=True)
+    with place.claim():
+        _make_runs(place, points)
+        place.write(asked)
+        return _go(place, by="sweep")
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Queue what is missing of a sweep, what was cancelled, too."""
+    place = sweepdir.find(RUNS, options.sweep)
+    with place.claim():
+        return _go(place, by="resume")
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """End every job of a sweep."""
+    place = sweepdir.find(RUNS, options.sweep)
+    if place.read().profile.scheduler is None:
+        raise InputError(f"{place.name} runs in the foreground of the terminal that began it; Ctrl-C there saves it")
+    from jobs import arrays
+
+    with place.claim():
+        count = arrays.cancel(place)
+    print(f"{place.name}: cancelled {count} points." if count else f"{place.name}: nothing is queued or running.")
+    if count:
+        print(f"make resume SWEEP={place.name} would go on.")
+    return DONE
+
+
+def report(options: argparse.Namespace) -> int:
+    """Print the points by their score; write the table as CSV and the plot as PNG and SVG."""
+    from ftlib.report import sweep as pages
+    from jobs.look import look
+
+    place = sweepdir.find(RUNS, options.sweep)
+    members = place.members()
+    undone = [run for run in members if not run.evaluation_file.exists()]
+    try:
+        found = look(undone)
+    except Unavailable as error:
+        print(f"The scheduler does not answer, so the others' states are not known: {error}", file=sys.stderr)
+        found = {}
+    rows = pages.rows(place, found)
+    if options.json:
+        print(json.dumps([row.as_json() for row in rows], indent=1))
+        return DONE
+    pages.print_rows(place, rows)
+    pages.write_csv(place.csv_file, rows)
+    drawn = pages.draw(place, rows)
+    for file in [place.csv_file, *drawn]:
+        print(os.path.relpath(file))
+    return DONE
+
+
+def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
+    """Each point's wish by its run's name; InputError when they are too many or any is wrong."""
+
+    def make(points: tuple[sweeps.Point, ...]) -> list[Wish]:
+        return wishes.make_all(
+            model=options.model, data=options.data, cluster=options.cluster, settings=options.set, points=points
+        )
+
+    count = spec.count()
+    if count > 100:  # Before thousands are made: whether there may be so many, and whether the first is right.
+        (first,) = make((_first(spec),))
+        most = first.profile.scheduler.max_points if first.profile.scheduler else 10_000
+        if count > most:
+            hours, minutes = first.plan.gpu_hours, _minutes(first)
+            cost = f", about {hours * count:,.0f} GPU-hours" if hours else ""
+            time = f" and {minutes * count / 1440:,.0f} days of work, one after the other" if minutes else ""
+            raise InputError(
+                f"sweep {options.sweep}: {count:,} points ({_product(spec)}){cost}{time}; cluster {first.profile.name} "
+                f"allows {most:,} (scheduler.max_points). Take fewer values, or random with so many points"
+            )
+    made = make(spec.points())
+    found = {wish.name: wish for wish in made}
+    if len(found) < len(made):
+        print(f"{len(made) - len(found)} of the {len(made)} points are the same run as another; each is run once.")
+    return found
+
+
+def _first(spec: SweepSpec) -> sweeps.Point:
+    if spec.grid is not None:
+        return {field: values[0] for field, values in spec.grid.items()}
+    return spec.points()[0] if spec.random is None else spec.model_copy(
+        update={"random": spec.random.model_copy(update={"points": 1})}
+    ).points()[0]  # fmt: skip
+
+
+def _product(spec: SweepSpec) -> str:
+    if spec.grid is not None:
+        return " × ".join(f"{len(values)} {field}" for field, values in spec.grid.items())
+    return f"{'random' if spec.random else 'listed'} over {', '.join(spec.fields)}"
+
+
+def _minutes(wish: Wish) -> float:
+    return sum(stage.estimate_min or 0 for stage in wish.plan.stages.values())
+
+
+def _hash(wish: Wish) -> str:
+    """Of the words that the sweep was asked with; the file's content may change and it is still the same sweep."""
+    words = {**wish.words, "SET": sorted(shlex.split(wish.words.get("SET", "")))}
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
+    """The swept fields' values as the recipe has them; those that the point leaves as they are, too."""
+    values = wish.spec.model_dump(mode="json")
+    found = {}
+    for field in spec.fields:
+        value = values
+        for part in field.split("."):
+            value = value[part]
+        found[field] = value
+    return found
+
+
+def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: int) -> None:
+    wish = next(iter(points.values()))
+    datasets = {dataset_key(w.spec, _origin(w), Path()) for w in points.values()}
+    print(f"Sweep {name}: {spec.description}" if spec.description else f"Sweep {name}")
+    print(f"  {len(points):,} points ({_product(spec)}), {len(datasets):,} dataset{'s' * (len(datasets) > 1)}")
+    hours, minutes = sum(w.plan.gpu_hours or 0 for w in points.values()), sum(map(_minutes, points.values()))
+    cost = f"about {hours:,.1f} GPU-hours; " if hours else ""
+    longest = max(map(_minutes, points.values()))
+    print(f"  {cost}about {minutes / 60:,.1f} h of work, the longest point {longest:,.0f} min")
+    site = wish.profile.scheduler
+    if site and site.max_jobs:
+        print(f"  the site allows {site.max_jobs:,} jobs at once; what does not fit is queued as room comes")
+    if known:
+        print(f"  {known:,} have a run already; it counts")
+
+
+def _origin(wish: Wish) -> dict[str, str | None]:
+    """What of a wish's provenance decides its dataset."""
+    path = str(wish.data_path) if wish.data_path else None
+    return {"data_digest": wish.data_digest, "data_path": path, "model_path": wish.model.path, "cache": str(wish.cache)}
+
+
+def _print_difference(before: Sweep, now: Sweep) -> None:
+    added, gone = now.points.keys() - before.points.keys(), before.points.keys() - now.points.keys()
+    print("The sweep's file has changed since it was last submitted:")
+    print(f"  {len(added)} points are new, {len(gone)} are no longer in it, {len(now.points) - len(added)} stay")
+    for name in sorted(gone)[:5]:
+        print(f"  gone: {sweeps.words(before.points[name])} (its run stays: {name})")
+    for field in ("metric", "at_once"):
+        old, new = getattr(before.spec, field), getattr(now.spec, field)
+        if old != new:
+            print(f"  {field}: {old} -> {new}")
+
+
+def _check_known(points: dict[str, Wish], known: list[str]) -> None:
+    """A run's folder must be what its name says: folders are moved and copied by hand."""
+    wrong = [name for name in known if RunDir(RUNS / name).spec() != points[name].spec]
+    if wrong:
+        raise InputError(
+            [
+                f"run {name}: its folder holds another run's spec.json (it was moved or copied there?). Move "
+                f"{RUNS / name} away and submit again; nothing was queued"
+                for name in wrong
+            ]
+        )
+
+
+def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
+    """The points' run folders, those that are missing; they share one snapshot of the code."""
+    code = rundir.snapshot(RUNS, wishes.SNAPSHOT)
+    temporary = atomic.temporary_beside(place.code)
+    temporary.symlink_to(os.path.relpath(code, place.path))
+    os.replace(temporary, place.code)
+
+    def create(item: tuple[str, Wish]) -> None:
+        name, wish = item
+        rundir.create(RUNS, name, wishes.files_of(wish, name, sweep=place.name), code)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(create, ((n, w) for n, w in points.items() if not (RUNS / n).exists())))
+
+
+def _go(place: SweepDir, *, by: str) -> int:
+    profile = place.read().profile
+    if not place.members():
+        raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
+    if profile.scheduler is None:
+        return _run_here(place, profile)
+    from jobs import arrays
+
+    print(arrays.feed(place, by=by).words())
+    print(f"Watch it: make status   make report SWEEP={place.name}")
+    return DONE
+
+
+def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
+    """Each point to its end, one after the other; a failed one does not stop the rest, Ctrl-C does."""
+    from jobs import local
+
+    members, points, failed = place.members(), place.read().points, []
+    found = [need_of(run, state.journal(run), {}, by="resume", told={}) for run in members]
+    share_datasets(place, [need for need in found if isinstance(need, Need)], {})
+    for number, run in enumerate(members, 1):
+        print(f"\n== point {number} of {len(members)}: {sweeps.words(points[run.name])} ({run.name})", flush=True)
+        if all(run.stage_done(stage) for stage in STAGES):
+            print("completed before", flush=True)
+            continue
+        with run.claim():
+            code = local.run_stages(run, profile)
+        if code == RUN_AGAIN:
+            return code
+        if code != DONE:
+            failed.append((run.name, code))
+    print(f"\n{len(members) - len(failed)} of {len(members)} points are completed. make report SWEEP={place.name}")
+    for name, _ in failed:
+        print(f"  failed: make why RUN={name}")
+    return failed[0][1] if failed else DONE
+
+
+def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
+    first = next(iter(new.values()), None)
+    if first is None or first.profile.scheduler is None:
+        print("Every point has a run." if first is None else "Without Slurm the points run here, one after the other.")
+        return DONE
+    from ftlib.slurm import client
+    from jobs import arrays
+
+    client.use(first.profile.scheduler.slurm_conf)
+    seen: set[str] = set()
+    needs = []
+    for name, wish in new.items():
+        key = dataset_key(wish.spec, _origin(wish), Path())
+        needs.append(Need(RUNS / name, STAGES if key not in seen else STAGES[1:], wish.plan, key))
+        seen.add(key)
+    for what, script in arrays.preview(place, first.profile, needs, spec.at_once, first.cache):
+        print(f"\n===== {what} =====\n{script.rstrip()}")
+    print("\nDry run: nothing was queued.")
+    return DONE

@@ -1,0 +1,536 @@
+"""Sweeps: what a file expands to, how the points are queued within a site's limits, and what is queued again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftlib import events, outcome, state, sweep
+from ftlib.errors import InputError
+from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import batch
+from ftlib.sweep import SweepSpec
+from ftlib.sweepdir import SweepDir, share_prepared
+from tests.array_shims import ACTIVE, Login, quick_python
+from tests.wishes import CHECKOUT, copied_checkout, jobs
+
+TASKS = STAGES[1:]
+
+# -- what a file stands for --------------------------------------------------------------------------------------------
+
+
+def spec(**fields: Any) -> SweepSpec:
+    return SweepSpec.model_validate(fields)
+
+
+def test_a_grid_is_every_combination_the_last_field_fastest() -> None:
+    grid = spec(grid={"optim.lr": [1e-4, 1e-3], "method.rank": [8, 16]})
+    assert grid.points() == (
+        {"optim.lr": 1e-4, "method.rank": 8},
+        {"optim.lr": 1e-4, "method.rank": 16},
+        {"optim.lr": 1e-3, "method.rank": 8},
+        {"optim.lr": 1e-3, "method.rank": 16},
+    )
+    assert grid.count() == 4
+
+
+def test_random_points_repeat_with_the_seed_differ_from_each_other_and_stay_inside() -> None:
+    fields = {"optim.lr": {"log": [1e-5, 1e-3]}, "method.rank": [8, 16], "train.seed": {"integers": [1, 3]},
+              "method.dropout": {"uniform": [0.0, 0.2]}}  # fmt: skip
+    drawn = [spec(random={"points": 200, "seed": seed, "fields": fields}).points() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(point.values()) for point in drawn[0]}) == 200
+    rates = [point["optim.lr"] for point in drawn[0]]
+    assert min(rates) >= 1e-5 and max(rates) <= 1e-3
+    # Uniform in the logarithm: half of them below the geometric middle.
+    assert 60 < sum(rate < 1e-4 for rate in rates) < 140
+    assert {point["method.rank"] for point in drawn[0]} == {8, 16}
+    assert {point["train.seed"] for point in drawn[0]} == {1, 2, 3}
+
+
+def test_a_small_space_gives_what_it_has() -> None:
+    few = spec(random={"points": 10, "fields": {"method.rank": [8, 16]}})
+    assert len(few.points()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("grid: {method.ranks: [1]}", ["'method.ranks' is no field", "Did you mean method.rank?"]),
+        ("grid: {rank: [1], lr: [2]}", ["Did you mean method.rank?", "Did you mean optim.lr?"]),
+        ("grid: {}", ["expands to no point"]),
+        ("grid: {method.rank: []}", ["expands to no point", "method.rank has no values"]),
+        ("list: []", ["expands to no point"]),
+        ("description: nothing", ["exactly one of grid, list and random; found none"]),
+        ("{grid: {method.rank: [1]}, list: [{method.rank: 2}]}", ["found grid and list"]),
+        ("{grd: {method.rank: [1]}}", ["grd is no known field", "Did you mean grid?"]),
+        ("random: {points: 0, fields: {optim.lr: {log: [1, 2], uniform: [1, 2]}}}", ["exactly one of choices"]),
+        ("random: {points: 3, fields: {optim.lr: {log: [0, 1]}}}", ["no range of positive numbers"]),
+        ("{grid: {method.rank: [1]}, metric: los, at_once: 0}", ["metric", "at_once"]),
+        ("- a list", ["must hold fields"]),
+        ("grid: [", ["is no valid YAML"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_told_whole(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError) as found:
+        sweep.load(tmp_path, "mine")
+    for word in words:
+        assert word in str(found.value)
+
+
+def test_the_sweeps_that_come_with_it_are_right() -> None:
+    folder = CHECKOUT / "jobs" / "sweeps"
+    assert [sweep.load(folder, path.stem).count() for path in sorted(folder.glob("*.yaml"))] == [24, 40, 5]
+
+
+def test_indices_as_slurm_says_them() -> None:
+    assert batch.ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3,7,9-10"
+    assert batch.ranges([5]) == "5"
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied_checkout(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture
+def file(checkout: Path) -> Callable[..., str]:
+    """Writes a sweep's file; returns its name, each its own."""
+
+    def write(text: str) -> str:
+        name = f"s{len(list((checkout / 'jobs' / 'sweeps').iterdir()))}"
+        (checkout / "jobs" / "sweeps" / f"{name}.yaml").write_text(text)
+        return name
+
+    return write
+
+
+@pytest.fixture
+def login(checkout: Path, tmp_path: Path) -> Login:
+    return fresh(checkout, tmp_path)
+
+
+def fresh(checkout: Path, tmp_path: Path, **limits: str) -> Login:
+    """A login node without runs. Thousands of folders are moved away faster than removed."""
+    if (checkout / "runs").exists():
+        (checkout / "runs").rename(tmp_path / "before")
+    return Login(checkout, tmp_path, **limits)
+
+
+def seeds(count: int, more: str = "") -> str:
+    return f"grid: {{train.seed: [{', '.join(map(str, range(count)))}]}}\n{more}"
+
+
+def swept(login: Login, name: str, *words: str, settings: str = "", **environment: str) -> str:
+    wish = ("--cluster", "local-slurm", "--set", f"tracking.mode=disabled {settings}")
+    done = login.jobs("sweep", "--sweep", name, *wish, *words, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def place(login: Login) -> SweepDir:
+    (found,) = (login.checkout / "runs" / "sweeps").iterdir()
+    return SweepDir(found)
+
+
+def queued(login: Login, *states: str) -> Counter[str]:
+    """Tasks of each stage in one of the states."""
+    queue = login.queue
+    return Counter(queue.arrays[array]["comment"].split(" ")[2] for array, _ in queue.tasks(*(states or ACTIVE)))
+
+
+def run_of(login: Login, array: str, index: str) -> RunDir:
+    nonce = login.queue.arrays[array]["comment"].split(" ")[3]
+    return RunDir(place(login).runs / os.readlink(place(login).arrays / nonce / index).rpartition("/")[2])
+
+
+def complete(login: Login, *arrays: str) -> None:
+    """Let every queued task of the arrays end well."""
+    queue = login.queue
+    for array in arrays:
+        stage = queue.arrays[array]["comment"].split(" ")[2]
+        for index, now in queue.arrays[array]["tasks"].items():
+            if now in ACTIVE:
+                run = run_of(login, array, index)
+                (run.outcomes / f"{stage}-1").write_text("0 done\n")
+                if stage == "prepare":
+                    run.prepared_file.write_text("{}")
+                    share_prepared(run, run.siblings())
+                queue.arrays[array]["tasks"][index] = "COMPLETED"
+    queue.save()
+
+
+def fail(login: Login, array: str, index: str, words: str = "1 it always fails") -> RunDir:
+    """Let a task fail as its epilogue would have it, and what waits for it be cancelled."""
+    queue = login.queue
+    queue.arrays[array]["tasks"][index] = "FAILED"
+    position = list(queue.arrays).index(array)
+    for later in list(queue.arrays)[position + 1 :]:
+        if f"aftercorr:{array}" in queue.arrays[later]["dependency"]:
+            queue.arrays[later]["tasks"][index] = "CANCELLED"
+            array = later
+    queue.save()
+    return run_of(login, array, index)
+
+
+def feeder(login: Login) -> str:
+    """What the feeder's job prints; it is running while it does."""
+    queue = login.queue
+    job = queue.of("feeder")[-1]
+    queue.arrays[job]["tasks"][""] = "RUNNING"
+    queue.save()
+    done = login.python("-m", "jobs.feeder", str(place(login).path))
+    queue = login.queue
+    queue.arrays[job]["tasks"][""] = "COMPLETED"
+    queue.save()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_five_thousand_points_are_a_few_arrays_and_one_prepare_job(login: Login, file: Callable[..., str]) -> None:
+    name = file(
+        "grid:\n  optim.lr: ["
+        + ", ".join(f"{1 + i / 1000}e-4" for i in range(1250))
+        + "]\n  method.rank: [8, 12, 16, 24]\n"
+    )
+    began = time.monotonic()
+    swept(login, name)
+    assert time.monotonic() - began < 60
+    queue = login.queue
+    assert queued(login) == {"prepare": 1, "train": 5000, "export": 5000, "evaluate": 5000, "feeder": 1}
+    assert [len(queue.of(stage)) for stage in STAGES] == [1, 5, 5, 5]  # ⌈5000 / 1001⌉
+    members = place(login).members()
+    assert len(members) == 5000
+    jobs_of = [state.submissions(run) for run in members]
+    for stage in TASKS:
+        assert len({found[stage] for found in jobs_of}) == 5000
+    assert len({found["prepare"] for found in jobs_of}) == 1
+    # Each stage of a run has its own index in the three arrays that wait for each other task by task.
+    assert all(len({found[stage].partition("_")[2] for stage in TASKS}) == 1 for found in jobs_of)
+    first = {stage: queue.arrays[queue.of(stage)[0]]["dependency"] for stage in STAGES}
+    assert first == {
+        "prepare": "",
+        "train": f"afterok:{queue.of('prepare')[0]}_0",
+        "export": f"aftercorr:{queue.of('train')[0]}",
+        "evaluate": f"aftercorr:{queue.of('export')[0]}",
+    }
+    # The same code for all, once.
+    assert len({run.code.resolve() for run in members}) == 1
+    again = swept(login, name)
+    assert "Nothing was queued" in again and "5000 on its way" in again
+    assert queued(login)["train"] == 5000
+
+
+@pytest.mark.parametrize(("most", "points"), [(210, 150), (3000, 1005), (1001, 340)])
+def test_a_site_s_limit_is_never_exceeded_and_the_feeder_queues_the_rest(
+    checkout: Path, tmp_path: Path, file: Callable[..., str], most: int, points: int
+) -> None:
+    login = fresh(checkout, tmp_path, MAX_SUBMIT=str(most))
+    out = swept(login, file(seeds(points)), settings=f"cluster.scheduler.max_jobs={most}")
+    fits = (most - 2) // 3  # three stages a point; one prepare job, one feeder
+    assert f"{points - fits} wait for room" in out
+    for _ in range(math.ceil(points / fits) + 1):
+        assert sum(queued(login).values()) <= most
+        queue = login.queue
+        last = queue.arrays[queue.of("feeder")[-1]]["dependency"] if queued(login)["feeder"] else ""
+        if not queued(login)["train"]:
+            break
+        waits = points - len(place(login).members()) or "wait for room" in out
+        if waits and last:
+            # It wakes when half of the newest points are through, not at the last one's end.
+            newest = queue.of("evaluate")[-1]
+            half = len(queue.arrays[newest]["tasks"]) // 2
+            assert f"afterany:{newest}_{half}" in last
+        complete(login, *(array for stage in STAGES for array in queue.of(stage)))
+        out = feeder(login) if last else ""
+    assert sum(queued(login, "COMPLETED")[stage] for stage in TASKS) == 3 * points
+    assert all(run.stage_done("evaluate") for run in place(login).members())
+    assert queued(login, "COMPLETED")["prepare"] == 1
+    assert len(login.queue.of("train")) == math.ceil(points / ((most - 2) // 3))
+
+
+def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable[..., str]) -> None:
+    queue = login.queue
+    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "",
+                           "tasks": {str(i): "RUNNING" for i in range(98)}}  # fmt: skip
+    queue.save()
+    name = file(seeds(3))
+    out = swept(login, name, settings="cluster.scheduler.max_jobs=100")
+    assert "Nothing was queued" in out and "3 wait for room" in out
+    queue = login.queue
+    assert "begin=now+10minutes" in queue.arrays[queue.of("feeder")[-1]]["script"]
+    queue.arrays["900"]["tasks"] = {}
+    queue.save()
+    assert "train 3" in feeder(login)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_a_killed_submit_leaves_no_orphan_and_no_double(login: Login, file: Callable[..., str], at: int) -> None:
+    name = file(seeds(6))
+    wish = ("sweep", "--sweep", name, "--cluster", "local-slurm", "--set", "tracking.mode=disabled")
+    assert login.jobs(*wish, KILL_AT=str(at)).returncode == -9
+    assert len(login.queue.arrays) == at
+    swept(login, name)
+    assert queued(login) == {"prepare": 1, "train": 6, "export": 6, "evaluate": 6, "feeder": 1}
+    for run in place(login).members():
+        found = state.submissions(run)
+        assert set(found) == {*STAGES}
+        indices = {stage: found[stage].partition("_")[2] for stage in TASKS}
+        assert len(set(indices.values())) == 1
+
+
+def test_only_missing_and_failed_points_are_queued_again(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(8))
+    # A point run by hand counts.
+    alone = login.jobs("submit", "--cluster", "local-slurm", "--set", "tracking.mode=disabled train.seed=2")
+    assert alone.returncode == 0, alone.stderr
+    out = swept(login, name)
+    assert "1 have a run already" in out and "1 on its way" in out
+    assert queued(login)["train"] == 8 and len(login.queue.of("train")) == 2
+    array = login.queue.of("train")[-1]
+    complete(login, login.queue.of("prepare")[-1])
+    run = fail(login, array, "3")
+    events.append(run.events, "train-1-epilogue", "failed", stage="train", life=1, cause="code", words="a bug")
+    (run.lives / "train-1").write_text(f"{array}_3 n1 1 \n")
+    outcome.write(run.outcomes, outcome.Outcome("train", 1, 1, "a bug"))
+    # The feeder leaves alone what the guard's rules have stopped, and the rest on its way.
+    assert "a bug" in feeder(login) and queued(login)["train"] == 7
+    # A person's word counts more.
+    again = swept(login, name)
+    assert "Queued: train 1 in 1 array, export 1 in 1 array, evaluate 1 in 1 array" in again
+    assert queued(login)["train"] == 8 and state.submissions(run)["train"] == f"{login.queue.of('train')[-1]}_0"
+
+
+def test_a_lost_task_is_queued_again_by_the_feeder_within_its_budget(login: Login, file: Callable[..., str]) -> None:
+    swept(login, file(seeds(4)))
+    complete(login, *login.queue.of("prepare"))
+    for _ in range(2):
+        fail(login, login.queue.of("train")[-1], "0" if len(login.queue.of("train")) > 1 else "2")
+        assert "train 1 in 1 array" in feeder(login)
+    fail(login, login.queue.of("train")[-1], "0")
+    assert "3 jobs in a row ended before they began" in feeder(login)
+
+
+def test_a_failed_prepare_job_is_queued_again_for_all_its_points(login: Login, file: Callable[..., str]) -> None:
+    swept(login, file(seeds(5)))
+    queue = login.queue
+    queue.arrays[queue.of("prepare")[0]]["tasks"]["0"] = "FAILED"
+    for stage in TASKS:
+        queue.arrays[queue.of(stage)[0]]["tasks"] = dict.fromkeys(map(str, range(5)), "CANCELLED")
+    queue.save()
+    assert "prepare 1 in 1 array, train 5 in 1 array" in feeder(login)
+    assert len({state.submissions(run)["prepare"] for run in place(login).members()}) == 1
+
+
+def test_a_cancelled_sweep_stays_so_until_it_is_resumed(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(5))
+    swept(login, name)
+    done = login.jobs("cancel", "--sweep", name)
+    assert done.returncode == 0 and "cancelled 5 points" in done.stdout, done.stderr
+    assert not queued(login)
+    assert "5 cancelled" in swept(login, name) and not queued(login)
+    resumed = login.jobs("resume", "--sweep", name)
+    assert resumed.returncode == 0, resumed.stderr
+    assert queued(login)["train"] == 5
+
+
+def test_two_datasets_are_two_prepare_jobs_and_no_point_waits_for_a_failed_one_of_another(
+    login: Login, file: Callable[..., str]
+) -> None:
+    swept(login, file("grid: {data.limit: [100, 200], train.seed: [1, 2, 3]}"))
+    queue = login.queue
+    assert queued(login)["prepare"] == 2 and len(queue.of("prepare")) == len(queue.of("train")) == 1
+    train = queue.arrays[queue.of("train")[0]]
+    assert train["dependency"] == f"afterany:{queue.of('prepare')[0]}" and "prepared.json" in train["script"]
+    assert queue.arrays[queue.of("prepare")[0]]["array"] == "0,3"
+    shutil.rmtree(login.checkout / "runs")
+    login.file.unlink()
+    swept(login, file("grid: {data.limit: [100, 200, 300]}"))
+    queue = login.queue
+    assert queue.arrays[queue.of("train")[0]]["dependency"] == f"aftercorr:{queue.of('prepare')[0]}"
+
+
+def test_at_most_so_many_at_once(login: Login, file: Callable[..., str]) -> None:
+    name = file("grid: {resources.gpus_per_node: [1, 2], train.seed: [1, 2, 3, 4, 5, 6]}\nat_once: 4\n")
+    swept(login, name)
+    queue = login.queue
+    first, second = queue.of("train")  # another shape is another array
+    assert {queue.arrays[array]["array"] for array in (first, second)} == {"0-5%4"}
+    assert queue.arrays[second]["dependency"].endswith(f"afterany:{first}")
+
+
+def test_a_changed_file_says_what_differs(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(4))
+    swept(login, name)
+    (login.checkout / "jobs" / "sweeps" / f"{name}.yaml").write_text("grid: {train.seed: [2, 3, 4]}\nmetric: exact\n")
+    out = swept(login, name)
+    assert "1 points are new, 2 are no longer in it, 2 stay" in out
+    assert "gone: train.seed=" in out and "metric: perplexity -> exact" in out
+    assert queued(login)["train"] == 5
+
+
+def test_a_folder_that_is_another_run_s_is_not_taken_for_the_point(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(3))
+    swept(login, name)
+    first, second, _ = place(login).members()
+    shutil.rmtree(second.path)
+    shutil.copytree(first.path, second.path, symlinks=True)
+    done = login.jobs("sweep", "--sweep", name, "--cluster", "local-slurm", "--set", "tracking.mode=disabled ")
+    assert done.returncode == 64 and f"run {second.name}: its folder holds another run's" in done.stderr
+    assert queued(login)["train"] == 3
+
+
+def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Callable[..., str]) -> None:
+    out = swept(login, file(seeds(7)), "--dry-run")
+    assert [line for line in out.splitlines() if line.startswith("=====")] == [
+        "===== prepare of 1 points =====", *(f"===== {stage} of 7 points =====" for stage in TASKS)
+    ]  # fmt: skip
+    assert "#SBATCH --array=0-6" in out and not (login.checkout / "runs").exists() and not login.file.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "grid: {train.seed: [1, 2], optim.lr: [1.0e-3, 7], method.rank: [0]}",
+            ["optim.lr", "(in 2 of 4 points, first train.seed=1 optim.lr=7 method.rank=0)", "method.rank"],
+        ),
+        (
+            f"grid: {{train.seed: {list(range(200))}, method.rank: {list(range(1, 101))}}}",
+            ["20,000 points (200 train.seed × 100 method.rank)", "days of work", "allows 10,000 (scheduler.max_p"],
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_points_are_refused_before_anything_is_made(
+    login: Login, file: Callable[..., str], text: str, words: list[str]
+) -> None:
+    done = login.jobs("sweep", "--sweep", file(text), "--cluster", "local-slurm")
+    assert done.returncode == 64 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (login.checkout / "runs").exists() and not login.file.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("sweep", "--sweep", "lr-rnk"), "Did you mean lr-rank?"),
+        (("report", "--sweep", "lr-rank"), "There are no sweeps in"),
+        (("cancel",), "RUN= or SWEEP= is missing"),
+        (("sweep",), "--sweep"),
+    ],
+)
+def test_wrong_words_exit_64(login: Login, words: tuple[str, ...], told: str) -> None:
+    done = login.jobs(*words)
+    assert done.returncode == 64 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_slurm_the_points_run_here_one_after_the_other(
+    login: Login, file: Callable[..., str], tmp_path: Path
+) -> None:
+    name, quick = file(seeds(3)), quick_python(tmp_path, 0.1)
+    wish = ("--sweep", name, "--cluster", "local", "--set", f"cluster.python={quick}")
+    # The second point's folder is there beforehand, and its training fails.
+    assert login.jobs("submit", "--cluster", "local", "--set", f"cluster.python={quick} train.seed=1").returncode == 0
+    (failing,) = (login.checkout / "runs").glob("tiny-*")
+    shutil.rmtree(failing / "outcomes")
+    (failing / "outcomes").mkdir()
+    (failing / "fails").touch()
+    done = login.jobs("sweep", *wish)
+    assert done.returncode == 1 and "2 of 3 points are completed" in done.stdout, done.stdout + done.stderr
+    assert f"failed: make why RUN={failing.name}" in done.stdout
+    (failing / "fails").unlink()
+    again = login.jobs("sweep", *wish)
+    assert again.returncode == 0 and again.stdout.count("completed before") == 2, again.stdout + again.stderr
+    members = place(login).members()
+    assert all(run.stage_done("evaluate") for run in members)
+    # The two that the sweep made share what one of them prepared.
+    assert sum((run.lives / "prepare-1").exists() for run in members) == 2
+
+
+def test_a_cancelled_point_leaves_the_dataset_to_the_others(login: Login, file: Callable[..., str]) -> None:
+    swept(login, file(seeds(3)))
+    first, *_ = place(login).members()
+    done = login.jobs("cancel", "--run", first.name)
+    assert done.returncode == 0, done.stderr
+    assert queued(login) == {"prepare": 1, "train": 2, "export": 2, "evaluate": 2, "feeder": 1}
+
+
+def test_a_point_that_another_process_is_queueing_is_left_to_it(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(3))
+    swept(login, name, "--dry-run")
+    words = ("submit", "--cluster", "local-slurm", "--set", "tracking.mode=disabled train.seed=1")
+    alone = login.jobs(*words, KILL_AT="1")
+    assert alone.returncode == -9
+    (run,) = (login.checkout / "runs").glob("tiny-*")
+    (run / "writer").write_text("elsewhere 1")
+    assert "1 another process is queueing it" in swept(login, name)
+    assert queued(login)["train"] == 2
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def scored(login: Login, name: str, scores: list[float | None]) -> list[RunDir]:
+    swept(login, name)
+    members = place(login).members()
+    for run, score in zip(members, scores, strict=True):
+        if score is not None:
+            tuned = {"perplexity": score, "exact": 1 - score / 10, "function": None, "valid_json": 1.0}
+            run.evaluation_file.write_text(json.dumps({"tuned": tuned, "base": tuned}))
+            for stage in STAGES:
+                outcome.write(run.outcomes, outcome.Outcome(stage, 1, 0, "done"))
+    return members
+
+
+def test_the_report_sorts_by_the_metric_and_names_the_best(login: Login, file: Callable[..., str]) -> None:
+    name = file("grid: {optim.lr: [1.0e-4, 1.0e-3], method.rank: [8, 16]}")
+    members = scored(login, name, [1.5, 1.2, None, 1.9])
+    shutil.rmtree(members[3].path)
+    done = login.jobs("report", "--sweep", name, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["run"], row["perplexity"], row["state"]) for row in rows] == [
+        (members[1].name, 1.2, "completed"),
+        (members[0].name, 1.5, "completed"),
+        (members[2].name, None, "queued"),
+        (members[3].name, None, "gone"),
+    ]
+    assert rows[0]["optim.lr"] == 1e-4 and rows[0]["method.rank"] == 16 and "hours" in rows[0]
+    words = login.jobs("report", "--sweep", name).stdout
+    assert "method.rank=16" in words.split("The best again: ")[1]
+    text = (place(login).path / "report.csv").read_text().splitlines()
+    assert text[0].startswith("run,state,optim.lr,method.rank,perplexity") and text[1].startswith(members[1].name)
+
+
+def test_the_plot_is_png_and_svg(login: Login, file: Callable[..., str]) -> None:
+    pytest.importorskip("matplotlib", reason="the training packages are not installed (make setup)")
+    name = file(
+        "list: [{optim.lr: 1.0e-4, method.kind: lora}, {optim.lr: 2.0e-3, method.kind: qlora}, {optim.lr: 1.0e-3}]"
+    )
+    scored(login, name, [1.5, 1.2, 1.3])
+    assert login.jobs("report", "--sweep", name).returncode == 0
+    png, svg = (place(login).path / f"report.{kind}" for kind in ("png", "svg"))
+    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
+    assert "optim.lr" in svg.read_text() or svg.read_text().count("<path") > 20
+
+
+def test_status_of_a_point_is_like_any_run_s(login: Login, file: Callable[..., str]) -> None:
+    swept(login, file(seeds(3)))
+    run = place(login).members()[2]
+    done = jobs("status", "--json", "--run", run.name, checkout=login.checkout, **login.env)
+    assert done.returncode == 0 and state.submissions(run)["train"] in done.stdout, done.stderr
