@@ -70,8 +70,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
 
 # Where each command is; the others are in jobs/look.py.
 MODULES = {
-    "submit": "submit", "plan": "submit", "env": "smoke", "smoke": "smoke", "sweep": "sweep", "report": "sweep", "layers": "layers", "logs": "logs",
-    "cancel": "runs", "resume": "runs",
+    "submit": "submit", "plan": "submit", "env": "smoke", "smoke": "smoke", "sweep": "sweep", "report": "sweep",
+    "layers": "layers", "logs": "logs", "cancel": "runs", "resume": "runs",
 }  # fmt: skip
 
 
