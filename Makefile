@@ -52,7 +52,7 @@ env: $(LOGIN) ## make the environment and check it on a GPU node: CLUSTER= SET= 
 smoke: $(TRAIN) ## ten real steps on a node before the long run: options as for submit
 	$(JOBS)
 
-submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run: MODEL= DATA= CLUSTER= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
+submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run: MODEL= DATA= CLUSTER= NODES= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
 	$(JOBS)
 
 plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
@@ -82,7 +82,7 @@ verify: $(LOGIN) ## check a run's checkpoints: RUN=
 cancel: $(LOGIN) ## end a run or a sweep, for good until it is resumed: RUN= SWEEP=
 	$(JOBS)
 
-resume: $(LOGIN) ## go on with a run or a sweep that failed or was cancelled: RUN= SWEEP=
+resume: $(LOGIN) ## go on with a run or a sweep that failed or was cancelled: RUN= SWEEP=; a run with other nodes: NODES=
 	$(JOBS)
 
 schema: $(LOGIN) ## the recipes' JSON Schema, for editors

@@ -85,7 +85,7 @@ def measure(folder: Path, gib: float, saves: int) -> list[dict[str, Any]]:
     save = FineTuner.save
 
     def timed(self: FineTuner) -> None:
-        if self.saved_step == self.state.global_step:
+        if self.keeping.step == self.state.global_step:
             return
         os.sync()
         quiet = wait_until_quiet()

@@ -45,6 +45,9 @@ class Interrupted(FtError):
         self.cause, self.step = cause, step
         super().__init__(f"interrupted ({cause})" + ("" if step is None else f", saved at step {step}"))
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int | None]]:
+        return Interrupted, (self.cause, self.step)
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' for the closest valid name, else the empty string."""

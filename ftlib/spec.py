@@ -164,6 +164,24 @@ class TrainSpec(Model):
         return self.steps or max(1, math.ceil((self.epochs or 0) * rows / self.global_batch))
 
 
+class ZeroSpec(Model):
+    """ZeRO (arXiv 1910.02054): full fine-tuning whose state is shared out over the GPUs; its DeepSpeed configuration
+    follows from here and the plan."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What each GPU holds only its share of: 1 the optimizer's state, 2 gradients too, 3 weights too"
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory"
+    )
+
+    @model_validator(mode="after")
+    def _offload_of_what(self) -> ZeroSpec:
+        if self.offload != "none" and not self.stage:
+            raise ValueError("offload needs a stage: use stage 1, 2 or 3")
+        return self
+
+
 class ExportSpec(Model):
     """What is written beside the adapter, and how equal it must be."""
 
@@ -212,6 +230,7 @@ class RunSpec(Model):
     method: MethodSpec = MethodSpec()
     optim: OptimSpec = OptimSpec()
     train: TrainSpec
+    zero: ZeroSpec = ZeroSpec()
     export: ExportSpec = ExportSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     tracking: TrackingSpec = TrackingSpec()

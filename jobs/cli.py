@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -31,7 +32,7 @@ def parser() -> Parser:
         for option in options:
             OPTIONS[option](sub)
 
-    wish = ("model", "data", "cluster", "set")
+    wish = ("model", "data", "cluster", "set", "nodes")
     command("submit", "queue prepare, train, export and evaluate (or run them here)", *wish, "dry_run", "new")
     command("plan", "what a run would need, take and cost; queues nothing", *wish, "json")
     command("env", "check packages, driver, GPU and storage on a GPU node", "cluster", "set", "new", "before")
@@ -44,7 +45,7 @@ def parser() -> Parser:
     command("why", "what happened in each life of a run, and what to do now", "run!")
     command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
     command("cancel", "end a run's (or a sweep's) jobs; they stay ended until they are resumed", "run", "sweep")
-    command("resume", "queue what is missing of a run or a sweep, the cancelled, too", "run", "sweep")
+    command("resume", "queue what is missing of a run or a sweep, the cancelled, too", "run", "sweep", "nodes")
     command("schema", "JSON Schema of a recipe, for editors")
     return top
 
@@ -54,6 +55,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "data": lambda p: p.add_argument("--data", help="JSONL or JSON file of examples"),
     "cluster": lambda p: p.add_argument("--cluster", help="profile (default: cluster.yaml's, else this one)"),
     "set": lambda p: p.add_argument("--set", default="", help='changes: "optim.lr=1e-4 data.limit=1000"'),
+    "nodes": lambda p: p.add_argument("--nodes", help="nodes of the training (SET resources.nodes)"),
     "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts alone"),
     "new": lambda p: p.add_argument("--new", action="store_true", help="another run of the same wish"),
     "before": lambda p: p.add_argument("--before", action="store_true", help="what can be seen from here, no job"),
@@ -118,6 +120,11 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     if options.command in ("cancel", "resume") and not (options.run or options.sweep):
         raise InputError(f"{options.command}: RUN= or SWEEP= is missing; make status names what there is")
+    if nodes := getattr(options, "nodes", None):
+        if options.command != "resume":
+            options.set = f"{options.set} {shlex.quote(f'resources.nodes={nodes}')}".strip()
+        elif options.sweep:
+            raise InputError("resume: NODES= is for one run; the points of a sweep keep theirs")
     where = MODULES.get(options.command, "look")
     module = importlib.import_module(f"jobs.{'sweep' if where == 'runs' and options.sweep else where}")
     run: Callable[[argparse.Namespace], int] = getattr(module, options.command)

@@ -108,7 +108,13 @@ def cancel(options: argparse.Namespace) -> int:
 def resume(options: argparse.Namespace) -> int:
     """Queue what is missing of a run, under the profile it was submitted with."""
     run = rundir.find(RUNS, options.run)
-    return go_on(run, stored_profile(run), asked=True)
+    profile = stored_profile(run)
+    if options.nodes:
+        from jobs import resize
+
+        busy = [name for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id]
+        resize.resize(run, profile, options.nodes, busy)
+    return go_on(run, profile, asked=True)
 
 
 def _say_results(run: RunDir) -> None:

@@ -64,12 +64,13 @@ def _wish(options: argparse.Namespace) -> Wish:
 
 
 def space_needed(wish: Wish) -> int:
-    """Merged weights, two checkpoints of adapters with their optimizer state, and some."""
-    from ftlib.plan import shapes
+    """Merged weights, two checkpoints and a third being written (of what is trained, with two moments), and some."""
+    from ftlib.plan import memory, shapes
 
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
-    return merged + 3 * 12 * shape.lora_params(wish.spec.method.rank, wish.spec.method.targets) + SPARE_BYTES
+    trained = memory.own_params(shape, wish.spec) + memory.added_params(shape, wish.spec)
+    return merged + 3 * 12 * trained + SPARE_BYTES
 
 
 def _dry_run(wish: Wish, name: str) -> int:
@@ -79,6 +80,8 @@ def _dry_run(wish: Wish, name: str) -> int:
         return 0
     from jobs import chain
 
+    if wish.plan.zero:
+        print(f"\n===== DeepSpeed's configuration =====\n{json.dumps(wish.plan.zero, indent=1)}")
     client.use(wish.profile.scheduler.slurm_conf)
     for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, cache=wish.cache):
         print(f"\n===== {stage}.sbatch =====")

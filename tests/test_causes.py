@@ -31,6 +31,7 @@ REPLAYED = [
     ("gloo-closed", 1, "collective", "gloo/transport"),  # github.com/IAHispano/Applio/issues/126
     ("gloo-reset", 1, "collective", "Read error"),  # github.com/RVC-Project/…-WebUI/issues/1882
     ("port-taken", 1, "collective", "EADDRINUSE"),  # github.com/vllm-project/vllm/issues/39015
+    ("rank-missing", 1, "collective", "rank 1 (node n2) did not arrive"),
     ("disk-full", 1, "disk full", "No space left"),
     ("quota", 1, "disk full", "Disk quota exceeded"),  # github.com/junyanz/…-CycleGAN-and-pix2pix/issues/1456
     ("stale-nfs", 1, "transient", "Stale file handle"),  # github.com/modelscope/ms-swift/issues/6695

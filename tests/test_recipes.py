@@ -23,6 +23,8 @@ TWIN_OF = {
     "llama-7b-alpaca": "tiny-alpaca",
     "llama3-8b": "tiny-llama3",
     "falcon-7b": "tiny-falcon",
+    "llama2-7b-full": "tiny-zero2",
+    "llama2-70b-zero3": "tiny-zero3",
 }
 # Parameters as the models' cards count them.
 PARAMETERS = {
@@ -78,7 +80,7 @@ def test_a_twin_has_the_architecture_and_the_method_of_its_model(large: str, tin
     assert found["model_type"] == shapes.KNOWN[big.model.name]["model_type"]
     same = {"kind", "base_bits", "quant_type", "double_quant", "targets", "dropout"}
     assert small.method.model_dump(include=same) == big.method.model_dump(include=same)
-    assert small.data.template == big.data.template
+    assert small.data.template == big.data.template and small.zero == big.zero
     assert (small.optim.name, small.optim.schedule) == (big.optim.name, big.optim.schedule)
 
 

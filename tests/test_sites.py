@@ -107,6 +107,7 @@ def test_every_recipes_scripts_are_accepted_by_the_site(name: str, slurm: Slurm,
             done = jobs(*words, checkout=checkout)
             assert done.returncode == 0, done.stderr
             found = scripts(done.stdout)
+            assert ("DeepSpeed's configuration" in done.stdout) == ("full" in model or "zero" in model)
             assert list(found) == ["prepare", "train", "export", "evaluate"]
             for stage, script in found.items():
                 tested = subprocess.run(

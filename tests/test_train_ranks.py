@@ -35,7 +35,7 @@ stop, record = StopFlag(), trainer.FineTuner._record
 
 def watched(self, *args):
     record(self, *args)
-    if self.state.global_step == stop_after and ranks.rank() == 1:  # one rank alone is warned
+    if self.state.global_step == stop_after and ranks.rank() == ranks.world_size() - 1:  # one rank alone is warned
         stop.cause = "preemption"
 
 trainer.FineTuner._record = watched
@@ -46,13 +46,17 @@ except Interrupted as interrupted:
 """
 
 
-def live(run: RunDir, life: int, stop_after: int = 0) -> list[str]:
-    """One life of two processes; what each printed."""
+def live(run: RunDir, life: int, stop_after: int = 0, world: int = 2) -> list[str]:
+    """One life of so many processes, the global batch of 4 shared out; what each printed."""
+    plan = json.loads(run.plan_file.read_text())
+    cut = {"micro_batch": 1, "accumulation": 4 // world, "world_size": world}
+    run.plan_file.write_text(json.dumps({**plan, **cut}))
     port = str(random.randint(20_000, 30_000))
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
     processes = []
-    for rank in range(2):
-        names = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(Path(__file__).parents[1])}
+    for rank in range(world):
+        names = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         command = [sys.executable, "-c", RANK, str(run.path), str(life), str(stop_after)]
         processes.append(
             subprocess.Popen(
@@ -60,7 +64,7 @@ def live(run: RunDir, life: int, stop_after: int = 0) -> list[str]:
             )
         )
     said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0] * world, said
     return said
 
 
@@ -69,12 +73,10 @@ def test_two_ranks_stop_and_go_on_as_one(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data")
     train = {"steps": 12, "eval_every_steps": 4, "save_every_steps": None}
-    runs = []
-    for name in ("interrupted", "whole"):
-        run = write_run(tmp_path / name / "the-run", tmp_path / "base", tmp_path / "data", train=train)
-        plan = json.loads(run.plan_file.read_text())
-        run.plan_file.write_text(json.dumps({**plan, "micro_batch": 1, "accumulation": 2, "world_size": 2}))
-        runs.append(run)
+    runs = [
+        write_run(tmp_path / name / "the-run", tmp_path / "base", tmp_path / "data", train=train)
+        for name in ("interrupted", "whole")
+    ]
     said = live(runs[0], 1, stop_after=5)
     assert all("STOPPED 5 preemption" in words for words in said)
     folder = checkpoint.folder_for(runs[0].checkpoints, 5)

@@ -15,6 +15,8 @@ TWINS = {
     "llama-7b-alpaca": "models/tiny-base",
     "llama3-8b": "models/tiny-llama3",
     "falcon-7b": "models/tiny-falcon",
+    "llama2-7b-full": "models/tiny-base",
+    "llama2-70b-zero3": "models/tiny-base",
 }
 
 

@@ -29,7 +29,11 @@ SETTINGS = (
     "evaluate.pairs=16 evaluate.max_new_tokens=16 tracking.mode=disabled"
 )
 SEEN = {"save": SAVE, "eval": EVAL, "warmup": round(STEPS * WARM_UP)}
-FLAVOURS = {"QLoRA, 1 rank": "", "DDP, 2 nodes x 1 rank": "resources.nodes=2"}
+FLAVOURS = {
+    "QLoRA, 1 rank": "",
+    "DDP, 2 nodes x 1 rank": "resources.nodes=2",
+    "ZeRO 3, 2 nodes x 1 rank": "resources.nodes=2 method.kind=full zero.stage=3 optim.lr=1e-3",
+}
 # In this order a run meets them, and between any two that cost a life without a new step there is one that saves.
 ORDER = (
     ("prepare", "before the handler"),

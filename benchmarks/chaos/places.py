@@ -219,6 +219,6 @@ def _caught(view: View, place: Place, deadline: float) -> bool:
 
 
 def _given_up(run: RunDir, stage: str) -> bool:
-    """An epilogue or the guard has stopped the stage."""
-    ends = ("failed", "cancelled")
-    return any(event["event"] in ends and event.get("stage") == stage for event in events.read(run.events))
+    """An epilogue or the guard has stopped the stage; a life that only says itself that it failed may be requeued."""
+    ends = [e for e in events.read(run.events) if e["event"] in ("failed", "cancelled") and e.get("stage") == stage]
+    return any(event["writer"] != f"{stage}-{event.get('life')}" for event in ends)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from benchmarks.chaos.campaign import ORDER, SETTINGS, Kill, Result
+from benchmarks.chaos.campaign import FLAVOURS, ORDER, SETTINGS, Kill, Result
 from benchmarks.chaos.kinds import KINDS
 
 
@@ -58,7 +58,8 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
             "",
             *_table(_kills(kills)),
             "",
-            f"Settings: `MODEL=tiny SET=\"{SETTINGS}\"`, for two nodes also `resources.nodes=2`.",
+            f"Settings: `MODEL=tiny SET=\"{SETTINGS}\"`, "
+            + "; ".join(f"{name}: also `{more}`" for name, more in FLAVOURS.items() if more),
             "",
         ]
     )

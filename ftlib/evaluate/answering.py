@@ -36,7 +36,9 @@ def load(
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
     with base_model.loading(model, base_model.WEIGHTS, revision):
-        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map={"": device})
+        # A model that one GPU does not hold is laid over those of the job.
+        place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
+        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map=place)
     if added is not None:
         from ftlib.train.model import add_rows
 

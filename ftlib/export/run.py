@@ -15,6 +15,7 @@ from ftlib import atomic, checkpoint
 from ftlib.data import tokenizing
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import FtError, Interrupted
+from ftlib.export.consolidate import write_consolidated
 from ftlib.export.equality import compare, logits_of
 from ftlib.export.merge import write_merged
 from ftlib.rundir import RunDir
@@ -105,9 +106,14 @@ class _Parts:
         try:
             if wanted:
                 self._require_space_for_merged()
+            if self.spec.zero.stage:
+                found = write_consolidated(self.spec, self.model_path, self.checkpoint, temporary, self.stop)
+                found |= {"checkpoint": self.checkpoint.name, "allowed": 0.0}
+            elif wanted:
                 trained = self.adapter_folder if self.spec.method.adapts else self.checkpoint
                 self._interruptible(lambda: write_merged(self.spec, self.model_path, self.device, trained, temporary))
-            found = self._compare(temporary if wanted else None)
+            if not self.spec.zero.stage:
+                found = self._compare(temporary if wanted else None)
             atomic.write_json(self.equality_file, found)
             if not found["passed"]:
                 raise FtError(
@@ -196,6 +202,9 @@ class _Parts:
 
 
 def _summary(found: dict[str, Any]) -> str:
+    if found["compared"] == "weights":
+        equal = "are" if found["passed"] else "are not all"
+        return f"{found['tensors']} tensors {equal} the trained ones in {found['dtype']}"
     return (
         f"logits differ by {found['mean_abs']:.2g} on average, {found['max_abs']:.2g} at most, same first choice for "
         f"{found['top1_agreement']:.1%} of {found['tokens']:,} tokens"

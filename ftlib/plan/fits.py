@@ -17,6 +17,8 @@ ONLY_FOR = {
     "rslora": ("qlora", "lora", "two-stage"),
     "dora": ("qlora", "lora", "two-stage"),
 }
+# DeepSpeed shares out the state of these; others (bitsandbytes) keep theirs in blocks that a shard would cut.
+ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # The kinds of a method that have weights of the base itself trained.
 OWN = ("full", "freeze")
 
@@ -42,11 +44,29 @@ def problems(spec: RunSpec, shape: ModelShape) -> list[str]:
         found.append("export.merged: a soft prompt has nothing to merge, its adapter is the export; leave it out")
     if kind in OWN and not spec.export.merged:
         found.append(f"export.merged: method.kind={kind} has no adapter, so the weights are the export; use true")
-    if spec.tokens.add and not _trains_rows(spec, shape):
+    if spec.zero.stage:
+        found += _zero_problems(spec)
+    elif spec.tokens.add and not _trains_rows(spec, shape):
         found.append(
             f"tokens.add: method.kind={kind} would not train the new tokens' rows; use qlora, lora, full, or freeze "
             "with the embedding among method.train_layers"
         )
+    return found
+
+
+def _zero_problems(spec: RunSpec) -> list[str]:
+    field, kind = f"zero.stage: {spec.zero.stage}", spec.method.kind
+    found = []
+    if kind != "full":
+        bits = f" on a {spec.method.bits}-bit base" if spec.method.bits < 16 else ""
+        found.append(
+            f"{field} is for method.kind=full; found {kind}{bits}, whose state is small: leave zero out and name the "
+            "GPUs (resources.gpus_per_node, resources.nodes), each then holds a copy"
+        )
+    if spec.optim.name not in ZERO_OPTIMIZERS:
+        found.append(f"optim.name: {spec.optim.name} does not go with {field}; allowed: {', '.join(ZERO_OPTIMIZERS)}")
+    if spec.tokens.add:
+        found.append("tokens.add: no new rows are drawn where the embedding is shared out; leave zero out")
     return found
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from ftlib.plan import architectures
+from ftlib.plan import architectures, zero
 from ftlib.plan.shapes import ModelShape
 from ftlib.spec import RunSpec
 
@@ -31,9 +32,13 @@ class GpuMemory:
         return self.weights_gib + self.trained_gib + self.activations_gib + self.reserved_gib
 
 
-def training(shape: ModelShape, spec: RunSpec, micro_batch: int) -> GpuMemory:
-    """What one GPU holds while `micro_batch` rows of `seq_len` tokens are trained on."""
+def training(shape: ModelShape, spec: RunSpec, micro_batch: int, world_size: int = 1) -> GpuMemory:
+    """What one of `world_size` GPUs holds while it trains on `micro_batch` rows of `seq_len` tokens."""
     method = spec.method
+    activations = activation_bytes(shape, spec, micro_batch) / GIB
+    if spec.zero.stage:
+        held, state_bytes = zero.gpu_bytes(shape.params, spec, world_size)
+        return GpuMemory(weights_gib=held / GIB, trained_gib=state_bytes / GIB, activations_gib=activations)
     linear_bytes = {4: NF4_BYTES[method.double_quant], 8: 1, 16: 2}[method.bits]
     weights = shape.linear_params * linear_bytes + shape.embedding_params * 2
     own = own_params(shape, spec)
@@ -42,7 +47,7 @@ def training(shape: ModelShape, spec: RunSpec, micro_batch: int) -> GpuMemory:
     return GpuMemory(
         weights_gib=max(0, weights - 2 * own) / GIB,  # What is trained of the base itself lies in fp32 alone.
         trained_gib=(own + added_params(shape, spec)) * state / GIB,
-        activations_gib=activation_bytes(shape, spec, micro_batch) / GIB,
+        activations_gib=activations,
     )
 
 
@@ -76,11 +81,26 @@ def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> floa
     return kept + logits + dequantised
 
 
-def export_host_gib(shape: ModelShape) -> float:
-    """Host memory to merge in fp32: the weights once, a shard being written, and the interpreter."""
+def train_host_gib(shape: ModelShape, spec: RunSpec, *, nodes: int, per_node: int) -> float:
+    """A node's memory in training: 16-bit weights on their way to the GPUs, what is offloaded, the interpreters."""
+    return load_host_gib(shape) + 2 * per_node + zero.host_bytes(shape.params, spec, nodes) / GIB
+
+
+def export_host_gib(shape: ModelShape, spec: RunSpec) -> float:
+    """Host memory to merge in fp32 (the weights once, a shard being written) or to join ZeRO's shards; interpreter."""
+    if not spec.export.merged:
+        return load_host_gib(shape)
+    if spec.zero.stage:
+        return zero.consolidation_bytes(shape.params, spec) * 1.1 / GIB + 3
     return 4 * shape.params * 1.25 / GIB + 3
 
 
 def load_host_gib(shape: ModelShape) -> float:
     """Host memory to load the 16-bit weights on the way to the GPU, and the interpreter."""
     return 2 * shape.params * 1.25 / GIB + 3
+
+
+def evaluation_gpus(shape: ModelShape, spec: RunSpec, gpu_memory_gib: float, at_most: int) -> int:
+    """GPUs over which one process lays the 16-bit weights to generate with, a quarter being left for the cache."""
+    needed = 2 * shape.params / GIB / 0.75
+    return max(1, min(at_most, math.ceil(needed / (gpu_memory_gib - CUDA_RESERVED_GIB))))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ftlib.errors import InputError
-from ftlib.plan import memory, throughput
+from ftlib.plan import memory, throughput, zero
 from ftlib.plan.shapes import ModelShape
 from ftlib.profile import ClusterProfile, Partition
 from ftlib.spec import Model, RunSpec, divisors
@@ -53,6 +53,7 @@ class RunPlan(Model):
     gpu_memory_gib: float | None
     tokens_per_s: float | None = Field(description="Estimated, over all GPUs")
     gpu_hours: float | None = Field(description="Estimated, over all stages")
+    zero: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; none without ZeRO")
     stages: dict[str, StagePlan]
     notes: tuple[str, ...]
 
@@ -67,12 +68,12 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     world_size = nodes * per_node
     per_rank = _rows_per_rank(spec, world_size)
     gpu_memory_gib = gpu.memory_gib if gpu and on_gpu else None
-    micro_batch = spec.train.micro_batch or _micro_batch(spec, shape, per_rank, gpu_memory_gib)
+    micro_batch = spec.train.micro_batch or _micro_batch(spec, shape, per_rank, world_size, gpu_memory_gib)
     if per_rank % micro_batch:
         raise InputError(
             f"train.micro_batch: {micro_batch} does not divide a rank's {per_rank} rows; allowed: {divisors(per_rank)}"
         )
-    needed = memory.training(shape, spec, micro_batch).total_gib if on_gpu else None
+    needed = memory.training(shape, spec, micro_batch, world_size).total_gib if on_gpu else None
     if gpu and on_gpu and needed is not None and needed > gpu.memory_gib:
         raise InputError(_does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
     threads = max(1, min(4, gpu_side.cpus_per_node // per_node))
@@ -85,17 +86,19 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
 
     load_min = STAGE_START_MIN + 2 * shape.params / 0.5e9 / 60
     cpus = max(1, min(4, cpu_side.cpus_per_node))
-    load_gib, merge_gib = memory.load_host_gib(shape), memory.export_host_gib(shape)
+    load_gib = memory.load_host_gib(shape)
     gpu_cpus = threads if not on_gpu else max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
 
     def stage(
-        *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1, limit: int | None = None
-    ) -> StagePlan:
+        name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1, gpus: int = 1,
+        limit: int | None = None,
+    ) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
+            way = ". Try more resources.nodes, or zero.offload=none" if spec.zero.offload != "none" else ""
             raise InputError(
-                f"{spec.recipe} does not fit: {mem_gib:.0f} GiB of host memory needed, a node of {side.name!r} offers "
-                f"{side.mem_gib_per_node:.0f} GiB"
+                f"{spec.recipe} does not fit: {name} needs {mem_gib:.0f} GiB of host memory, a node of {side.name!r} "
+                f"offers {side.mem_gib_per_node:.0f} GiB{way}"
             )
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
@@ -104,7 +107,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
             qos=profile.resolved_qos(gpu=gpu),
             nodes=nodes,
             tasks_per_node=tasks,
-            gpus_per_node=tasks if gpu and side.gpu else 0,
+            gpus_per_node=tasks * gpus if gpu and side.gpu else 0,
             cpus_per_task=gpu_cpus if gpu else cpus,
             mem_gib=math.ceil(mem_gib),
             time_min=min(wanted, side.max_time_min),
@@ -112,30 +115,29 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         )
 
     evaluation = throughput.evaluation_min(shape, spec, on_gpu=on_gpu)
-    stages = {
-        "prepare": stage(gpu=False, mem_gib=4, minutes=STAGE_START_MIN + tokens / 0.4e6 / 60),
-        "train": stage(
-            gpu=True,
-            nodes=nodes,
-            tasks=per_node,
-            mem_gib=load_gib + 2,
-            minutes=load_min + train_min if train_min else None,
-            limit=spec.resources.train_time_min,
-        ),
-        "export": stage(gpu=False, mem_gib=merge_gib if spec.export.merged else load_gib, minutes=3 * load_min),
-        "evaluate": stage(gpu=True, mem_gib=load_gib, minutes=2 * load_min + evaluation),
-    }
+    judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu and on_gpu else 1
+    host_gib = memory.train_host_gib(shape, spec, nodes=nodes, per_node=per_node)
+    train_total = load_min + train_min if train_min else None
+    asked: dict[str, dict[str, Any]] = {
+        "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
+        "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
+                  "limit": spec.resources.train_time_min},
+        "export": {"gpu": False, "mem_gib": memory.export_host_gib(shape, spec), "minutes": 3 * load_min},
+        "evaluate": {"gpu": True, "gpus": judging, "mem_gib": load_gib, "minutes": 2 * load_min + evaluation},
+    }  # fmt: skip
+    stages = {name: stage(name, **wanted) for name, wanted in asked.items()}
     hours = None
     if on_gpu and train_min is not None:
         # A started GPU is paid for while weights load, too.
-        hours = ((train_min + load_min) * world_size + evaluation + 2 * load_min) / 60
+        hours = ((train_min + load_min) * world_size + (evaluation + 2 * load_min) * judging) / 60
+    cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": per_rank // micro_batch}
+    cut["world_size"] = world_size
+    sharing = zero.config(spec, **cut, on_gpu=on_gpu) if spec.zero.stage else None
     deterministic = spec.train.deterministic if spec.train.deterministic is not None else not on_gpu
     return RunPlan(
         cluster=profile.name,
         device="cuda" if on_gpu else "cpu",
-        world_size=world_size,
-        micro_batch=micro_batch,
-        accumulation=per_rank // micro_batch,
+        **cut,
         threads=threads,
         deterministic=deterministic,
         steps=steps,
@@ -144,6 +146,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         gpu_memory_gib=gpu_memory_gib,
         tokens_per_s=speed,
         gpu_hours=hours,
+        zero=sharing,
         stages=stages,
         notes=_notes(spec, profile, assumed=on_gpu and speed is not None),
     )
@@ -165,16 +168,18 @@ def _rows_per_rank(spec: RunSpec, world_size: int) -> int:
     if spec.train.global_batch % world_size:
         raise InputError(
             f"train.global_batch: {spec.train.global_batch} rows cannot be shared by {world_size} GPUs; "
-            f"use a multiple of {world_size}"
+            f"use a multiple of {world_size}, or a number of GPUs among {divisors(spec.train.global_batch)}"
         )
     return spec.train.global_batch // world_size
 
 
-def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, gpu_memory_gib: float | None) -> int:
+def _micro_batch(
+    spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu_memory_gib: float | None
+) -> int:
     """The smallest divisor of the rank's rows with enough tokens, or the largest that fits the memory."""
     best = 1
     for rows in divisors(per_rank):
-        if gpu_memory_gib and memory.training(shape, spec, rows).total_gib > FILL * gpu_memory_gib:
+        if gpu_memory_gib and memory.training(shape, spec, rows, world_size).total_gib > FILL * gpu_memory_gib:
             break
         best = rows
         if rows * spec.data.seq_len >= MICRO_BATCH_TOKENS:
@@ -185,7 +190,10 @@ def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, gpu_memory_gib
 def _does_not_fit(spec: RunSpec, gpu: str, needed: float, there: float, micro_batch: int) -> str:
     mends = ["train.gradient_checkpointing=true"] if not spec.train.gradient_checkpointing else []
     mends += ["a smaller train.micro_batch"] if micro_batch > 1 else ["a shorter data.seq_len"]
-    mends += ["method.kind=qlora"] if spec.method.bits > 4 else []
+    if spec.method.kind == "full":
+        mends += [f"zero.stage={spec.zero.stage + 1}"] if spec.zero.stage < 3 else ["more resources.nodes"]
+        mends += ["zero.offload=cpu"] if spec.zero.stage and spec.zero.offload == "none" else []
+    mends += ["method.kind=qlora"] if spec.method.bits > 4 and not spec.zero.stage else []
     return (
         f"{spec.recipe} does not fit: {needed:.1f} GiB estimated for micro-batch {micro_batch}, one {gpu} has "
         f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition"

@@ -57,6 +57,8 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"gloo/transport|Connection closed by peer|connectFullMesh failed|gloo.*[Tt]imed out",
         r"DistNetworkError|DistStoreError|Socket Timeout",
         r"EADDRINUSE|Address already in use",
+        # Ours, before the model loads.
+        r"did not arrive within|did not open port|but cannot talk|the processes cannot meet",
     ),
     "transient": (
         r"Stale file handle|Input/output error|Transport endpoint is not connected",

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from ftlib.errors import InputError
+from ftlib.plan import zero
 from ftlib.spec import RunSpec
 from ftlib.train import ranks
 
@@ -20,7 +21,9 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
     """Pin the threads, set the deterministic mode, and name this rank's device."""
     torch.set_num_threads(int(plan["threads"]))
     # What our pinned libraries say of each other is of no use to a person who reads the log.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|peft|transformers)\.")
+    for library in ("accelerate", "peft", "transformers", "torch.distributed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=library)
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     on_gpu = plan["device"] == "cuda"
     if on_gpu and not torch.cuda.is_available():
@@ -39,17 +42,27 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
     return device
 
 
-def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: Path) -> TrainingArguments:
-    """The Trainer's arguments for `total` optimizer steps. With several ranks this also connects them."""
+def training_arguments(
+    spec: RunSpec, plan: dict[str, Any], total: int, folder: Path, *, universal: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments for `total` optimizer steps. With ZeRO 3, models loaded from now on are sharded.
+
+    universal: the training begins from a checkpoint that was rewritten for this number of processes.
+    """
     train, optim = spec.train, spec.optim
     on_gpu = plan["device"] == "cuda"
+    cut = {"micro_batch": int(plan["micro_batch"]), "accumulation": int(plan["accumulation"])}
     rows = plan["micro_batch"] * plan["accumulation"] * ranks.world_size()
     if rows != train.global_batch:
         raise InputError(
             f"the plan's micro_batch {plan['micro_batch']} x accumulation {plan['accumulation']} x "
             f"{ranks.world_size()} processes is {rows} rows a step, not train.global_batch {train.global_batch}"
         )
+    sharing = None
+    if spec.zero.stage:
+        sharing = zero.config(spec, **cut, world_size=ranks.world_size(), on_gpu=on_gpu, universal=universal)
     return TrainingArguments(
+        deepspeed=sharing,
         output_dir=str(folder),
         max_steps=total,
         per_device_train_batch_size=plan["micro_batch"],
@@ -65,7 +78,7 @@ def training_arguments(spec: RunSpec, plan: dict[str, Any], total: int, folder: 
         bf16=on_gpu,
         use_cpu=not on_gpu,
         # Named for one process, it would look for the others.
-        ddp_backend=None if ranks.world_size() == 1 else "nccl" if on_gpu else "gloo",
+        ddp_backend=None if ranks.world_size() == 1 and not sharing else "nccl" if on_gpu else "gloo",
         # In each of two stages the other's parameters are unused.
         ddp_find_unused_parameters=spec.method.kind == "two-stage",
         seed=train.seed,

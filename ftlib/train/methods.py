@@ -43,12 +43,13 @@ def attach(base: PreTrainedModel, spec: RunSpec, model_path: str) -> torch.nn.Mo
     chosen = set(names if method.kind == "full" else architectures.select(method.train_layers, names))
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in chosen)
-        if name in chosen:
+        if name in chosen and not spec.zero.stage:  # DeepSpeed keeps fp32 masters of its own.
             parameter.data = parameter.data.float()
-    trained = sum(parameter.numel() for parameter in base.parameters() if parameter.requires_grad)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in base.parameters()]
+    trained = sum(size for size, own in sizes if own)
     if not trained:
         raise FtError(f"method.train_layers: {', '.join(method.train_layers)} matches none of the model's weights")
-    ranks.say(f"{method.kind}: {trained:,} of {sum(p.numel() for p in base.parameters()):,} parameters are trained")
+    ranks.say(f"{method.kind}: {trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
     return base
 
 

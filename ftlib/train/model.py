@@ -11,6 +11,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled as sharded
 from transformers.models.falcon import modeling_falcon as falcon
 from transformers.pytorch_utils import Conv1D
 
@@ -61,7 +62,8 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
             str(kept) if found else model_path,
             revision=None if found else revision,
             dtype=dtype,
-            device_map={"": str(device)},
+            # ZeRO 3 places each shard itself.
+            device_map=None if sharded() else {"": str(device)},
             attn_implementation="sdpa",
             **options,
         )

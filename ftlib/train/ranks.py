@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import pickle
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from ftlib.errors import FtError
 from ftlib.stop import StopFlag
+
+_turns = itertools.count()
+_store: dist.Store | None = None
+
+
+def use(store: dist.Store) -> None:
+    """The store through which ranks that need no collective hear of each other (rendezvous.connect calls this)."""
+    global _store
+    _store = store
 
 
 def world_size() -> int:
@@ -27,8 +41,9 @@ def say(words: str) -> None:
         print(words, flush=True)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+def device() -> torch.device:
+    """Where this rank's collectives take their tensors."""
+    return torch.device("cuda", torch.cuda.currentdevice()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def agreed_stop(stop: StopFlag) -> str | None:
@@ -40,7 +55,7 @@ def agreed(stop: StopFlag, save_due: bool) -> tuple[str | None, bool]:
     """`agreed_stop`, and whether the first rank finds a save due, at the price of one. Collective."""
     if world_size() == 1:
         return stop.cause, save_due
-    flags = torch.tensor([int(bool(stop)), int(save_due and rank() == 0)], device=_device())
+    flags = torch.tensor([int(bool(stop)), int(save_due and rank() == 0)], device=device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     stopping, due = flags.tolist()
     return (_first_cause(stop) if stopping else None), bool(due)
@@ -65,7 +80,7 @@ def summed(*values: float) -> list[float]:
     """Each value summed over all ranks. Collective."""
     if world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
 
@@ -75,8 +90,27 @@ def from_first(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=_device())
+    dist.broadcast_object_list(box, src=0, device=device())
     return box[0]
+
+
+def first_alone(work: Callable[[], None]) -> None:
+    """Rank 0 does `work`; the others wait as long as it takes, and raise the FtError that it raises. Collective."""
+    if world_size() == 1:
+        return work()
+    assert _store is not None
+    key, error = f"alone/{next(_turns)}", None
+    if rank() == 0:
+        try:
+            work()
+        except FtError as found:
+            error = found
+        _store.set(key, pickle.dumps(error))
+    else:
+        _store.wait([key], timedelta(days=7))
+        error = pickle.loads(_store.get(key))
+    if error is not None:
+        raise error
 
 
 def barrier() -> None:

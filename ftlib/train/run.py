@@ -20,7 +20,7 @@ from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
-from ftlib.train import methods, ranks, saving
+from ftlib.train import methods, ranks, rendezvous, saving, zero
 from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
@@ -45,7 +45,10 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         raise InputError(f"{dataset / 'train'}: the dataset has no rows")
     total = spec.train.total_steps(len(train_rows))
     device = prepare_process(spec, plan)
-    arguments = training_arguments(spec, plan, total, run.checkpoints)
+    rendezvous.connect(on_gpu=device.type == "cuda", name=f"{run.path} {life}", always=spec.zero.stage > 0)
+    if spec.zero.stage:
+        zero.prepare(on_gpu=device.type == "cuda")
+    times.done("rendezvous_s")
     first = ranks.rank() == 0
     if first:
         atomic.sweep_temporaries(run.checkpoints)
@@ -59,6 +62,12 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         )
     times.done("check_s")
     _stop_here(stop)
+    start = found.folder
+    resized = found.state is not None and found.state.world_size != ranks.world_size()
+    if resized and spec.zero.stage:
+        start = zero.converted(run, found, stop)
+        times.done("convert_s")
+    arguments = training_arguments(spec, plan, total, run.checkpoints, universal=start != found.folder)
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
             uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -96,9 +105,9 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             )
             if words := cadence.words():
                 print(words, flush=True)
-        trainer.go_on_from(found)
+        trainer.go_on_from(found, start)
     ranks.barrier()
-    if ranks.world_size() > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     done = trainer.state.global_step
     early = "" if done == total else f" of {total}, stopped early,"

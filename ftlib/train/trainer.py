@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,16 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ftlib import checkpoint, events, sealing
+from ftlib import events, sealing
 from ftlib.data.dataset import collate, real_tokens
 from ftlib.errors import FtError, Interrupted
 from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
 from ftlib.spec import MethodSpec, TrainSpec
 from ftlib.stop import StopFlag
-from ftlib.train import methods, ranks, saving
+from ftlib.train import methods, ranks, saving, zero
 from ftlib.train.interval import Cadence
+from ftlib.train.keeping import Keeping
 from ftlib.train.order import Order
 from ftlib.train.progress import Progress
 from ftlib.train.starting import StartTimes
@@ -63,16 +63,14 @@ class FineTuner(Trainer):
         self._two_stage = method if method and method.kind == "two-stage" else None
         self.run, self.life, self.stop, self.spec = run, life, stop, spec
         self.metrics, self.tracking, self.cadence, self.times = metrics, tracking, cadence, times
+        self.keeping = Keeping(run, life, every=spec.keep_every_steps, metrics=metrics, cadence=cadence)
         self.progress = Progress(arguments.max_steps, spec.log_every_steps)
         self.evaluation_due = False
-        self.saved_step: int | None = None
         self._closed_step: int | None = None
+        self._rewritten: Path | None = None
         self._best: tuple[float, int] | None = None
         self._worse = 0
-        self._verified: set[int] = set()
-        self._checkpoint_size: int | None = None
         self._stepped = False
-        self._deleting = ThreadPoolExecutor(1)
         self._tokens = 0
         self._began = time.perf_counter()
         # The zip format's own checksums would cost another pass; every file has ours.
@@ -105,7 +103,9 @@ class FineTuner(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; of two stages both are in it, the prompt at its own learning rate."""
         if self._two_stage is None:
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+            self._decays = [group["weight_decay"] for group in optimizer.param_groups]
+            return optimizer
         methods.enter_stage(self._bare(), prompt=True, adapter=True)
         optimizer = super().create_optimizer(*args, **kwargs)
         own = {id(parameter) for parameter in self._bare().prompt_encoder.parameters()}
@@ -131,6 +131,11 @@ class FineTuner(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._rewritten:
+            zero.mend(self.optimizer, self._decays)
+            ranks.barrier()
+            if ranks.rank() == 0:
+                shutil.rmtree(self._rewritten, ignore_errors=True)
         self.times.done("optimizer_s")
         if self.evaluation_due:  # Left over from the life that saved the checkpoint we go on from.
             self._validate()
@@ -190,58 +195,17 @@ class FineTuner(Trainer):
 
     def save(self) -> None:
         """Commit a checkpoint of this step, unless this life has just done so. Collective."""
-        step = self.state.global_step
-        if self.saved_step == step:
-            return
-        began = time.perf_counter()
-        first = ranks.rank() == 0
-        folder, need = saving.temporary(self.run, step, self.life), self._checkpoint_bytes()
-        with saving.full_disk_in_words(folder, need, self.run.name):
-            if first:
-                saving.begin(folder, need)
-            ranks.barrier()
-            part = saving.part_of(folder)
-            with sealing.Sealer(part) as sealer:
-                self._write_state(part, step, sealer)
-                mine = sealer.finish()
-            saving.join(part, folder)
-            sealed = {name: file for files in ranks.gathered(mine) for name, file in files.items()}
-            if first:
-                if self.metrics:
-                    self.metrics.sync()
-                checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step, sealed=sealed)
-        self.saved_step = step
-        self._verified.add(step)
-        if first:
-            self._saved(step, time.perf_counter() - began, sum(file["bytes"] for file in sealed.values()))
-        ranks.barrier()
+        self.keeping.save(self.state.global_step, self._write_state, self._checkpoint_bytes(), best=self._best_step())
 
-    def _prune(self) -> None:
-        if ranks.rank() == 0:
-            checkpoint.prune(
-                self.run.checkpoints, run=self.run.name, best=self._best[1] if self._best else None,
-                every=self.spec.keep_every_steps, verified=self._verified, delete=self._delete_later,
-            )  # fmt: skip
+    def _best_step(self) -> int | None:
+        return self._best[1] if self._best else None
 
-    def _delete_later(self, folder: Path) -> None:
-        """A folder of gigabytes takes a while to delete; a process that ends meanwhile leaves it to the next life."""
-        self._deleting.submit(shutil.rmtree, folder, ignore_errors=True)
-
-    def _saved(self, step: int, seconds: float, size: int) -> None:
-        self._prune()
-        self._checkpoint_size = size
-        self.cadence.saved(seconds)
-        if words := self.cadence.words():
-            print(words, flush=True)
-        events.append(
-            self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
-            seconds=round(seconds, 3), bytes=size,
-        )  # fmt: skip
-
-    def _write_state(self, folder: Path, step: int, sealer: sealing.Sealer) -> None:
+    def _write_state(self, folder: Path, sealer: sealing.Sealer) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
+        step = self.state.global_step
+        if self.is_deepspeed_enabled:
+            zero.save(self.model_wrapped, folder, step)
         if ranks.rank() == 0:
-            methods.save(self._bare(), folder)
             self.state.save_to_json(str(folder / "trainer_state.json"))
             saving.TrainingState(
                 step=step,
@@ -252,20 +216,21 @@ class FineTuner(Trainer):
                 accumulation=self.args.gradient_accumulation_steps,
                 world_size=ranks.world_size(),
             ).write(folder)
-            sealer.take()
-            # As the Trainer does, but hashed and flushed while it is written.
-            with sealer.stream(OPTIMIZER_NAME) as stream:
-                torch.save(self.optimizer.state_dict(), stream)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+            if not self.is_deepspeed_enabled:
+                methods.save(self._bare(), folder)
+                sealer.take()
+                # As the Trainer does, but hashed and flushed while it is written.
+                with sealer.stream(OPTIMIZER_NAME) as stream:
+                    torch.save(self.optimizer.state_dict(), stream)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
 
     def _checkpoint_bytes(self) -> int:
-        """What the last checkpoint took; before it, the adapter and two moments, fp32 at most, and small change."""
-        if self._checkpoint_size:
-            return self._checkpoint_size + (1 << 16)
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        return 13 * trained + (1 << 20)
+        """What a first checkpoint may take: the trained weights and two moments, fp32 at most, and small change."""
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+        # ZeRO's also hold the weights as they are computed with.
+        return (17 if self.is_deepspeed_enabled else 13) * trained + (1 << 20) * ranks.world_size()
 
     def _validate(self) -> None:
         """Do the validation that is due; a stop meanwhile saves it as still due."""
@@ -285,7 +250,7 @@ class FineTuner(Trainer):
         if self._best is None or loss < self._best[0]:
             self._best, self._worse = (loss, step), 0
             self.save()
-            self._prune()  # The best one until now may be of no more use.
+            self.keeping.prune(step)  # The best one until now may be of no more use.
         if self.spec.stop_after_worse and self._worse >= self.spec.stop_after_worse:
             self.save()
             raise _Enough
@@ -319,19 +284,23 @@ class FineTuner(Trainer):
 
     # -- where a life begins ---------------------------------------------------------------------------------------
 
-    def go_on_from(self, found: saving.Found) -> None:
-        """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save."""
+    def go_on_from(self, found: saving.Found, folder: Path | None) -> None:
+        """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save.
+
+        folder: the checkpoint's, or where it lies rewritten for another number of processes.
+        """
         if found.state is not None:
-            self.saved_step = self._closed_step = found.step
+            self._closed_step = found.step
             self._best, self._worse = found.best, found.worse
-            self._verified.add(found.step)
+            self.keeping.begun_from(found.step)
             self.evaluation_due = found.evaluation_due
             self.progress.resumed(found.step)
             if found.state.world_size != ranks.world_size():
                 print("another number of processes than before: dropout draws other numbers from here on", flush=True)
+            self._rewritten = folder if folder != found.folder else None
         try:
-            self.train(resume_from_checkpoint=str(found.folder) if found.folder else None)
+            self.train(resume_from_checkpoint=str(folder) if folder else None)
         except _Enough:
             ranks.say(f"stopped early: no new lowest validation loss in {self._worse} validations")
         finally:
-            self._deleting.shutdown()
+            self.keeping.close()

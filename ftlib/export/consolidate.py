@@ -1,0 +1,81 @@
+"""Full weights out of ZeRO's shards, tensor by tensor: no GPU, and never the whole model in memory with stage 3."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from ftlib.data import tokenizing
+from ftlib.errors import FtError, Interrupted
+from ftlib.spec import RunSpec
+from ftlib.stop import StopFlag
+from ftlib.train import zero
+
+SHARD = "5GB"
+
+
+def masters(checkpoint: Path) -> dict[str, Any]:
+    """The fp32 master weights in a ZeRO checkpoint by name; `.contiguous()` gathers one. The files are mapped."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    shards = zero.shards(checkpoint)
+    if shards is None:
+        raise FtError(f"{checkpoint} holds no ZeRO shards")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(checkpoint, shards.name, lazy_mode=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise FtError(f"the shards in {shards} cannot be joined: {error}") from None
+    return found
+
+
+def write_consolidated(
+    spec: RunSpec, model_path: str, checkpoint: Path, folder: Path, stop: StopFlag
+) -> dict[str, Any]:
+    """Write weights of spec.export.dtype, config and tokenizer as plain transformers loads them, and read them again.
+
+    Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted.
+    """
+    revision = None if Path(model_path).is_absolute() else spec.model.revision
+    dtype: torch.dtype = getattr(torch, spec.export.dtype)
+    config = AutoConfig.from_pretrained(model_path, revision=revision)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    # Each tied weight once, as transformers saves it.
+    own = {name: parameter.to(dtype) for name, parameter in skeleton.named_parameters()}
+    found = masters(checkpoint)
+    if wrong := [name for name, p in own.items() if name not in found or found[name].shape != p.shape]:
+        raise FtError(f"{checkpoint}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}")
+    folder.mkdir(parents=True)
+    split = split_torch_state_dict_into_shards(own, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD)
+    worst, equal = torch.zeros(()), True
+    for file, names in split.filename_to_tensors.items():
+        if stop.cause:
+            raise Interrupted(stop.cause)
+        rounded = {name: found[name].contiguous().to(dtype) for name in names}
+        save_file(rounded, folder / file, metadata={"format": "pt"})
+        del rounded
+        with safe_open(folder / file, framework="pt") as written:
+            for name in names:
+                master, read = found[name].contiguous(), written.get_tensor(name)
+                equal = equal and torch.equal(master.to(dtype), read)
+                worst = torch.maximum(worst, (master.detach() - read.float()).abs().max())
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    config.dtype, config.architectures, config.use_cache = dtype, [type(skeleton).__name__], True
+    config.save_pretrained(str(folder))
+    with contextlib.suppress(OSError):  # Not every base has one.
+        GenerationConfig.from_pretrained(model_path, revision=revision).save_pretrained(str(folder))
+    tokenizing.pretrained(model_path, spec.model.revision, ())[0].save_pretrained(str(folder))
+    said = {"passed": equal, "max_abs": float(worst), "tensors": len(own), "dtype": spec.export.dtype}
+    return {**said, "compared": "weights"}
