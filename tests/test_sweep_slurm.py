@@ -21,7 +21,7 @@ from tests.wishes import copied_checkout, jobs
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SHORT = (
-    "train.steps=40 train.save_every_steps=10 data.pairs=300 evaluate.pairs=8 evaluate.max_new_tokens=8 "
+    "train.steps=20 train.save_every_steps=5 data.pairs=300 evaluate.pairs=8 evaluate.max_new_tokens=8 "
     "tracking.mode=disabled"
 )
 
@@ -114,7 +114,7 @@ def test_six_tiny_models_preempted_in_training_share_one_dataset(slurm: Slurm, t
     swept.end(500)
     assert ended(runs, "evaluate") == 6, [state.stages(run, {}) for run in runs]
     for run in runs:
-        assert [row["step"] for row in metrics.read_metrics(run.metrics_file)] == list(range(1, 41))
+        assert [row["step"] for row in metrics.read_metrics(run.metrics_file)] == list(range(1, 21))
         assert (run.export / "merged" / "config.json").exists() and run.report_file.exists()
     assert any((run.lives / "train-2").exists() for run in runs)
     assert len({run.prepared()["digest"] for run in runs}) == 1
