@@ -27,7 +27,7 @@ def draw(stem: Path, title: str, metric: str, better: str, scored: Sequence[tupl
     columns = min(PANELS_A_ROW, len(fields))
     lines = -(-len(fields) // columns)
     figure = Figure(figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines + 0.4), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    panels: list[Any] = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
     for field, panel in zip(fields, panels, strict=False):
         _panel(panel, field, fields, scored)
         panel.set_xlabel(field)
