@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -90,7 +91,7 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
     Returns the new jobs. Must be called under `run.claim()`. When sbatch refuses a stage, those queued before it stay
     and wait for the rest.
     """
-    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
+    plan, cache = _warned_in_time(run, RunPlan.model_validate(run.plan())), Path(run.provenance()["cache"])
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
     exclude = ",".join(filter(None, [profile.exclude, *settle.excluded_nodes(run.path)]))
     profile = profile.model_copy(update={"exclude": exclude or None})
@@ -114,6 +115,14 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
         watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
         _queue_guard(run, profile, plan, cache, watched)
     return queued
+
+
+def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
+    """The plan, with a warning before the time limit that the slowest save of earlier lives would need."""
+    saves = [event["seconds"] for event in events.read(run.events) if event["event"] == "checkpoint"]
+    train = plan.stages["train"]
+    longer = train.model_copy(update={"warning_s": max(train.warning_s, 60 + math.ceil(1.5 * max(saves, default=0)))})
+    return plan.model_copy(update={"stages": {**plan.stages, "train": longer}})
 
 
 def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, cache: Path, watched: list[str]) -> None:

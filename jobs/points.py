@@ -58,7 +58,7 @@ class Chunk:
         """What the array of a stage asks for: as much as the most demanding of its points."""
         plans = [need.plan.stages[stage] for need in self.needs.values() if stage in need.stages]
         return plans[0].model_copy(
-            update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min")}
+            update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min", "warning_s")}
         )
 
 
@@ -138,7 +138,7 @@ def chunks(needs: Iterable[Need], profile: ClusterProfile) -> list[Chunk]:
 
 def _shape(plan: RunPlan, stage: str) -> tuple[Any, ...]:
     """What must be equal in one array. Of memory and time the order of magnitude: an array asks for the most."""
-    asked = plan.stages[stage].model_dump(exclude={"estimate_min", "mem_gib", "time_min"})
+    asked = plan.stages[stage].model_dump(exclude={"estimate_min", "mem_gib", "time_min", "warning_s"})
     near = [math.ceil(math.log2(getattr(plan.stages[stage], name))) for name in ("mem_gib", "time_min")]
     return *asked.values(), *near, plan.device, plan.threads, plan.deterministic
 

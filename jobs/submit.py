@@ -69,8 +69,7 @@ def space_needed(wish: Wish) -> int:
 
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
-    trained = memory.own_params(shape, wish.spec) + memory.added_params(shape, wish.spec)
-    return merged + 3 * 12 * trained + SPARE_BYTES
+    return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
 
 
 def _dry_run(wish: Wish, name: str) -> int:

@@ -73,3 +73,12 @@ def test_the_persons_time_limit_is_kept_and_the_sites_never_passed() -> None:
     assert planned(spec("llama2-7b", resources__train_time_min=7), site("a100")).stages["train"].time_min == 7
     long = planned(spec("llama2-7b", train__epochs=100_000), site("a100"))
     assert long.stages["train"].time_min == 20160
+
+
+def test_the_warning_before_the_time_limit_is_long_enough_for_a_save() -> None:
+    """81 GB on half a GB/s are not written in the two minutes that an adapter gets."""
+    resources = {"train__global_batch": 16, "resources__gpus_per_node": 8}
+    adapter = planned(spec("llama2-7b", **resources), site("a100"))
+    whole = planned(spec("llama2-7b", method__kind="full", zero__stage=3, **resources), site("a100"))
+    assert adapter.stages["train"].warning_s == 120
+    assert whole.stages["train"].warning_s >= 12 * LLAMA_7B.params / 0.5e9

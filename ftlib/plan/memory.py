@@ -68,6 +68,11 @@ def added_params(shape: ModelShape, spec: RunSpec) -> int:
     return adapters + (rows + (method.prompt_tokens if method.prompted else 0)) * shape.hidden
 
 
+def checkpoint_bytes(shape: ModelShape, spec: RunSpec) -> int:
+    """A checkpoint's size: what is trained, in fp32, with the optimizer's two moments."""
+    return 12 * (own_params(shape, spec) + added_params(shape, spec))
+
+
 def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> float:
     """Saved activations in bf16, one layer's working set, and the logits with their fp32 copy and gradient."""
     tokens = micro_batch * spec.data.seq_len

@@ -21,6 +21,9 @@ TOKENS_PER_PAIR = {"brief": 125, "alpaca": 210, "chatml": 200, "guanaco": 450}
 BYTES_PER_TOKEN = 3.5
 STAGE_START_MIN = 0.3
 LEAST_TIME_MIN = 20
+LEAST_WARNING_S = 120
+# What a node writes to a shared file system in a second, carefully; a save is measured later (ftlib/train/interval.py).
+WRITE_BYTES_PER_S = 0.5e9
 
 
 class StagePlan(Model):
@@ -35,6 +38,7 @@ class StagePlan(Model):
     mem_gib: int = Field(description="Memory a node, in GiB")
     time_min: int = Field(description="Time limit of one life, in minutes")
     estimate_min: float | None = Field(description="How long the work is thought to take; None: unknown")
+    warning_s: int = Field(LEAST_WARNING_S, description="SIGUSR2 comes so long before the time limit")
 
 
 class RunPlan(Model):
@@ -91,7 +95,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
 
     def stage(
         name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1, gpus: int = 1,
-        limit: int | None = None,
+        limit: int | None = None, warning_s: float = 0,
     ) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
@@ -112,16 +116,19 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
             mem_gib=math.ceil(mem_gib),
             time_min=min(wanted, side.max_time_min),
             estimate_min=minutes,
+            warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)),
         )
 
     evaluation = throughput.evaluation_min(shape, spec, on_gpu=on_gpu)
     judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu and on_gpu else 1
     host_gib = memory.train_host_gib(shape, spec, nodes=nodes, per_node=per_node)
     train_total = load_min + train_min if train_min else None
+    # One step, and one save.
+    warning_s = 60 * (train_min or 0) / steps + memory.checkpoint_bytes(shape, spec) / nodes / WRITE_BYTES_PER_S
     asked: dict[str, dict[str, Any]] = {
         "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
-                  "limit": spec.resources.train_time_min},
+                  "limit": spec.resources.train_time_min, "warning_s": warning_s},
         "export": {"gpu": False, "mem_gib": memory.export_host_gib(shape, spec), "minutes": 3 * load_min},
         "evaluate": {"gpu": True, "gpus": judging, "mem_gib": load_gib, "minutes": 2 * load_min + evaluation},
     }  # fmt: skip

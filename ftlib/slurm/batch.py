@@ -11,8 +11,6 @@ from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 
-# The warning before the time limit: long enough for one step and one save, and at most a quarter of the job.
-SIGNAL_LEAD_S = 120
 GUARD_MIN = 10
 TEMPLATES = "slurm_templates"
 
@@ -89,7 +87,7 @@ def parameters(
         "ntasks_per_node": asked.tasks_per_node,
         "cpus_per_task": asked.cpus_per_task,
         "comment": comment,
-        "signal_delay_s": min(SIGNAL_LEAD_S, asked.time_min * 60 // 4),
+        "signal_delay_s": min(asked.warning_s, asked.time_min * 60 // 4),
         "stderr_to_stdout": True,
         "wckey": None,
         **{key: value for key, value in chosen.items() if value is not None},
