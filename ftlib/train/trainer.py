@@ -103,9 +103,7 @@ class FineTuner(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; of two stages both are in it, the prompt at its own learning rate."""
         if self._two_stage is None:
-            optimizer = super().create_optimizer(*args, **kwargs)
-            self._decays = [group["weight_decay"] for group in optimizer.param_groups]
-            return optimizer
+            return super().create_optimizer(*args, **kwargs)
         methods.enter_stage(self._bare(), prompt=True, adapter=True)
         optimizer = super().create_optimizer(*args, **kwargs)
         own = {id(parameter) for parameter in self._bare().prompt_encoder.parameters()}
@@ -132,7 +130,7 @@ class FineTuner(Trainer):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._rewritten:
-            zero.mend(self.optimizer, self._decays)
+            zero.mend(self.optimizer, [self.args.weight_decay, 0.0])
             ranks.barrier()
             if ranks.rank() == 0:
                 shutil.rmtree(self._rewritten, ignore_errors=True)
@@ -195,10 +193,8 @@ class FineTuner(Trainer):
 
     def save(self) -> None:
         """Commit a checkpoint of this step, unless this life has just done so. Collective."""
-        self.keeping.save(self.state.global_step, self._write_state, self._checkpoint_bytes(), best=self._best_step())
-
-    def _best_step(self) -> int | None:
-        return self._best[1] if self._best else None
+        best = self._best[1] if self._best else None
+        self.keeping.save(self.state.global_step, self._write_state, self._checkpoint_bytes(), best=best)
 
     def _write_state(self, folder: Path, sealer: sealing.Sealer) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,44 +52,39 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
     Takes twice the shards' bytes on storage and the time to write them. Rank 0 does it, the others wait as long as it
     takes. Raises InputError for want of room, FtError when it cannot be done, Interrupted.
     """
-    assert found.folder and found.state
-    target = run.checkpoints / f"{atomic.TEMPORARY}universal-{found.folder.name}"
+    folder, state = found.folder, found.state
+    assert folder and state
+    source, target = shards(folder), run.checkpoints / f"{atomic.TEMPORARY}universal-{folder.name}"
+    if source is None:
+        raise FtError(f"{folder} holds no ZeRO shards, but the recipe has a zero.stage")
 
     def convert() -> None:
-        assert found.folder and found.state
-        shutil.rmtree(target, ignore_errors=True)
-        source = shards(found.folder)
-        assert source
-        print(
-            f"the checkpoint is of {found.state.world_size} GPUs (processes) and is rewritten for "
-            f"{ranks.world_size()}: {saving.bytes_of(source) / 2**30:,.2f} GiB",
-            flush=True,
-        )
-        atomic.require_space(run.checkpoints, 2 * saving.bytes_of(source), "a checkpoint for another number of GPUs")
-        made = target / source.name
+        size, made = saving.bytes_of(source), target / source.name
+        before, now = state.world_size, ranks.world_size()
+        words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}"
+        print(f"{words}: {size / 2**30:,.2f} GiB", flush=True)
+        atomic.require_space(run.checkpoints, 2 * size, "a checkpoint for another number of GPUs")
         made.mkdir(parents=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(source), "--output_folder", str(made)]
         command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        # In a process of its own: it has no rank, and forks.
+        # In a process of its own, which has no rank.
         own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        with subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-            while child.poll() is None:
-                try:
-                    child.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    if stop.cause:
-                        child.kill()
-            said = child.stdout.read() if child.stdout else ""
-        if stop.cause:
-            raise Interrupted(stop.cause, found.step)
-        if child.returncode:
-            raise FtError(
-                f"the checkpoint of step {found.step} cannot be rewritten for {ranks.world_size()} processes: "
-                f"{said.strip().splitlines()[-1:]}. With {found.state.world_size} processes it can be gone on from"
-            )
+        with (target / "log").open("w+") as said:
+            child = subprocess.Popen(command, env=own, stdout=said, stderr=said)
+            while child.poll() is None and not stop.cause:
+                time.sleep(0.1)
+            child.kill()
+            if stop.cause:
+                raise Interrupted(stop.cause, found.step)
+            if child.wait():
+                said.seek(0)
+                raise FtError(
+                    f"the checkpoint of step {found.step} cannot be rewritten for {now} processes: "
+                    f"{said.read().strip().splitlines()[-1:]}. With {before} processes it can be gone on from"
+                )
         for name in TRAINERS:
-            shutil.copyfile(found.folder / name, target / name)
+            shutil.copyfile(folder / name, target / name)
         (target / "latest_universal").write_text(source.name, encoding="utf-8")
 
     ranks.first_alone(convert)
