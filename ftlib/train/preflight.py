@@ -257,7 +257,7 @@ def collectives(*, on_gpu: bool, name: str) -> Check:
     except (FtError, RuntimeError) as error:
         return Check(
             "collectives", False, str(error).splitlines()[0],
-            "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names the one that "
+            "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names what "
             "nodes share, and NCCL_DEBUG=INFO there tells more",
         )  # fmt: skip
     finally:
