@@ -223,10 +223,9 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     name = "data"
     try:
         tell(Check(name, True, prepare.main(run, life, stop))) if rank == 0 else _await(run.prepared_file)
-        if world > 1:
-            port = 30_000 + int(os.environ["MASTER_PORT"]) % 2_000
-            if not tell(check := collectives(plan["device"], local_rank=int(os.environ["LOCAL_RANK"]), port=port)):
-                return check
+        met = collectives(on_gpu=plan["device"] == "cuda", name=f"{run.path} {STAGE} {life}") if world > 1 else None
+        if met and not tell(met):
+            return met
         name = f"{STEPS} steps"
         check = Check(name, True, train.main(run, life, stop))
     except Interrupted:

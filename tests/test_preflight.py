@@ -121,12 +121,13 @@ def test_caches_in_a_small_home_or_in_a_folder_that_cannot_be_written(
     assert "HF_HOME: " in found.words and "'cache' in cluster.yaml" in found.mend
 
 
-def test_a_rank_that_never_arrives_is_told_with_what_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+def test_a_rank_that_never_arrives_is_named_with_what_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "31990"}
+    for name, value in there.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(preflight, "MEET_S", 1)
-    found = preflight.collectives("cpu", local_rank=0, port=31_999)
-    assert not found.ok and "2 ranks did not reduce over gloo" in found.words and "NCCL_SOCKET_IFNAME" in found.mend
+    found = preflight.collectives(on_gpu=False, name="a trial")
+    assert not found.ok and found.words.startswith("rank 1 did not arrive within 1 s") and "NCCL_SOCKET" in found.mend
 
 
 def shim(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

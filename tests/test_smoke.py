@@ -135,7 +135,7 @@ class TestOnSlurm:
         assert done.returncode == 0, said[-6000:] + done.stderr[-3000:]
         (checkout,) = blue.iterdir()
         assert "the environment of local-slurm works on n" in said and "adapter" in said.splitlines()
-        assert re.search(r"ok +collectives +2 ranks met over gloo", said)
+        assert re.search(r"ok +collectives +2 ranks met in", said)
         assert "The whole training of 20 steps would take" in said
         assert (len(run_names(checkout)) == 1 and "| tuned |" in said.replace("**", "")) or "tuned" in said
         # Given again: the environment is whole and checked.

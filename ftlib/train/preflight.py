@@ -5,7 +5,6 @@ Each check says what was found and, where it failed, the mend. torch is imported
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
@@ -18,10 +17,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ftlib.errors import FtError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "tokenizers")
 # The oldest driver for programs of a CUDA major version (NVIDIA's guide to CUDA's minor version compatibility).
@@ -31,7 +31,7 @@ MEMORY_SHARE = 0.93
 WRITE_MIB = 64
 COMMITS = 5
 MEET_S = 120
-REDUCED_MIB = {"cuda": 256, "cpu": 4}
+REDUCED_MIB = {True: 256, False: 4}
 
 
 @dataclass(frozen=True)
@@ -234,63 +234,40 @@ def caches(home_gib: float | None) -> Check:
     return Check("caches", not faults, "; ".join(faults) or os.path.commonpath(places), mend)
 
 
-def collectives(device: str, *, local_rank: int, port: int) -> Check:
-    """All ranks meet and reduce over the device: what training does at every step. A process group of its own."""
+def collectives(*, on_gpu: bool, name: str) -> Check:
+    """All ranks meet and reduce over the device, as at each start and step of a training; who does not is named.
+
+    Leaves no process group behind. name: of this job, so that another's port is not taken for ours.
+    """
     import torch
     from torch import distributed as dist
 
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = os.environ["MASTER_ADDR"]
-    interface = os.environ.get("NCCL_SOCKET_IFNAME", "not set")
-    mend = (
-        f"the nodes must reach {address} over the interface NCCL_SOCKET_IFNAME ({interface}): 'environment' of the "
-        "partition in the profile names it, 'ip -br addr' on a node lists them; NCCL_DEBUG=INFO there tells more"
-    )
-    backend = "nccl" if device == "cuda" else "gloo"
-    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    from ftlib.train import ranks, rendezvous
+
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     began = time.perf_counter()
     try:
-        dist.init_process_group(
-            backend,
-            init_method=f"tcp://{address}:{port}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=MEET_S),
-        )
+        rendezvous.connect(on_gpu=on_gpu, name=name, wait_s=MEET_S)
         met_s = time.perf_counter() - began
-        size = REDUCED_MIB[device] * 2**18
-        _reduced(torch.ones(1, device=place))
-        values = torch.full((size,), float(rank), device=place)
+        values = torch.ones(REDUCED_MIB[on_gpu] * 2**18, device=ranks.device())
         began = time.perf_counter()
-        _reduced(values)
-        took = time.perf_counter() - began
-        right = bool((values == world * (world - 1) / 2).all())
-    except Exception as error:  # torch has many classes for a peer that does not answer
-        line = str(error).splitlines()[0]
-        return Check("collectives", False, f"{world} ranks did not reduce over {backend}: {line}", mend)
+        dist.all_reduce(values)
+        right = bool((values == ranks.world_size()).all())
+    except (FtError, RuntimeError) as error:
+        return Check(
+            "collectives", False, str(error).splitlines()[0],
+            "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names what "
+            "nodes share, and NCCL_DEBUG=INFO there tells more",
+        )  # fmt: skip
     finally:
-        with contextlib.suppress(Exception):
+        if dist.is_initialized():
             dist.destroy_process_group()
     # What each link carries, as nccl-tests counts it.
-    speed = 2 * (world - 1) / world * values.nbytes / took / 1e9
-    words = f"{world} ranks met over {backend} in {met_s:.1f} s, reduced {REDUCED_MIB[device]} MiB at {speed:.2f} GB/s"
+    world, taken = ranks.world_size(), time.perf_counter() - began
+    words = f"{world} ranks met in {met_s:.1f} s, sum {values.nbytes / 2**20:.0f} MiB at "
+    words += f"{2 * (world - 1) / world * values.nbytes / taken / 1e9:.2f} GB/s"
     return Check("collectives", right, words, "the sum is wrong: exclude the nodes of this job and tell the site")
-
-
-def _reduced(values: Any) -> None:
-    """A sum over all ranks. Waits by asking: NCCL's own time-out would abort the process before we could say why."""
-    import torch
-    from torch import distributed as dist
-
-    work = dist.all_reduce(values, async_op=True)
-    deadline = time.monotonic() + MEET_S / 2
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"an all-reduce did not come back in {MEET_S // 2} s")
-        time.sleep(0.001)
-    work.wait()
-    if values.is_cuda:
-        torch.cuda.synchronize(values.device)
 
 
 def peak_gib(device: str) -> float:

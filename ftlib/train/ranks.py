@@ -43,7 +43,7 @@ def say(words: str) -> None:
 
 def device() -> torch.device:
     """Where this rank's collectives take their tensors."""
-    return torch.device("cuda", torch.cuda.currentdevice()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def agreed_stop(stop: StopFlag) -> str | None:
