@@ -122,7 +122,7 @@ def preview(
             after = f"after{'ok' if before == 'prepare' else 'corr'}:<job id of {before}>" if before else None
             if indices:
                 made = feeding.executor(chunk, stage, f"<nonce {number}>", indices, after, prepared=False)
-                yield f"{stage} of {len(indices)} points", made.script()
+                yield f"{stage}.sbatch, {len(indices)} point{'s' * (len(indices) > 1)}", made.script()
             before = stage
 
 

@@ -394,7 +394,7 @@ def test_a_folder_that_is_another_run_s_is_not_taken_for_the_point(login: Login,
 def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Callable[..., str]) -> None:
     out = swept(login, file(seeds(7)), "--dry-run")
     assert [line for line in out.splitlines() if line.startswith("=====")] == [
-        "===== prepare of 1 points =====", *(f"===== {stage} of 7 points =====" for stage in TASKS)
+        "===== prepare.sbatch, 1 point =====", *(f"===== {stage}.sbatch, 7 points =====" for stage in TASKS)
     ]  # fmt: skip
     assert "#SBATCH --array=0-6" in out and not (login.checkout / "runs").exists() and not login.file.exists()
 
