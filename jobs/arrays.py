@@ -122,7 +122,7 @@ def preview(
             after = f"after{'ok' if before == 'prepare' else 'corr'}:<job id of {before}>" if before else None
             if indices:
                 made = feeding.executor(chunk, stage, f"<nonce {number}>", indices, after, prepared=False)
-                yield f"{stage} of {len(indices)} points", made.script()
+                yield f"{stage}.sbatch, {len(indices)} point{'s' * (len(indices) > 1)}", made.script()
             before = stage
 
 
@@ -200,10 +200,15 @@ class _Feeding:
         """A link per task, by its index, and the folders of its logs, which Slurm does not make."""
         folder = self.sweep.arrays / nonce
         folder.mkdir(parents=True)
-        for index, need in chunk.needs.items():
-            (folder / str(index)).symlink_to(os.path.relpath(need.run, folder))
+
+        def lay_out(item: tuple[int, Need]) -> None:
+            index, need = item
+            os.symlink(f"../../../../{need.run.name}", f"{folder}/{index}")
             for stage in need.stages:
-                (need.run / "slurm" / stage).mkdir(exist_ok=True)
+                os.makedirs(f"{need.run}/slurm/{stage}", exist_ok=True)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lay_out, chunk.needs.items()))
         events.append(self.sweep.events, events.submit_writer(), "intended", nonce=nonce)
 
     def _first_dependency(self, chunk: Chunk, prepares: dict[Path, str]) -> tuple[str | None, bool]:

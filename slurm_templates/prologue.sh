@@ -54,7 +54,7 @@ ft_step_began() {
     [ ! -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ] || return 0
     [ $((SECONDS - ft_asked)) -ge 60 ] || return 1
     ft_asked=$SECONDS
-    squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep -q '\.0$' && sleep 30
+    squeue -h -s -j "$FT_JOB" -o %i | grep -q '\.0$' && sleep 30
 }
 ft_watch_step() {
     ft_asked=$SECONDS

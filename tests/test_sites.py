@@ -91,7 +91,7 @@ def controller(profile: ClusterProfile, folder: Path, slurm: Slurm) -> Iterator[
 
 def scripts(text: str) -> dict[str, str]:
     """Stage -> script, out of a dry run's output; the dependencies on jobs that are not there left out."""
-    parts = re.split(r"^===== (\w+)\.sbatch =====\n", text, flags=re.MULTILINE)
+    parts = re.split(r"^===== (\w+)\.sbatch.* =====\n", text, flags=re.MULTILINE)
     bodies = [body.split("\nDry run:")[0] for body in parts[2::2]]
     without = [re.sub(r"^#SBATCH --dependency.*\n", "", body, flags=re.MULTILINE) for body in bodies]
     return dict(zip(parts[1::2], without, strict=True))
@@ -102,8 +102,12 @@ def test_every_recipes_scripts_are_accepted_by_the_site(name: str, slurm: Slurm,
     checkout = copied_checkout(tmp_path)
     profile = site(name, account="lab")
     with controller(profile, tmp_path / "ctld", slurm) as environment:
-        for model in REAL:
-            words = ["submit", "--model", model, "--cluster", name, "--dry-run", "--set", "cluster.account=lab"]
+        for what in (
+            *(["submit", "--model", model] for model in REAL),
+            ["sweep", "--sweep", "random", "--model", "llama2-7b"],
+        ):
+            model = what[-1]
+            words = [*what, "--cluster", name, "--dry-run", "--set", "cluster.account=lab"]
             done = jobs(*words, checkout=checkout)
             assert done.returncode == 0, done.stderr
             found = scripts(done.stdout)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -207,9 +206,7 @@ def test_five_thousand_points_are_a_few_arrays_and_one_prepare_job(login: Login,
         + ", ".join(f"{1 + i / 1000}e-4" for i in range(1250))
         + "]\n  method.rank: [8, 12, 16, 24]\n"
     )
-    began = time.monotonic()
     swept(login, name)
-    assert time.monotonic() - began < 60
     queue = login.queue
     assert queued(login) == {"prepare": 1, "train": 5000, "export": 5000, "evaluate": 5000, "feeder": 1}
     assert [len(queue.of(stage)) for stage in STAGES] == [1, 5, 5, 5]  # ⌈5000 / 1001⌉
@@ -397,7 +394,7 @@ def test_a_folder_that_is_another_run_s_is_not_taken_for_the_point(login: Login,
 def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Callable[..., str]) -> None:
     out = swept(login, file(seeds(7)), "--dry-run")
     assert [line for line in out.splitlines() if line.startswith("=====")] == [
-        "===== prepare of 1 points =====", *(f"===== {stage} of 7 points =====" for stage in TASKS)
+        "===== prepare.sbatch, 1 point =====", *(f"===== {stage}.sbatch, 7 points =====" for stage in TASKS)
     ]  # fmt: skip
     assert "#SBATCH --array=0-6" in out and not (login.checkout / "runs").exists() and not login.file.exists()
 

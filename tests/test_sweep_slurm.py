@@ -6,6 +6,7 @@ import csv
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: 
     for stage in ("train", "export", "evaluate"):
         assert len({state.submissions(run)[stage] for run in runs}) == 60
     assert all(len(list((run.slurm / "train").glob("*_0_log.out"))) == 1 for run in runs)
+    seen = json.loads(swept("status", "--sweep", "mine", "--json"))
+    assert Counter(row["state"] for row in seen["runs"]) == {"completed": 59, "failed": 1}
     swept("report", "--sweep", "mine")
     rows = list(csv.DictReader(swept.place.csv_file.open()))
     scores = [float(row["perplexity"]) for row in rows[:59]]
