@@ -136,7 +136,6 @@ def test_an_answer_stands_for_the_least_poll_interval(
     site.say(waiting())
     assert only(capsys)["state"] == "queued" and len(site.calls()) == 1
     assert only(capsys)["state"] == "queued" and site.calls() == []
-    assert "as Slurm said" not in shown(capsys, "status")
     # Another submit since, of which the answer cannot know.
     events.append(run.events, "submit-b", "submitted", stage="train", job_id="999", nonce="n")
     only(capsys)
@@ -250,7 +249,7 @@ def test_a_resumed_life_shows_where_it_goes_on_not_what_was_lost(
     site.say(waiting(**RUNNING))
     row = only(capsys)
     assert (row["step"], row["loss"], row["lives"], row["causes"]) == (60, None, 2, {"preemption": 1})
-    assert "lives ended by: preemption" in shown(capsys, "status")
+    assert "lives that ended early: preemption" in shown(capsys, "status")
 
 
 def test_gpu_hours_used_lost_and_idle(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
