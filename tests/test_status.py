@@ -277,6 +277,19 @@ def test_gpu_hours_used_lost_and_idle(site: Site, capsys: pytest.CaptureFixture[
     assert "3.00" in shown(capsys, "status") and "1.00" in shown(capsys, "status")
 
 
+def test_a_life_that_was_settled_later_cost_no_time_in_the_queue() -> None:
+    def event(name: str, minute: int, **more: Any) -> dict[str, Any]:
+        return {"time": f"2026-01-01T00:{minute:02}:00+00:00", "event": name, "stage": "train", "life": 1, **more}
+
+    log = [event("started", 0), event("checkpoint", 10), event("interrupted", 50, settled_by="train-2-prologue")]
+    now = datetime.datetime(2026, 1, 1, 1, tzinfo=datetime.timezone.utc)
+    (cost,) = stage_costs(log, {}, now)
+    assert (cost.seconds, cost.lost_seconds) == (600, 0)
+    log[-1]["ended"] = int(datetime.datetime(2026, 1, 1, 0, 14, tzinfo=datetime.timezone.utc).timestamp())
+    (cost,) = stage_costs(log, {}, now)
+    assert (cost.seconds, cost.lost_seconds) == (840, 240)
+
+
 def rows_of_every_kind() -> tuple[list[Row], list[SweepRow]]:
     long = "its account allows no more GPUs for the whole group now; thought to start at Mon 14:05"
     full = Row(
