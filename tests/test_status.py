@@ -470,21 +470,32 @@ def test_logs_follow_across_lives_and_stages_to_the_end(
     site.say(waiting(**RUNNING))
     outcome.write(run.outcomes, Outcome("prepare", 1, 0, ""))
     life(run, "train", 1, "one\n", at=100)
+    out = err = ""
+
+    def until(text: str) -> None:
+        nonlocal out, err
+        deadline = time.monotonic() + 30
+        while text not in out + err:
+            assert time.monotonic() < deadline, (text, out, err)
+            time.sleep(0.05)
+            more = capfd.readouterr()
+            out, err = out + more.out, err + more.err
+
     follower = threading.Thread(target=cli.main, args=(["logs", "--run", run.name, "--follow"],))
     follower.start()
-    time.sleep(0.3)
+    until("one\n")
     life(run, "train", 2, "two\n", at=200)
-    time.sleep(0.2)
+    until("two\n")
     life(run, "train", 2, "three\n", at=200)
     for number, stage in enumerate(STAGES[1:]):
         life(run, stage, 2, f"end of {stage}\n", at=300 + number)
+        until(f"end of {stage}\n")
         outcome.write(run.outcomes, Outcome(stage, 2, 0, ""))
-        time.sleep(0.2)
-    follower.join(20)
+    follower.join(30)
     assert not follower.is_alive()
-    out = capfd.readouterr()
-    assert out.out == "one\ntwo\nthree\nend of train\nend of export\nend of evaluate\n"
-    assert re.findall(r"==> (\w+, life \d)", out.err) == [
+    until(f"{run.name}: completed")
+    assert out == "one\ntwo\nthree\nend of train\nend of export\nend of evaluate\n"
+    assert re.findall(r"==> (\w+, life \d)", err) == [
         "train, life 1",
         "train, life 2",
         "export, life 2",
@@ -496,6 +507,7 @@ def test_logs_follow_across_lives_and_stages_to_the_end(
 def test_ctrl_c_ends_it_without_a_word(site: Site, words: list[str]) -> None:
     (run,) = site.make()
     site.say(waiting(**RUNNING))
+    outcome.write(run.outcomes, Outcome("prepare", 1, 0, ""))
     life(run, "train", 1, "working\n", at=100)
     command = [*status(site.runs)[:-1], *words, "--run", run.name]
     with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
