@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ftlib.rundir import STAGES
-from ftlib.sweepdir import FOLDER
+from ftlib.sweep import SweepSpec
+from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import wish as wishes
 
 CONF = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf"
@@ -69,11 +70,9 @@ def make_runs(
                 for event in ({"event": "intended", **said}, {"event": "submitted", **said, **job}):
                     file.write(json.dumps(event) + "\n")
     if sweep:
-        place = runs / FOLDER / sweep
-        place.mkdir(parents=True)
-        value = {"spec": {"grid": {"train.seed": list(range(count))}}, "said": {"SWEEP": sweep}}
+        spec = SweepSpec.model_validate({"grid": {"train.seed": list(range(count))}})
         points = {name: {"train.seed": seed} for seed, name in enumerate(names)}
-        (place / "sweep.json").write_text(json.dumps({**value, "points": points}))
+        SweepDir(runs / FOLDER / sweep).write(Sweep(spec, {"SWEEP": sweep}, points, wish.profile, wish.cache))
     return names
 
 

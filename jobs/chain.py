@@ -18,6 +18,7 @@ from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import batch, client, settle
+from ftlib.slurm import queue as slurm_queue
 from jobs import guard
 from jobs import stage as stage_module
 
@@ -203,12 +204,8 @@ def _place_pickle(run: RunDir, stage: str, job: str) -> None:
 
 
 def scheduler_view(job_ids: list[str]) -> dict[str, tuple[str, str]]:
-    """Job id -> (state, reason): from the queue in one call, and from accounting for those the queue has forgotten."""
-    known = {job.id: (job.state, job.reason) for job in client.jobs()}
-    missing = [job for job in job_ids if job not in known]
-    if missing:
-        known.update({job.id: (job.state, job.reason) for job in client.accounted(missing)})
-    return known
+    """Job id -> (state, reason) of those that Slurm knows."""
+    return {number: (job.state, job.reason) for number, job in slurm_queue.ask(job_ids).jobs.items() if job.state}
 
 
 def cancel(run: RunDir, job_ids: dict[str, str]) -> None:

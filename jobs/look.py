@@ -107,7 +107,7 @@ def _watch(options: argparse.Namespace) -> int:
     from rich.live import Live
 
     out = console()
-    before = ""
+    before = None
     with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
         while True:
             rows, sweeps, seen = _rows(options)
@@ -115,12 +115,19 @@ def _watch(options: argparse.Namespace) -> int:
                 # What is at work stands first: a screen has no room for all.
                 rows.sort(key=lambda one: one.state not in ACTIVE)
                 live.update(_board(rows, sweeps, seen, out.width), refresh=True)
-            elif (now := _json(rows, sweeps, seen)) != before:
+            elif (now := _ends(rows, sweeps)) != before:
                 before = now
-                print(now, flush=True) if options.json else _print(rows, sweeps, seen)
+                print(_json(rows, sweeps, seen), flush=True) if options.json else _print(rows, sweeps, seen)
             if not ({one.state for one in rows} & {*ACTIVE} or {one.state for one in sweeps} & {*ACTIVE}):
                 return DONE
             time.sleep(REDRAW_S)
+
+
+def _ends(rows: list[Row], sweeps: list[SweepRow]) -> list[object]:
+    """What is worth another line in a log: steps and losses alone would fill it."""
+    return [(one.run, one.state, one.stage, one.lives, one.words) for one in rows] + [
+        (one.sweep, one.states, one.lives) for one in sweeps
+    ]
 
 
 def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[Seen]]:

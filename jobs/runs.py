@@ -9,7 +9,6 @@ import signal
 from ftlib import events, rundir, state
 from ftlib.errors import DONE, InputError
 from ftlib.profile import ClusterProfile
-from ftlib.report.status import Seen
 from ftlib.rundir import RunDir
 from ftlib.slurm import client
 from ftlib.state import ACTIVE
@@ -20,7 +19,7 @@ from jobs.wish import RUNS, stored_profile
 def start(run: RunDir, profile: ClusterProfile) -> int:
     """Queue what is missing, or run it here; says where to look next."""
     with run.claim():
-        _settle_in(see([run])[0])
+        _settle_in(run)
         if profile.scheduler is None:
             from jobs import local
 
@@ -69,15 +68,17 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     return start(run, profile)
 
 
-def _settle_in(seen: Seen) -> None:
+def _settle_in(run: RunDir) -> None:
     """A run that was moved or copied goes on where it lies now. Its checkpoints know it by its name."""
-    run = seen.run
-    if seen.place != "here":
-        if run.provenance()["run"] != run.name:
-            raise InputError(
-                f"run {run.name}: {seen.notes[0]}. Give the folder its name back, or make submit … NEW=1 for another"
-            )
-        events.append(run.events, events.submit_writer(), "moved", to=str(run.path))
+    provenance = run.provenance()
+    place, words = state.elsewhere(run, state.journal(run), provenance)
+    if place == "here":
+        return
+    if provenance["run"] != run.name:
+        raise InputError(
+            f"run {run.name}: {words}. Give the folder its name back, or make submit … NEW=1 for another run"
+        )
+    events.append(run.events, events.submit_writer(), "moved", to=str(run.path))
 
 
 def cancel(options: argparse.Namespace) -> int:

@@ -71,7 +71,7 @@ def _stage_cells(name: str, told: dict[str, object]) -> dict[str, str]:
 
 def _said(row: Row) -> list[str]:
     ended = ", ".join(f"{cause} × {count}" if count > 1 else cause for cause, count in row.causes.items())
-    return [row.words, f"lives ended by: {ended}" if ended else "", *row.notes]
+    return [row.words, f"lives that ended early: {ended}" if ended else "", *row.notes]
 
 
 def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list[RenderableType]:
@@ -91,7 +91,7 @@ def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list
             if state in cells.get("state", ""):
                 line.highlight_words([state], colour)
         lines.append(line)
-        lines += [Padding(Text(text, "dim"), (0, 0, 0, 4)) for text in said if text]
+        lines += [Padding(Text(text, "dim"), (0, 0, 0, 4), expand=False) for text in said if text]
     return lines
 
 

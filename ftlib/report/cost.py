@@ -52,7 +52,7 @@ def stage_costs(
             ends = [event for event in mine if event["event"] in ENDS]
             last = ends[-1] if ends else mine[-1]
             at_work = not ends and life == max(found) and (running is None or stage in running)
-            ended = now if at_work else time_of(last)
+            ended = now if at_work else _end(last, mine)
             seconds += max(0.0, (ended - began).total_seconds())
             if not at_work and last.get("code") not in (0, 75):
                 saves = [time_of(event) for event in mine if event["event"] == "checkpoint"]
@@ -62,6 +62,13 @@ def stage_costs(
         if found:
             costs.append(StageCost(stage, len(found), seconds, lost, gpus))
     return costs
+
+
+def _end(last: dict[str, Any], mine: list[dict[str, Any]]) -> datetime.datetime:
+    """When a life ended. One that was settled later did so when Slurm says, or else with its own last word."""
+    if "ended" in last:
+        return datetime.datetime.fromtimestamp(last["ended"], datetime.timezone.utc)
+    return time_of(next((event for event in reversed(mine) if "settled_by" not in event), last))
 
 
 def time_of(event: dict[str, Any]) -> datetime.datetime:

@@ -104,6 +104,7 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
         events.append(
             run / "events", writer, "interrupted", stage=stage, life=number, job_id=job, cause=cause, line=found.line,
             words=words, settled_by=writer,
+            **({"ended": int(ended)} if (ended := _of_life(run, stage, number, job, "End")).isdigit() else {}),
         )  # fmt: skip
 
 
@@ -231,12 +232,17 @@ def _as_slurm_tells(found: Finding, state: str, run: Path, stage: str, life: int
 
 def _accounted(run: Path, stage: str, life: int, job: str) -> str:
     """Slurm's state of this life of the job; empty where accounting has no answer."""
-    began, states = _start(run, stage, life), []
-    for line in _ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", "Start,State").splitlines():
-        start, _, state = line.partition("|")
+    return _of_life(run, stage, life, job, "State")
+
+
+def _of_life(run: Path, stage: str, life: int, job: str, field: str) -> str:
+    """A field of accounting's row of this life of the job."""
+    began, rows = _start(run, stage, life), []
+    for line in _ask("sacct", "-X", "-D", "-n", "-P", "-j", job, "-o", f"Start,{field}").splitlines():
+        start, _, value = line.partition("|")
         if start.isdigit() and int(start) <= began + CLOCKS_S:
-            states.append((int(start), state.strip()))
-    return max(states)[1] if states else ""
+            rows.append((int(start), value.strip()))
+    return max(rows)[1] if rows else ""
 
 
 def _start(run: Path, stage: str, life: int) -> int:
