@@ -21,7 +21,8 @@ from ftlib.errors import FtError, InputError
 from ftlib.slurm import container
 from ftlib.slurm.diagnose import from_log
 from jobs import image as images
-from tests.wishes import CHECKOUT, jobs, planned, site, spec
+from tests.array_shims import Login
+from tests.wishes import CHECKOUT, copied_checkout, jobs, planned, site, spec
 
 LOCAL = Path(os.environ.get("FTLIB_APPTAINER_DIR") or "/tmp/ftlib-apptainer") / "bin" / "apptainer"
 APPTAINER = shutil.which("apptainer") or (str(LOCAL) if LOCAL.exists() else None)
@@ -226,6 +227,20 @@ def test_an_image_that_is_there_is_not_built_again(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"The image of these locks is there: {tmp_path}/i.sif\n")
     shim.write_text("#!/bin/sh\n[ $1 = inspect ] && echo 'org.ftlib.lock: 9999'\n")
     assert f"lock 9999, this checkout wants {wanted}" in refusal("image", "--set", section)
+
+
+def test_a_missing_image_is_built_once_in_front_of_all_that_wait_for_it(tmp_path: Path) -> None:
+    login = Login(copied_checkout(tmp_path), tmp_path)
+    (login.checkout / "jobs" / "sweeps" / "two.yaml").write_text("grid: {train.seed: [1, 2]}")
+    settings = "cluster.container.command=/bin/true cluster.container.build=job tracking.mode=disabled"
+    for words in (["submit"], ["submit", "--new"], ["sweep", "--sweep", "two"]):
+        done = login.jobs(*words, "--cluster", "local-slurm", "--set", settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+    queued = login.queue.arrays
+    (build,) = [number for number, job in queued.items() if job["comment"].startswith("ftlib image ")]
+    prepare = [job for job in queued.values() if job["comment"].split(" ")[2] == "prepare"]
+    assert len(prepare) == 3 and all(f"afterok:{build}" in job["dependency"] for job in prepare)
+    assert all("slurm_templates/container.sh /bin/true " in job["script"] for job in prepare)
 
 
 @pytest.fixture(scope="session")
