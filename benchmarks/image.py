@@ -23,7 +23,7 @@ from random import Random
 from benchmarks.chaos import slurm
 from benchmarks.chaos.campaign import FLAVOURS, SEEN, Ground, differences
 from benchmarks.chaos.kinds import KINDS, next_life_begun
-from benchmarks.chaos.places import PLACES, stand_at
+from benchmarks.chaos.places import PLACES, raw_rows, stand_at
 from benchmarks.chaos.processes import thaw
 from ftlib import events
 from ftlib.checkpoint import digest
@@ -104,15 +104,16 @@ class Campaign:
     def moved(self) -> None:
         """A run that begins outside, is cancelled as it trains, goes on inside, and the same back again."""
         run = self.ground.submit(ONE)
-        for go_on in (self.inside, "cluster.container=null"):
-            view = stand_at(run, PLACES["a step"], "train", SEEN, WAIT_S)
-            if view is None:
-                raise slurm.Trouble(f"{run.name} never trained")
-            thaw(view.workers)
+        for step, go_on in ((25, self.inside), (55, "cluster.container=null")):
+            slurm.until(lambda step=step: _last_step(run) >= step, WAIT_S, f"step {step} of {run.name}")  # type: ignore[misc]
             self.ground.jobs("cancel", "--run", run.name)
             slurm.until(lambda: self.ground.state(run)["state"] == "cancelled", WAIT_S, "the cancelled run's end", 1)
             self.ground.jobs("resume", "--run", run.name, "--set", go_on)
         self.add("begun outside, resumed inside, resumed outside", ONE, run)
+
+
+def _last_step(run: RunDir) -> int:
+    return max((row["step"] for row in raw_rows(run.metrics_file)), default=0)
 
 
 def campaign(made: Campaign) -> None:
