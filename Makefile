@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
+.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -43,16 +43,22 @@ $(TRAIN): $(LOGIN)
 $(DEV): $(LOGIN)
 	@sh env/setup.sh dev $(VENV) $@
 
+# The training packages, save where stages run in an image that brings them.
+PACKAGES = @{ [ -e $(TRAIN) ] && ! [ -e $(VENV)/setup.log ]; } || $(PY) -m jobs image --chosen \
+	$(foreach v,CLUSTER SET,$(if $(value $v),$(call option,$v)="$$OPT_$v")) || $(MAKE) --no-print-directory $(TRAIN)
+
 # Runs -----------------------------------------------------------------------------------------------------------------
 env: $(LOGIN) ## make the environment and check it on a GPU node: CLUSTER= SET= NEW=1
 	@$(PY) -m jobs env --before $(OPTIONS)
-	@$(MAKE) --no-print-directory $(TRAIN)
+	$(PACKAGES)
 	$(JOBS)
 
-smoke: $(TRAIN) ## ten real steps on a node before the long run: options as for submit
+smoke: $(LOGIN) ## ten real steps on a node before the long run: options as for submit
+	$(PACKAGES)
 	$(JOBS)
 
-submit: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run: MODEL= DATA= CLUSTER= NODES= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
+submit: $(LOGIN) ## start a run: MODEL= DATA= CLUSTER= NODES= SET="a.b=c d.e=f" NEW=1; DRY_RUN=1 only prints it
+	$(if $(filter-out 0,$(value DRY_RUN)),,$(PACKAGES))
 	$(JOBS)
 
 plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
@@ -88,6 +94,9 @@ resume: $(LOGIN) ## go on with a run or a sweep that failed or was cancelled: RU
 schema: $(LOGIN) ## the recipes' JSON Schema, for editors
 	$(JOBS)
 
+image: $(LOGIN) ## build the image that stages run in, where the profile wants one: CLUSTER= SET=
+	$(JOBS)
+
 # Around it ------------------------------------------------------------------------------------------------------------
 cluster: ## start a real Slurm of three nodes on this machine, to try things on
 	@python=$$(sh env/setup.sh python) && exec "$$python" env/local_slurm/cluster.py up $(value ARGS)
@@ -116,6 +125,9 @@ bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
 
 chaos: $(TRAIN) ## kill runs in every way on the local Slurm, and write docs/chaos.md (half an hour): ARGS="--kills 12"
 	@exec $(PY) -m benchmarks.chaos --write docs/chaos.md $(value ARGS)
+
+test-image: $(TRAIN) $(DEV) ## runs inside the image beside runs outside it, on the local Slurm, into docs/image.md (half an hour; root)
+	@exec $(PY) -m benchmarks.image --write docs/image.md $(value ARGS)
 
 gpu-check: $(TRAIN) $(DEV) ## measure on this machine's GPU: tests, large models' speed, memory and resume; ARGS=llama2-7b
 	@exec $(PY) -m benchmarks.gpu_check $(value ARGS)

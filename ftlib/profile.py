@@ -71,6 +71,20 @@ class Storage(Model):
     work: str | None = Field(None, description="Folder for checkouts, packages and runs; {account} and {user}")
 
 
+class Container(Model):
+    """How this site's stages run in an image (env/train.def)."""
+
+    command: str = Field("apptainer", description="Apptainer's command, or its path")
+    module: str | None = Field(None, description="module load that brings the command")
+    image: str | None = Field(None, description="A ready image; default: the one that make image builds")
+    images: str | None = Field(None, description="Folder of the built images; default: images/ in the cache")
+    base: str | None = Field(
+        None, description="What it is built on: docker://NAME:TAG, or a folder with Debian; default: env/train.def's"
+    )
+    build: Literal["login", "job"] = Field("login", description="Built where you submit, or in a CPU job")
+    binds: tuple[str, ...] = Field((), description="Folders shown inside beside the run's own, such as /blue")
+
+
 class ClusterProfile(Model):
     """A site and a user's choices in it; `scheduler` is null where there is no Slurm."""
 
@@ -90,6 +104,7 @@ class ClusterProfile(Model):
     modules: tuple[str, ...] = Field((), description="module load, in this order")
     environment: dict[str, str] = Field({}, description="Variables for every job")
     python: str | None = Field(None, description="Interpreter of the jobs; default: the one that submits")
+    container: Container | None = Field(None, description="Run in an image; null: in the virtual environment")
     compute_internet: bool = Field(True, description="Compute nodes reach the internet")
     gpu_idle_limit_min: int | None = Field(
         None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing"

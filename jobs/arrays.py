@@ -22,9 +22,9 @@ from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
-from ftlib.slurm import batch, client, settle
+from ftlib.slurm import batch, client, container, settle
 from ftlib.sweepdir import SweepDir
-from jobs import guard
+from jobs import guard, image
 from jobs.chain import ModuleExecutor
 from jobs.points import Chunk, Need, View, active, chunks, fitting, need_of, share_datasets
 
@@ -81,6 +81,7 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
     feeding = _Feeding(sweep, profile, fed, kept.spec.at_once, kept.cache)
+    feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
     for known in journals:
         for stage, job in known.jobs.items():
             if active(view, job):
@@ -162,6 +163,7 @@ class _Feeding:
     def __init__(self, sweep: SweepDir, profile: ClusterProfile, fed: Fed, at_once: int | None, cache: Path) -> None:
         self.sweep, self.profile, self.fed, self.at_once, self.cache = sweep, profile, fed, at_once, cache
         self.python = profile.python or sys.executable
+        self.image: str | None = None  # the job that builds the image, where it is not there yet
         self.active: dict[str, set[str]] = {}  # stage -> arrays, or jobs, that are queued or running
         self.middle: list[str] = []  # tasks whose end means that there is room again
 
@@ -256,9 +258,11 @@ class _Feeding:
                 profile, self._variables(needs[0].plan, stage), self.sweep.runs, folder, prepared=prepared
             ),
             comment=f"ftlib {self.sweep.name} {stage} {nonce}",
-            dependency=after,
+            dependency=",".join(filter(None, [after, f"afterok:{self.image}" if self.image else None])) or None,
         )
-        made = ModuleExecutor(folder, python=shlex.quote(self.python))
+        run = RunDir(needs[0].run)
+        known = run.provenance() if run.provenance_file.exists() else {"checkout": str(self.sweep.runs.parent)}
+        made = ModuleExecutor(folder, python=container.worker(profile, needs[0].plan, stage, known))
         made.module = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
         made.update_parameters(**batch.array(words, folder, stage, indices, self.at_once))
         return made
@@ -275,7 +279,7 @@ class _Feeding:
                 _record(run, {"prepare": job}, whose, automatic=need.automatic, prepared_by=by.name)
             jobs = {stage: f"{array}_{index}" for stage, array in arrays.items() if stage in chunk.stages}
             if jobs:
-                _record(run, jobs, nonce, automatic=need.automatic)
+                _record(run, jobs | ({"image": self.image} if self.image else {}), nonce, automatic=need.automatic)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(record, chunk.needs))

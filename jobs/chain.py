@@ -9,6 +9,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -17,12 +18,12 @@ from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, client, settle
+from ftlib.slurm import batch, client, container, settle
 from ftlib.slurm import queue as slurm_queue
 from jobs import guard
 from jobs import stage as stage_module
 
-GUARD = "guard"
+GUARD, IMAGE = "guard", "image"
 
 
 class StageExecutor(SlurmExecutor):
@@ -55,14 +56,23 @@ class ModuleExecutor(StageExecutor):
 
 
 def executor(
-    profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, comment: str, after: str | None
+    profile: ClusterProfile,
+    plan: RunPlan,
+    stage: str,
+    *,
+    run: Path,
+    cache: Path,
+    comment: str,
+    after: str | None,
+    provenance: dict[str, Any] | None = None,
 ) -> StageExecutor:
-    """The submitit executor of a stage of the run folder `run`."""
+    """The submitit executor of a stage of the run folder `run`; without `provenance` that folder tells it."""
     python = profile.python or sys.executable
+    worker = container.worker(profile, plan, stage, RunDir(run).provenance() if provenance is None else provenance)
     variables = batch.environment(
         profile, plan, stage, run=run, cache=cache, hf=modelfiles.hf_home(cache), python=python
     )
-    made = StageExecutor(run / "slurm" / stage, python=shlex.quote(python))
+    made = StageExecutor(run / "slurm" / stage, python=worker)
     words = batch.parameters(
         profile,
         plan.stages[stage],
@@ -75,13 +85,15 @@ def executor(
     return made
 
 
-def scripts(profile: ClusterProfile, plan: RunPlan, *, run: Path, cache: Path) -> Iterator[tuple[str, str]]:
+def scripts(
+    profile: ClusterProfile, plan: RunPlan, *, run: Path, provenance: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """(stage, sbatch script) as they would be queued; job ids that do not exist yet are named by their stage."""
-    before: str | None = None
+    cache, before = Path(provenance["cache"]), None
     for stage in STAGES:
         comment = f"ftlib {run.name} {stage} <nonce>"
         after = f"<job id of {before}>" if before else None
-        made = executor(profile, plan, stage, run=run, cache=cache, comment=comment, after=after)
+        made = executor(profile, plan, stage, run=run, cache=cache, comment=comment, after=after, provenance=provenance)
         yield stage, made.script()
         before = stage
 
@@ -97,7 +109,7 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
     exclude = ",".join(filter(None, [profile.exclude, *settle.excluded_nodes(run.path)]))
     profile = profile.model_copy(update={"exclude": exclude or None})
     queued: dict[str, str] = {}
-    before: str | None = None
+    before = queue_image(run, profile, by_guard=by_guard)
     for stage in STAGES:
         if run.stage_done(stage):
             continue
@@ -124,6 +136,19 @@ def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
     train = plan.stages["train"]
     longer = train.model_copy(update={"warning_s": max(train.warning_s, 60 + math.ceil(1.5 * max(saves, default=0)))})
     return plan.model_copy(update={"stages": {**plan.stages, "train": longer}})
+
+
+def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str | None:
+    """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
+    from jobs import image
+
+    try:
+        job = image.job_before(profile, Path(run.provenance()["checkout"]))
+    except Exception as error:
+        raise _refused(run, IMAGE, {}, error) from None
+    if job:
+        _submitted(run, IMAGE, job, "", by_guard=by_guard)
+    return job
 
 
 def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, cache: Path, watched: list[str]) -> None:

@@ -39,13 +39,14 @@ def parser() -> Parser:
     command("smoke", "ten real steps on a node, and what they tell of the whole run", *wish)
     command("sweep", "queue every point of a sweep, in as few arrays as fit", "sweep!", *wish, "dry_run")
     command("report", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
+    command("image", "build the image of this checkout's locks, where it is not there yet", "cluster", "set", "chosen")
     command("layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "every sweep and run, or one, and what it is doing", "run", "sweep", "json", "watch")
     command("logs", "the log of the newest life, or of a stage's", "run!", "stage", "follow")
     command("why", "what happened in each life of a run, and what to do now", "run!")
     command("verify", "check a run's checkpoints; name the one it would go on from", "run!")
     command("cancel", "end a run's (or a sweep's) jobs; they stay ended until they are resumed", "run", "sweep")
-    command("resume", "queue what is missing of a run or a sweep, the cancelled, too", "run", "sweep", "nodes")
+    command("resume", "queue what is missing of a run or a sweep; SET= of a cluster", "run", "sweep", "nodes", "set")
     command("schema", "JSON Schema of a recipe, for editors")
     return top
 
@@ -59,6 +60,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
     "dry_run": lambda p: p.add_argument("--dry-run", action="store_true", help="print the sbatch scripts alone"),
     "new": lambda p: p.add_argument("--new", action="store_true", help="another run of the same wish"),
     "before": lambda p: p.add_argument("--before", action="store_true", help="what can be seen from here, no job"),
+    "chosen": lambda p: p.add_argument("--chosen", action="store_true", help="only tell whether one is wanted: 0 or 1"),
     "json": lambda p: p.add_argument("--json", action="store_true", help="for programs"),
     "run": lambda p: p.add_argument("--run", help="name of a run"),
     "run!": lambda p: p.add_argument("--run", required=True, help="name of a run"),
@@ -73,7 +75,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], object]] = {
 # Where each command is; the others are in jobs/look.py.
 MODULES = {
     "submit": "submit", "plan": "submit", "env": "smoke", "smoke": "smoke", "sweep": "sweep", "report": "sweep",
-    "layers": "layers", "logs": "logs", "cancel": "runs", "resume": "runs",
+    "layers": "layers", "logs": "logs", "cancel": "runs", "resume": "runs", "image": "image",
 }  # fmt: skip
 
 
@@ -120,11 +122,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         return 0
     if options.command in ("cancel", "resume") and not (options.run or options.sweep):
         raise InputError(f"{options.command}: RUN= or SWEEP= is missing; make status names what there is")
-    if nodes := getattr(options, "nodes", None):
-        if options.command != "resume":
-            options.set = f"{options.set} {shlex.quote(f'resources.nodes={nodes}')}".strip()
-        elif options.sweep:
-            raise InputError("resume: NODES= is for one run; the points of a sweep keep theirs")
+    if options.command == "resume" and options.sweep and (options.nodes or options.set):
+        raise InputError("resume: NODES= and SET= are for one run; the points of a sweep keep theirs")
+    if options.command != "resume" and (nodes := getattr(options, "nodes", None)):
+        options.set = f"{options.set} {shlex.quote(f'resources.nodes={nodes}')}".strip()
     where = MODULES.get(options.command, "look")
     module = importlib.import_module(f"jobs.{'sweep' if where == 'runs' and options.sweep else where}")
     run: Callable[[argparse.Namespace], int] = getattr(module, options.command)

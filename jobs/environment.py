@@ -11,6 +11,7 @@ from pathlib import Path
 from ftlib.errors import InputError
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import site
+from jobs import image
 from jobs import wish as wishes
 
 # Some room for what other programs keep in a home folder; a full one breaks logins.
@@ -25,6 +26,7 @@ def require(profile: ClusterProfile, cache: Path) -> None:
         found += [f"cluster {profile.name}: {words}" for words in site.problems(profile)]
     if found:
         raise InputError(found)
+    image.ready(profile)
 
 
 def misplaced(profile: ClusterProfile, cache: Path) -> list[str]:

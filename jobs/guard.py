@@ -59,7 +59,7 @@ def why_not(run: RunDir, view: dict[str, tuple[str, str]]) -> str | None:
     log = events.read(run.events)
     if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
         return f"{stage} was cancelled by its owner; it stays so"
-    before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), None)
+    before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), jobs.get("image"))
     slurm = view.get(jobs[stage], ("", ""))[0]
     # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
     by_dependency = view.get(before or "", ("COMPLETED", ""))[0] in FAILED

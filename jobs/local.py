@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, settle
+from ftlib.slurm import batch, container, settle
 from jobs import stage as stage_module
 
 POLL_S = 0.1
@@ -113,7 +112,8 @@ def _life(
 ) -> LocalJob[None]:
     """Start one life, show its log as it grows, pass Ctrl-C on as a request to save, return when it has ended."""
     folder = run.slurm / stage
-    executor = LocalExecutor(folder, python=shlex.quote(profile.python) if profile.python else None)
+    plan = RunPlan.model_validate(run.plan())
+    executor = LocalExecutor(folder, python=container.worker(profile, plan, stage, run.provenance()))
     executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
     with _inherited(run.code, variables):
         job = executor.submit(stage_module.run, str(run.path), stage)

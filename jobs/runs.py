@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from typing import cast
 
-from ftlib import events, rundir, state
+from ftlib import atomic, events, recipe, rundir, state
 from ftlib.errors import DONE, InputError
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.slurm import client
+from ftlib.spec import validate
 from ftlib.state import ACTIVE
 from jobs.look import kept_answer, look, see, writer
 from jobs.wish import RUNS, stored_profile
@@ -107,9 +109,16 @@ def cancel(options: argparse.Namespace) -> int:
 
 
 def resume(options: argparse.Namespace) -> int:
-    """Queue what is missing of a run, under the profile it was submitted with."""
+    """Queue what is missing of a run, under the profile it was submitted with; SET=cluster.… changes that for good."""
     run = rundir.find(RUNS, options.run)
+    wish, changes = recipe.parse_set(options.set)
+    if wish:
+        raise InputError([f"SET: {field}: a run's recipe is fixed; resume changes cluster.… alone" for field in wish])
     profile = stored_profile(run)
+    if changes:
+        values = recipe.override(profile.model_dump(mode="json"), changes)
+        profile = cast(ClusterProfile, validate(ClusterProfile, values, f"cluster {profile.name}"))
+        atomic.write_json(run.provenance_file, {**run.provenance(), "profile": profile.model_dump(mode="json")})
     if options.nodes:
         from jobs import resize
 

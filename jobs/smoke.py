@@ -116,7 +116,8 @@ def _queue(run: RunDir, profile: ClusterProfile) -> str:
     profile = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
     comment = f"ftlib {run.name} {STAGE}"
-    made = chain.executor(profile, plan, STAGE, run=run.path, cache=cache, comment=comment, after=None)
+    after = chain.queue_image(run, profile, by_guard=False)
+    made = chain.executor(profile, plan, STAGE, run=run.path, cache=cache, comment=comment, after=after)
     try:
         job: str = made.submit(stage_module.run, str(run.path), STAGE).job_id
     except Exception as error:  # submitit's errors hold sbatch's own words

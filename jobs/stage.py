@@ -62,7 +62,8 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
     if rank == 0:
         # Of an array's task, SLURM_JOB_ID is not what squeue and sacct call it.
         job = os.environ.get("FT_JOB") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
-        events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, node=socket.gethostname())
+        where = {"node": socket.gethostname(), "image": os.environ.get("FT_IMAGE")}
+        events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
     began = time.monotonic()
     try:
         words = str(importlib.import_module(f"jobs.{stage}").main(rundir, life, stop))

@@ -10,7 +10,7 @@ import sys
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
 from ftlib.slurm import client
-from jobs import environment, runs
+from jobs import environment, image, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -47,12 +47,13 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def check_ready(wish: Wish) -> None:
-    """InputError when what every job here needs is missing: an account, the training packages."""
+    """InputError when what every job here needs is missing: an account, the image or the training packages."""
     if missing := wish.profile.missing_account():
         raise InputError(missing)
     if found := environment.misplaced(wish.profile, wish.cache):
         raise InputError(found)
-    if wish.profile.python is None and importlib.util.find_spec("torch") is None:
+    image.ready(wish.profile)
+    if wish.profile.container is None and wish.profile.python is None and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
             'SET="cluster.python=<an interpreter that has them>"'
@@ -82,7 +83,8 @@ def _dry_run(wish: Wish, name: str) -> int:
     if wish.plan.zero:
         print(f"\n===== DeepSpeed's configuration =====\n{json.dumps(wish.plan.zero, indent=1)}")
     client.use(wish.profile.scheduler.slurm_conf)
-    for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, cache=wish.cache):
+    provenance = wishes.files_of(wish, name)["provenance.json"]
+    for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance):
         print(f"\n===== {stage}.sbatch =====")
         print(script.rstrip())
     print("\nDry run: nothing was queued.")

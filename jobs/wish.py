@@ -18,7 +18,7 @@ from ftlib import modelfiles, profile, recipe, rundir, sweep
 from ftlib.errors import InputError, unknown
 from ftlib.plan import fits, plan, shapes
 from ftlib.profile import ClusterProfile
-from ftlib.slurm import client
+from ftlib.slurm import client, container
 from ftlib.spec import RunSpec, file_digest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -215,6 +215,7 @@ def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, An
         "user": getpass.getuser(),
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_version(),
+        "image": container.image(wish.profile, CHECKOUT),
         "locks": locks(),
     }
     return {

@@ -36,7 +36,7 @@ class Checkout:
         (folder / "env" / "setup.sh").write_text('echo "stage $1" >&2\n')
         python = folder / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
-        program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+        program = "import json, sys; '--chosen' in sys.argv and sys.exit(1); print(json.dumps(sys.argv[1:]))"
         python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{program}" "$@"\n')
         python.chmod(0o755)
 
@@ -87,7 +87,8 @@ def test_what_is_empty_or_off_is_not_passed(checkout: Checkout) -> None:
     ],
 )
 def test_a_target_sets_up_no_more_than_it_needs(checkout: Checkout, args: list[str], stages: list[str]) -> None:
-    assert checkout.make(*args)[1] == stages
+    # A second make asks again for what this set-up, which does nothing, has left undone.
+    assert list(dict.fromkeys(checkout.make(*args)[1])) == stages
 
 
 def test_an_environment_is_made_only_where_the_site_allows_it(checkout: Checkout) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,12 +107,13 @@ class Ground:
             raise slurm.Trouble(f"jobs {' '.join(words)} exited {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def submit(self, flavour: str) -> RunDir:
+    def submit(self, flavour: str, more: str = "") -> RunDir:
         """Queue a run with a cache of its own: every run prepares its data and loads its base itself."""
         self._number += 1
+        cache = shlex.quote(f"cluster.cache={self.folder}/cache-{self._number}")
         settings = (
             f"{SETTINGS} {FLAVOURS[flavour]} cluster.qos={slurm.YIELDING} cluster.cpu_qos={slurm.YIELDING} "
-            f"cluster.scheduler.slurm_conf={slurm.CONF} cluster.cache={self.folder}/cache-{self._number}"
+            f"cluster.scheduler.slurm_conf={slurm.CONF} {cache} {more}"
         )
         runs = self.folder / "runs"
         before = {path.name for path in runs.glob("*")}
@@ -140,7 +142,7 @@ class Ground:
                 return str(self.state(run)["state"])
             if time.monotonic() > deadline:
                 return f"still {now} after {timeout_s:.0f} s"
-            time.sleep(1)
+            time.sleep(2)
         return str(now)
 
     def causes(self, run: RunDir) -> dict[tuple[str, int], str]:

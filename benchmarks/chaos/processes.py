@@ -70,10 +70,10 @@ def workers(run: Path, stage: str, life: int) -> list[Worker]:
 
 
 def _is_task(pid: int) -> bool:
-    """A child of slurmstepd, not of a worker."""
+    """A child of slurmstepd, or of Apptainer's starter; not of a worker."""
     stat = _stat(pid)
     parent = _stat(stat[2]) if stat else None
-    return parent is not None and parent[0] == "slurmstepd"
+    return parent is not None and not parent[0].startswith("python")
 
 
 def step_daemons(job: str) -> list[int]:

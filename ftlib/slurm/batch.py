@@ -53,7 +53,10 @@ def environment(
         said["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if not profile.compute_internet:
         said["HF_HUB_OFFLINE"] = "1"
-    return {**said, **profile.environment, **partition.environment}
+    said |= {**profile.environment, **partition.environment}
+    if profile.container:
+        said["FT_PASS"] = " ".join(said)  # the image's wall lets nothing else through
+    return said
 
 
 def parameters(
@@ -150,6 +153,26 @@ def small_parameters(
     }
 
 
+def image_parameters(profile: ClusterProfile, checkout: Path, comment: str, asks: tuple[int, int]) -> dict[str, Any]:
+    """submitit's parameters for the job that builds the image; `asks`: its minutes and GiB of memory."""
+    partition, (minutes, mem_gib) = profile.partition(gpu=False), asks
+    chosen = {"account": profile.account, "qos": profile.resolved_qos(gpu=False), "constraint": partition.constraint}
+    return {
+        "job_name": "ftlib.image",
+        "partition": partition.name,
+        "time": minutes,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "cpus_per_task": min(4, partition.cpus_per_node),
+        "comment": comment,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        **{key: value for key, value in chosen.items() if value is not None},
+        "additional_parameters": {"mem": f"{min(mem_gib, int(partition.mem_gib_per_node))}G", "requeue": True},
+        "setup": [*_exports(profile, {"PYTHONNOUSERSITE": "1"}), f"cd {shlex.quote(str(checkout))} || exit 1"],
+    }
+
+
 def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> list[str]:
     """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue."""
     check_path(run)
@@ -178,7 +201,8 @@ def enter(profile: ClusterProfile, environment: dict[str, str], code: Path) -> l
 
 def _exports(profile: ClusterProfile, environment: dict[str, str]) -> list[str]:
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return [*lines, *(f"module load {shlex.quote(module)}" for module in profile.modules)]
+    modules = [*profile.modules, profile.container.module if profile.container else None]
+    return [*lines, *(f"module load {shlex.quote(module)}" for module in modules if module)]
 
 
 def check_path(path: Path) -> None:

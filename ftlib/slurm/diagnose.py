@@ -23,6 +23,7 @@ Cause = Literal[
     "disk full",
     "input",
     "code",
+    "container",
     "transient",
     "killed",
     "cancelled",
@@ -65,6 +66,7 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"\[Errno (?:5|116)\]",
         r"Connection reset by peer|Temporary failure in name resolution|Read timed out|Service Unavailable",
     ),
+    "container": (r"Failed to create user namespace", r"^(?:\x1b\[\d+m)?FATAL:\s"),
     "code": (
         r"^(?:ModuleNotFound|Import|Syntax|Name|Attribute|Type|Assertion|Key|Index|Value|NotImplemented|Runtime)Error\b",
     ),
@@ -105,6 +107,7 @@ PLAIN: dict[Cause, str] = {
     "disk full": "the disk or the quota is full",
     "input": "the input is wrong",
     "code": "the program failed, and would again",
+    "container": "Apptainer could not start the image",
     "transient": "the file system or network failed for a moment",
     "killed": "the process was killed, and nothing says by whom",
     "cancelled": "its owner cancelled it",

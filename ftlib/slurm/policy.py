@@ -25,6 +25,7 @@ BUDGET: dict[Cause, int | None] = {
     "disk full": 0,
     "input": 0,
     "code": 0,
+    "container": 1,
     "transient": 5,
     "killed": 10,
     "cancelled": 0,
@@ -45,6 +46,8 @@ MEND: dict[Cause, str] = {
     "disk full": "make room (checkpoints and logs are under runs/), then make resume RUN={run}",
     "input": "mend what the message names, then make resume RUN={run}, or submit again if the recipe changes",
     "code": "the traceback: make logs RUN={run}; after the mend submit with NEW=1, for the code is another",
+    "container": "what Apptainer says (make logs RUN={run}): without user namespaces ask the site, or take the virtual "
+    'environment: make submit … SET="cluster.container=null"',
     "collective": "look at the network settings of the profile (NCCL_*), then make resume RUN={run}",
     "transient": "when the storage or network is well again: make resume RUN={run}",
     "killed": "see the log's end (make logs RUN={run}), then make resume RUN={run}",
