@@ -84,10 +84,12 @@ def queued(count: int) -> list[dict[str, str]]:
 
 def _held(stage: str, tasks: int) -> str:
     command = ["sbatch", "--parsable", "--hold", "--account=lab", "--qos=group", f"--array=0-{tasks - 1}",
-               f"--comment=ftlib bench {stage} nonce-{stage}", "--output=/dev/null", "--wrap", "true"]  # fmt: skip
+               f"--comment=ftlib bench {stage} nonce-{stage}", "--job-name=ftlib-bench-status", "--output=/dev/null",
+               "--wrap", "true"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"sbatch refused {tasks} tasks: {done.stderr.strip()}")
+        subprocess.run(["scancel", "--me", "--name=ftlib-bench-status"], check=False)
+        raise SystemExit(f"sbatch refused {tasks} tasks: {done.stderr.strip()}. Cancelled ones count for five minutes")
     return done.stdout.strip()
 
 
@@ -100,11 +102,14 @@ def counted(tools: Path) -> Path:
     return tools
 
 
-def seconds(command: Sequence[str], env: dict[str, str] | None = None) -> float:
-    """Wall time of one process; it must succeed."""
+def seconds(command: Sequence[str], env: dict[str, str] | None = None) -> tuple[float, float]:
+    """Wall and CPU time of one process, which must succeed."""
     began = time.perf_counter()
-    subprocess.run(command, cwd=wishes.CHECKOUT, env=env, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - began
+    process = subprocess.Popen(command, cwd=wishes.CHECKOUT, env=env, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command[:3])} failed")
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime
 
 
 def measure(count: int, rounds: int) -> None:
@@ -124,7 +129,7 @@ def measure(count: int, rounds: int) -> None:
                 "status, runs one by one": status(place / "one by one/runs"),
                 "status, runs of a sweep": status(place / "as a sweep/runs"),
             }
-            taken: dict[str, list[float]] = {name: [] for name in commands}
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for round_ in range(rounds + 1):
                 for name, command in commands.items():
                     value = seconds(command, env if "status" in name else None)
@@ -132,17 +137,19 @@ def measure(count: int, rounds: int) -> None:
                         taken[name].append(value)
             calls = Path(f"{tools}.calls").read_text().split()
     finally:
-        subprocess.run(["scancel", *jobs], check=False)
+        subprocess.run(["scancel", "--me", "--name=ftlib-bench-status"], check=False)
     asked = len([name for name in commands if "status" in name]) * (rounds + 1)
     table = Table(title=f"{4 * count:,} tasks, {count:,} runs: median of {rounds} rounds", box=None)
-    for column in ("command", "seconds", "least", "most"):
+    for column in ("command", "seconds", "least", "most", "of it CPU"):
         table.add_column(column, justify="left" if column == "command" else "right")
     for name, values in taken.items():
-        table.add_row(name, f"{statistics.median(values):.3f}", f"{min(values):.3f}", f"{max(values):.3f}")
+        wall, cpu = zip(*values, strict=True)
+        figures = (statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
+        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
     Console(width=100).print(table)
-    bare = [a + b for a, b in zip(taken["bare squeue"], taken["bare sacct"], strict=True)]
+    bare = [a + b for (a, _), (b, _) in zip(taken["bare squeue"], taken["bare sacct"], strict=True)]
     for name in ("status, runs one by one", "status, runs of a sweep"):
-        ratio = statistics.median(a / b for a, b in zip(taken[name], bare, strict=True))
+        ratio = statistics.median(wall / other for (wall, _), other in zip(taken[name], bare, strict=True))
         print(f"{name}: {ratio:.1f} times bare squeue + sacct, median within the rounds (goal: {GOAL_S:g} s)")
     print(f"calls a status: {calls.count('squeue') / asked:g} squeue, {calls.count('sacct') / asked:g} sacct")
 

@@ -93,7 +93,8 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
         **vars(spent(seen, now)),
     )  # fmt: skip
     try:
-        plan, steps = run.plan(), _steps(run)
+        plan = run.plan()
+        steps = _steps(run, plan)
     except FtError as error:
         found.notes += error.messages
         return found
@@ -171,11 +172,11 @@ def _clock(known: Journal, now: datetime.datetime) -> list[str]:
     return [f"an event of {last['time'][:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
 
 
-def _steps(run: RunDir) -> int:
+def _steps(run: RunDir, plan: dict[str, Any]) -> int:
     """How many steps the training has; an estimate of the plan's until the data is packed."""
     if run.prepared_file.exists():
         return run.spec().train.total_steps(run.prepared()["train"]["rows"])
-    return int(run.plan()["steps"])
+    return int(plan["steps"])
 
 
 def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
