@@ -49,15 +49,14 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to storage."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            handle = os.open(os.path.join(root, name), os.O_RDONLY)
+    """Flush every file and folder below `folder` to storage. An empty folder is an entry of its parent, no more."""
+    for root, folders, files in os.walk(folder):
+        for path in [*(os.path.join(root, name) for name in files), *([root] if files or folders else [])]:
+            handle = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        fsync_folder(Path(root))
 
 
 def commit_folder(temporary: Path, target: Path) -> bool:

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ftlib import events, modelfiles, state
+from ftlib import events, modelfiles, outcome, state
 from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
@@ -87,7 +88,7 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
     with contextlib.ExitStack() as held:
-        seen = {run.path: known.jobs for run, known in zip(runs, journals, strict=True)}
+        seen = {run.path: known.log for run, known in zip(runs, journals, strict=True)}
         mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
@@ -99,8 +100,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     return fed
 
 
-def _claimed(need: Need, known: dict[str, str], held: contextlib.ExitStack, *, by: str) -> bool:
-    """Whether the point is ours to queue: nobody else is at it, and nobody was since we looked."""
+def _claimed(need: Need, known: list[dict[str, Any]], held: contextlib.ExitStack, *, by: str) -> bool:
+    """Whether the point is ours to queue: nobody else is at it, or was since its events were those `known`."""
     run = RunDir(need.run)
     if by == "feeder":
         guard.wait_for_the_login_node(run.path)
@@ -108,7 +109,11 @@ def _claimed(need: Need, known: dict[str, str], held: contextlib.ExitStack, *, b
         held.enter_context(run.claim())
     except InputError:
         return False
-    return state.submissions(run) == known
+    return _submissions(events.read(run.events)) == _submissions(known)
+
+
+def _submissions(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in log if event["event"] == "submitted"]
 
 
 def preview(
@@ -138,20 +143,26 @@ def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
             found.setdefault(job.partition("_")[2], {})[words[2]] = job
         for index, jobs in found.items():
             run = RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2])
-            _record(run, jobs, nonce)
+            _record(run, jobs, dict.fromkeys(jobs, nonce))
             for sibling in run.siblings() if "prepare" in jobs else ():
-                _record(sibling, {"prepare": jobs["prepare"]}, nonce, prepared_by=run.name)
+                _record(sibling, {"prepare": jobs["prepare"]}, {"prepare": nonce}, prepared_by=run.name)
         events.append(sweep.events, events.submit_writer(), "submitted", nonce=nonce)
 
 
 def _record(
-    run: RunDir, jobs: dict[str, str], nonce: str, *, automatic: bool = False, prepared_by: str | None = None
+    run: RunDir,
+    jobs: dict[str, str],
+    nonces: dict[str, str],
+    *,
+    automatic: bool = False,
+    prepared_by: str | None = None,
 ) -> None:
-    """Write into the run's own events under which jobs its stages are queued."""
+    """Write into the run's own events under which jobs, whose comments hold which nonces, its stages are queued."""
     rows: list[tuple[events.Name, dict[str, object]]] = []
+    lives = Counter(name.rpartition("-")[0] for name in outcome.names(run.lives))
     for stage, job in jobs.items():
-        lives = len(list(run.lives.glob(f"{stage}-*")))
-        row = {"stage": stage, "job_id": job, "nonce": nonce, "after_life": lives, "automatic": automatic}
+        row = {"stage": stage, "job_id": job, "nonce": nonces[stage], "after_life": lives[stage]}
+        row["automatic"] = automatic
         whose = {"prepared_by": prepared_by} if stage == "prepare" and prepared_by else {}
         rows.append(("submitted", row | whose))
     events.append_all(run.events, events.submit_writer(), rows)
@@ -272,14 +283,16 @@ class _Feeding:
     ) -> None:
         def record(index: int) -> None:
             need = chunk.needs[index]
-            run, by = RunDir(need.run), need.prepared_by
-            if by and (job := need.prepare or prepares.get(by)):
-                # A job's comment holds the nonce of the chunk that it was queued in.
-                whose = nonces.get(by) or str(state.submission(RunDir(by), "prepare")["nonce"])
-                _record(run, {"prepare": job}, whose, automatic=need.automatic, prepared_by=by.name)
+            by = need.prepared_by
             jobs = {stage: f"{array}_{index}" for stage, array in arrays.items() if stage in chunk.stages}
+            of = dict.fromkeys(jobs, nonce)
+            if by and (job := need.prepare or prepares.get(by)):
+                jobs["prepare"] = job
+                of["prepare"] = nonces.get(by) or str(state.submission(RunDir(by), "prepare")["nonce"])
             if jobs:
-                _record(run, jobs | ({"image": self.image} if self.image else {}), nonce, automatic=need.automatic)
+                if self.image:
+                    jobs["image"], of["image"] = self.image, ""
+                _record(RunDir(need.run), jobs, of, automatic=need.automatic, prepared_by=by.name if by else None)
 
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(record, chunk.needs))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +12,6 @@ from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.spec import RunSpec
 from ftlib.state import ACTIVE, Journal
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
@@ -34,7 +31,7 @@ class Need:
     run: Path
     stages: tuple[str, ...]
     plan: RunPlan
-    dataset: str  # points with the same one share a dataset
+    dataset: str  # points with the same one share a dataset: the same wish for it, and the same code
     prepare: str | None = None  # the job that is preparing its dataset
     prepared_by: Path | None = None  # the run whose job that is, or will be
     before: str | None = None  # else the active job of its own after which the first stage comes
@@ -60,14 +57,6 @@ class Chunk:
         return plans[0].model_copy(
             update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min", "warning_s")}
         )
-
-
-def dataset_key(spec: RunSpec, provenance: dict[str, Any], code: Path) -> str:
-    """All that decides a dataset, as far as it is known before the tokenizer is read."""
-    parts: list[Any] = [spec.data.model_dump(mode="json"), spec.tokens.add, spec.model.revision]
-    parts += [spec.evaluate.pairs, spec.method.prompted, str(code)]
-    parts += [provenance[name] for name in ("data_digest", "data_path", "model_path", "cache")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
@@ -98,7 +87,7 @@ def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path
         run.path,
         tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
         RunPlan.model_validate(run.plan()),
-        dataset_key(run.spec(), run.provenance(), run.code.resolve()),
+        f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
         prepare=waits if before == ["prepare"] else None,
         before=waits if before != ["prepare"] else None,
         behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),
@@ -146,27 +135,24 @@ def _shape(plan: RunPlan, stage: str) -> tuple[Any, ...]:
 def share_datasets(sweep: SweepDir, needs: Iterable[Need], view: View) -> list[Need]:
     """`needs` in which each dataset is prepared by one point alone, or by none where that was done before."""
     found, siblings = [], dict[Path, list[str]]()
+    owners: dict[str, tuple[RunDir, str | None]] = {}
     sweep.datasets.mkdir(exist_ok=True)
     for need in needs:
         if "prepare" not in need.stages:
             found.append(need)
             continue
-        file, run = sweep.datasets / need.dataset, RunDir(need.run)
-        other = RunDir(sweep.runs / file.read_text(encoding="utf-8").strip()) if file.exists() else run
-        job = state.submissions(other).get("prepare", "") if other.path != run.path else ""
-        if other.path in siblings:
-            siblings[other.path].append(run.name)
-            found.append(replace(need, stages=need.tasks, prepared_by=other.path))
-        elif other.prepared_file.exists():
-            share_prepared(other, [run])
+        if need.dataset not in owners:
+            owners[need.dataset] = _owner(sweep, need, view)
+        owner, job = owners[need.dataset]
+        if owner.prepared_file.exists():
+            share_prepared(owner, [RunDir(need.run)])
             found.append(replace(need, stages=need.tasks))
-        elif active(view, job):
-            siblings[other.path] = [run.name]
-            found.append(replace(need, stages=need.tasks, prepare=job, prepared_by=other.path))
+        elif owner.path == need.run:
+            siblings.setdefault(owner.path, [])
+            found.append(replace(need, prepared_by=owner.path))
         else:
-            atomic.write_text(file, run.name)
-            siblings[run.path] = []
-            found.append(replace(need, prepared_by=run.path))
+            siblings.setdefault(owner.path, []).append(need.run.name)
+            found.append(replace(need, stages=need.tasks, prepare=job, prepared_by=owner.path))
     for path, names in siblings.items():
         run = RunDir(path)
         known = [sibling.name for sibling in run.siblings()]
@@ -175,3 +161,15 @@ def share_datasets(sweep: SweepDir, needs: Iterable[Need], view: View) -> list[N
         if run.prepared_file.exists():
             share_prepared(run, run.siblings())
     return found
+
+
+def _owner(sweep: SweepDir, need: Need, view: View) -> tuple[RunDir, str | None]:
+    """The point that has prepared the dataset, or whose job does so now, and that job; else this point."""
+    file = sweep.datasets / need.dataset
+    if file.exists():
+        other = RunDir(sweep.runs / file.read_text(encoding="utf-8").strip())
+        job = state.submissions(other).get("prepare", "") if other.path != need.run else ""
+        if other.prepared_file.exists() or active(view, job):
+            return other, job
+    atomic.write_text(file, need.run.name)
+    return RunDir(need.run), None

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
@@ -20,7 +19,7 @@ from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import submit
 from jobs import wish as wishes
-from jobs.points import Need, dataset_key, need_of, share_datasets
+from jobs.points import Need, need_of, share_datasets
 from jobs.wish import RUNS, Wish
 
 
@@ -164,7 +163,7 @@ def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
 
 def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: int) -> None:
     wish = next(iter(points.values()))
-    datasets = {dataset_key(w.spec, _origin(w), Path()) for w in points.values()}
+    datasets = {w.dataset for w in points.values()}
     print(f"Sweep {name}: {spec.description}" if spec.description else f"Sweep {name}")
     print(f"  {len(points):,} points ({_product(spec)}), {len(datasets):,} dataset{'s' * (len(datasets) > 1)}")
     hours, minutes = sum(w.plan.gpu_hours or 0 for w in points.values()), sum(map(_minutes, points.values()))
@@ -176,12 +175,6 @@ def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: i
         print(f"  the site allows {site.max_jobs:,} jobs at once; what does not fit is queued as room comes")
     if known:
         print(f"  {known:,} have a run already; it counts")
-
-
-def _origin(wish: Wish) -> dict[str, str | None]:
-    """What of a wish's provenance decides its dataset."""
-    path = str(wish.data_path) if wish.data_path else None
-    return {"data_digest": wish.data_digest, "data_path": path, "model_path": wish.model.path, "cache": str(wish.cache)}
 
 
 def _print_difference(before: Sweep, now: Sweep) -> None:
@@ -273,9 +266,8 @@ def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
     seen: set[str] = set()
     needs = []
     for name, wish in new.items():
-        key = dataset_key(wish.spec, _origin(wish), Path())
-        needs.append(Need(RUNS / name, STAGES if key not in seen else STAGES[1:], wish.plan, key))
-        seen.add(key)
+        needs.append(Need(RUNS / name, STAGES[wish.dataset in seen :], wish.plan, wish.dataset))
+        seen.add(wish.dataset)
     for what, script in arrays.preview(place, first.profile, needs, spec.at_once, first.cache):
         print(f"\n===== {what} =====\n{script.rstrip()}")
     print("\nDry run: nothing was queued.")

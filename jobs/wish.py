@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import getpass
+import hashlib
 import json
 import platform
 import subprocess
@@ -50,6 +51,16 @@ class Wish:
     def name(self) -> str:
         """The run's name; the same wish has the same."""
         return f"{self.spec.recipe}-{self.spec.run_hash(data_digest=self.data_digest, cluster=self.profile.name)}"
+
+
+    @property
+    def dataset(self) -> str:
+        """Sixteen hex digits from all that decides the dataset, as far as it is known before the tokenizer is read."""
+        spec = self.spec
+        parts: list[Any] = [spec.data.model_dump(mode="json"), spec.tokens.add, spec.model.revision]
+        parts += [spec.evaluate.pairs, spec.method.prompted, self.data_digest]
+        parts += [str(self.data_path), self.model.path, str(self.cache)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def choose_cluster(said: str | None) -> str:
@@ -201,6 +212,7 @@ def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, An
     provenance = {
         "run": name,
         "sweep": sweep,
+        "dataset": wish.dataset,
         "cluster": wish.profile.name,
         "profile": wish.profile.model_dump(mode="json"),
         "checkout": str(CHECKOUT),

@@ -275,6 +275,24 @@ def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable
     assert "train 3" in feeder(login)
 
 
+def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Callable[..., str]) -> None:
+    queue = login.queue
+    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "",
+                           "tasks": {str(i): "RUNNING" for i in range(88)}}  # fmt: skip
+    queue.save()
+    name = file(seeds(7))
+    assert "4 wait for room" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
+    queue = login.queue
+    queue.arrays["900"]["tasks"] = {}
+    queue.save()
+    assert "Queued: train 4 in 1 array" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
+    queue = login.queue
+    (job,) = {state.submissions(run)["prepare"] for run in place(login).members()}
+    assert [queue.arrays[array]["dependency"] for array in queue.of("train")] == [f"afterok:{job}"] * 2
+    complete(login, *queue.of("prepare"))
+    assert all(run.stage_done("prepare") for run in place(login).members())
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_a_killed_submit_leaves_no_orphan_and_no_double(login: Login, file: Callable[..., str], at: int) -> None:
     name = file(seeds(6))
