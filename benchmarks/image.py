@@ -107,9 +107,12 @@ class Campaign:
         for step, go_on in ((25, self.inside), (55, "cluster.container=null")):
             slurm.until(lambda step=step: _last_step(run) >= step, WAIT_S, f"step {step} of {run.name}")  # type: ignore[misc]
             self.ground.jobs("cancel", "--run", run.name)
-            slurm.until(lambda: self.ground.state(run)["state"] == "cancelled", WAIT_S, "the cancelled run's end", 1)
+            slurm.until(lambda: self._train(run) == "cancelled", WAIT_S, f"the end of the cancelled {run.name}", 1)
             self.ground.jobs("resume", "--run", run.name, "--set", go_on)
         self.add("begun outside, resumed inside, resumed outside", ONE, run)
+
+    def _train(self, run: RunDir) -> str:
+        return str(self.ground.state(run)["stages"]["train"]["state"])
 
 
 def _last_step(run: RunDir) -> int:

@@ -8,7 +8,7 @@ import signal
 from typing import cast
 
 from ftlib import atomic, events, recipe, rundir, state
-from ftlib.errors import DONE, InputError
+from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.slurm import client
@@ -47,6 +47,9 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     (seen,) = see([run])
     found = seen.stages
     now = state.overall(found)
+    ended = {str(event.get("job_id")) for event in events.read(run.events) if event["event"] == "cancelled"}
+    if ending := [name for name, s in found.items() if s.state in ACTIVE and s.job_id in ended]:
+        raise FtError(f"{run.name}: {', '.join(ending)} was cancelled and is still saving. Try again in a moment")
     if now == "completed":
         print(f"{run.name} is completed.")
         _say_results(run)

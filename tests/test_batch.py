@@ -20,8 +20,9 @@ from tests.wishes import CHECKOUT, planned, site, spec
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN = Path("/blue/lab/ada/it's \"mine\"/runs/llama2-7b-0123abcd")
+IMAGE = {"module": "apptainer", "image": "/blue/{account}/i.sif", "binds": ["/blue/{account}"]}
 CASES = {
-    "llama2-7b.hipergator": ("llama2-7b", "hipergator", {"account": "lab", "container.image": "/blue/lab/i.sif"}),
+    "llama2-7b.hipergator": ("llama2-7b", "hipergator", {"account": "lab", "container": IMAGE}),
     "llama2-7b.a100": ("llama2-7b", "a100", {"exclude": "bad1", "mail_user": "ada@example.org"}),
     "tiny.local-slurm": ("tiny", "local-slurm", {}),
 }

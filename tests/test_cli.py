@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.array_shims import Login
 from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "numpy", "pandas")
@@ -164,3 +165,21 @@ def test_no_space_left_is_told_before_anything_is_made(checkout: Path) -> None:
     finally:
         subprocess.run(["umount", str(runs)], check=True)
         runs.rmdir()
+
+
+def test_a_cancelled_run_that_is_still_saving_is_not_resumed_half(tmp_path: Path) -> None:
+    login = Login(copied_checkout(tmp_path), tmp_path)
+    assert login.jobs("submit", "--cluster", "local-slurm").returncode == 0
+    (run,) = run_names(login.checkout)
+    assert login.jobs("cancel", "--run", run).returncode == 0
+    queue = login.queue
+    (train,) = queue.of("train")
+    queue.arrays[train]["tasks"][""] = "COMPLETING"
+    queue.save()
+    refused = login.jobs("resume", "--run", run)
+    assert refused.returncode == 1 and "train was cancelled and is still saving" in refused.stderr
+    assert len(login.queue.arrays) == len(queue.arrays)
+    queue.arrays[train]["tasks"][""] = "CANCELLED"
+    queue.save()
+    assert login.jobs("resume", "--run", run).returncode == 0
+    assert len(login.queue.arrays) > len(queue.arrays)

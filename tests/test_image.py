@@ -58,7 +58,7 @@ def test_the_definition_is_whole() -> None:
 
 def test_another_lock_definition_or_base_is_another_image(tmp_path: Path) -> None:
     shutil.copytree(CHECKOUT / "env", tmp_path / "env")
-    profile = site("hipergator", account="lab")
+    profile = site("hipergator", account="lab", container={})
 
     def name(base: str | None = None) -> str:
         section = profile.container and profile.container.model_copy(update={"base": base})
