@@ -61,12 +61,15 @@ def resume(options: argparse.Namespace) -> int:
 def cancel(options: argparse.Namespace) -> int:
     """End every job of a sweep."""
     place = sweepdir.find(RUNS, options.sweep)
-    if place.read().profile.scheduler is None:
+    site = place.read().profile.scheduler
+    if site is None:
         raise InputError(f"{place.name} runs in the foreground of the terminal that began it; Ctrl-C there saves it")
     from jobs import arrays
+    from jobs.look import kept_answer
 
     with place.claim():
         count = arrays.cancel(place)
+    kept_answer(site.slurm_conf).unlink(missing_ok=True)
     print(f"{place.name}: cancelled {count} points." if count else f"{place.name}: nothing is queued or running.")
     if count:
         print(f"make resume SWEEP={place.name} would go on.")
