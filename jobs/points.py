@@ -72,6 +72,9 @@ def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path
     if first is None:
         return "completed" if state.overall(found) == "completed" else "on its way"
     job = found[first].job_id
+    ended = {str(event.get("job_id")) for event in known.log if event["event"] == "cancelled"}
+    if any(stage.state in ACTIVE and stage.job_id in ended for stage in found.values()):
+        return "was cancelled and is still saving; again in a moment"
     if job and by == "feeder":
         whose = run.path.parent / state.submission(run, first).get("prepared_by", run.name)
         if whose not in told:

@@ -358,6 +358,15 @@ def test_a_cancelled_sweep_stays_so_until_it_is_resumed(login: Login, file: Call
     assert done.returncode == 0 and "cancelled 5 points" in done.stdout, done.stderr
     assert not queued(login)
     assert "5 cancelled" in swept(login, name) and not queued(login)
+    # One of them is saving still: what would be queued behind it would be cancelled with its end.
+    queue = login.queue
+    queue.arrays[queue.of("train")[0]]["tasks"]["2"] = "RUNNING"
+    queue.arrays[queue.of("prepare")[0]]["tasks"]["0"] = "COMPLETED"
+    queue.save()
+    assert "1 was cancelled and is still saving" in login.jobs("resume", "--sweep", name).stdout
+    queue = login.queue
+    queue.arrays[queue.of("train")[0]]["tasks"]["2"] = "CANCELLED"
+    queue.save()
     resumed = login.jobs("resume", "--sweep", name)
     assert resumed.returncode == 0, resumed.stderr
     assert queued(login)["train"] == 5
