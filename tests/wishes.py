@@ -53,6 +53,9 @@ def copied_checkout(parent: Path) -> Path:
     place.mkdir()
     for name in ("ftlib", "jobs", "slurm_templates", "models", "samples", "env"):
         shutil.copytree(CHECKOUT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if elsewhere := os.environ.get("FTLIB_SLURM_DIR"):
+        local = place / "slurm_templates" / "clusters" / "local-slurm.yaml"
+        local.write_text(local.read_text().replace("/tmp/ftlib-slurm", elsewhere))
     return place
 
 
