@@ -114,7 +114,7 @@ def node_down(view: View, random: Random) -> None:
 
 def controller_restarted(view: View, _: Random) -> None:
     """slurmctld is killed, the run is told to save, and the controller comes back some seconds later."""
-    slurm.kill_controller()
+    slurm.kill_controller(knows_since=view.began())
     for worker in view.workers:
         processes.signal_to(worker.pid, signal.SIGUSR2)
     processes.thaw(view.workers)

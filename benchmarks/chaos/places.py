@@ -37,6 +37,10 @@ class View:
         """Rank 0's process."""
         return self.workers[0].pid
 
+    def began(self) -> float:
+        """When the life began, in seconds since 1970."""
+        return float((self.run.lives / f"{self.stage}-{self.life}").read_text().split()[2])
+
     def started(self) -> bool:
         """Whether the stage's own code runs."""
         path = self.run.events / f"{self.stage}-{self.life}.jsonl"

@@ -97,8 +97,9 @@ def preempt(node: str) -> str:
     return say("sbatch", *words, "--wrap=sleep 1")
 
 
-def kill_controller() -> None:
-    """SIGKILL to slurmctld."""
+def kill_controller(*, knows_since: float) -> None:
+    """SIGKILL to slurmctld, once it has written down what it knew then: a job that it has not is lost to Slurm."""
+    until(lambda: (DIR / "state/job_state").stat().st_mtime > knows_since, 60, "the controller's state on disk")
     os.kill(_pid("slurmctld"), signal.SIGKILL)
     until(lambda: not _controller_alive(), 10, "the controller's end")
 
