@@ -172,6 +172,17 @@ def test_an_end_that_accounting_told_is_not_asked_for_again(site: Site, capsys: 
     assert only(capsys)["state"] == "failed" and [call.split()[0] for call in site.calls()] == ["squeue"]
 
 
+@pytest.mark.parametrize("told", ["PENDING", "RUNNING"])
+def test_a_job_that_the_controller_lost_is_not_waited_for(
+    site: Site, capsys: pytest.CaptureFixture[str], told: str
+) -> None:
+    """It was killed before it had the job on disk; accounting says for ever what it heard last."""
+    site.make()
+    (site.place / "sacct").write_text("".join(f"{array}_0|{told}\n" for array in ARRAYS[0].values()))
+    found = only(capsys)
+    assert (found["state"], found["stages"]["prepare"]["words"]) == ("failed", "Slurm does not know its job any more")
+
+
 @pytest.mark.parametrize(
     ("reason", "words"),
     [

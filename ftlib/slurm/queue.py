@@ -18,6 +18,8 @@ from ftlib.slurm.client import Job
 
 # Accounting's last word: such a job is not asked about again.
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+# A controller that was killed before it had a job on disk has lost it, and accounting never hears of its end.
+BEGUN = ("PENDING", "RUNNING", "SUSPENDED")
 # Our own word for a job of which nothing could be heard.
 UNKNOWN = "UNKNOWN"
 
@@ -44,7 +46,8 @@ def ask(
     final = {number: job for number, job in old.jobs.items() if job.state in FINAL}
     try:
         found = final | {job.id: job for job in client.jobs(users)}
-        found |= {job.id: job for job in client.accounted([job for job in wanted if job not in found])}
+        told = client.accounted([job for job in wanted if job not in found])
+        found |= {job.id: job for job in told if job.state not in BEGUN}
     except Unavailable as error:
         if kept is None:
             raise
