@@ -19,7 +19,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import batch
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import SweepDir, share_prepared
-from tests.array_shims import ACTIVE, Login, quick_python
+from tests.array_shims import ACTIVE, Login, Queue, quick_python
 from tests.wishes import CHECKOUT, copied_checkout, jobs
 
 TASKS = STAGES[1:]
@@ -260,11 +260,16 @@ def test_a_site_s_limit_is_never_exceeded_and_the_feeder_queues_the_rest(
     assert len(login.queue.of("train")) == math.ceil(points / ((most - 2) // 3))
 
 
+def strangers(queue: Queue, count: int) -> None:
+    """So many running tasks that are not the sweep's."""
+    tasks = {str(number): "RUNNING" for number in range(count)}
+    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "", "tasks": tasks}
+    queue.save()
+
+
 def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable[..., str]) -> None:
     queue = login.queue
-    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "",
-                           "tasks": {str(i): "RUNNING" for i in range(98)}}  # fmt: skip
-    queue.save()
+    strangers(queue, 98)
     name = file(seeds(3))
     out = swept(login, name, settings="cluster.scheduler.max_jobs=100")
     assert "Nothing was queued" in out and "3 wait for room" in out
@@ -277,9 +282,7 @@ def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable
 
 def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Callable[..., str]) -> None:
     queue = login.queue
-    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "",
-                           "tasks": {str(i): "RUNNING" for i in range(88)}}  # fmt: skip
-    queue.save()
+    strangers(queue, 88)
     name = file(seeds(7))
     assert "4 wait for room" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
     queue = login.queue
