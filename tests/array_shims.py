@@ -17,12 +17,16 @@ from typing import Any
 
 ACTIVE = ("PENDING", "RUNNING")
 # Stands for the jobs' interpreter: a stage is a second of sleep that saves when it is warned; all else is real.
+# While a file `held` lies beside it no prepare ends, and a run with a file `long` trains until it is warned.
 QUICK = """#!/bin/bash
 [ "$3" = jobs.stage ] || [ "$3" = submitit.core._submit ] || exec {python} "$@"
 run=$FT_RUN stage=$FT_STAGE
 say() {{ printf '%s\\n' "$1" >"$run/outcomes/.q" && mv "$run/outcomes/.q" "$run/outcomes/$stage-$FT_LIFE"; }}
 trap 'say "75 interrupted (preemption), saved"; exit 75' TERM USR2
-sleep {seconds} & wait $!
+while [ $stage = prepare ] && [ -e {folder}/held ]; do sleep 0.2; done
+seconds={seconds}
+[ "$stage-$FT_LIFE" != train-1 ] || [ ! -e "$run/long" ] || seconds=300
+sleep $seconds & wait $!
 [ ! -e "$run/fails" ] || [ $stage != train ] || {{ say "1 it always fails"; exit 1; }}
 case $stage in
 prepare) echo '{{"dataset": "x", "train": {{"rows": 8}}}}' >"$run/prepared.json"; {python} -c "
@@ -38,7 +42,7 @@ say "0 done"
 def quick_python(folder: Path, seconds: float = 1) -> Path:
     """The stand-in for an interpreter whose stages take `seconds`; a run with a file `fails` fails in train."""
     file = folder / "python"
-    file.write_text(QUICK.format(python=shlex.quote(sys.executable), seconds=seconds))
+    file.write_text(QUICK.format(python=shlex.quote(sys.executable), seconds=seconds, folder=shlex.quote(str(folder))))
     file.chmod(0o755)
     return file
 

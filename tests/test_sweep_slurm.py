@@ -72,11 +72,16 @@ def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: 
     quick = quick_python(tmp_path)
     text = f"grid: {{train.seed: {list(range(60))}}}\nmetric: perplexity\n"
     # Not all have room at once: the feeder queues the rest.
+    (tmp_path / "held").touch()
     swept = Swept(checkout, slurm, text, f"cluster.python={shlex.quote(str(quick))} cluster.scheduler.max_jobs=150")
     runs = swept.place.members()
     (runs[5].path / "fails").touch()
+    (runs[2].path / "long").touch()
+    (runs[7].path / "long").touch()
+    (tmp_path / "held").unlink()
     assert len(runs) == 60 and "wait for room" in swept.out
-    swept.until(lambda: ended(runs, "train") > 6, 120, "the first points' end")
+    long = (runs[2].lives / "train-1", runs[7].lives / "train-1")
+    swept.until(lambda: ended(runs, "train") > 6 and all(life.exists() for life in long), 120, "the first points' end")
     swept.preempt()
     swept.end(300)
 
@@ -84,7 +89,7 @@ def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: 
     assert ended(runs, "evaluate") == 59, said
     # One that was preempted was requeued alone, and went on; the others had one life.
     again = [run for run in runs if (run.lives / "train-2").exists()]
-    assert 1 <= len(again) <= 6
+    assert 2 <= len(again) <= 6 and {runs[2].name, runs[7].name} <= {run.name for run in again}
     assert all((run.outcomes / "train-1").read_text().startswith("75") for run in again)
     assert not (runs[5].lives / "train-2").exists() and not (runs[5].lives / "export-1").exists()
     assert "it would not help to try again" in said
@@ -112,7 +117,7 @@ def test_six_tiny_models_preempted_in_training_share_one_dataset(slurm: Slurm, t
     swept = Swept(checkout, slurm, text, SHORT)
     runs = swept.place.members()
     assert "prepare 1 in 1 array, train 6 in 1 array" in swept.out
-    swept.until(lambda: sum(len(metrics.read_metrics(run.metrics_file)) > 2 for run in runs) > 2, 240, "training")
+    swept.until(lambda: any(len(metrics.read_metrics(run.metrics_file)) > 2 for run in runs), 240, "training")
     swept.preempt()
     swept.end(500)
     assert ended(runs, "evaluate") == 6, [state.stages(run, {}) for run in runs]
