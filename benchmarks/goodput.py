@@ -1,14 +1,14 @@
-"""How much work is left over after 30 kills: this project, what the measured costs allow, and the plain Trainer.
+"""How much work is left over after 30 kills: this project, what the measured costs allow, and submitit with a Trainer.
 
 An hour of a cluster is a second here: kills come every 5 s on average, and the site's prior of one in 24 h is one in
 24 s. Of ten kills four are announced (SIGTERM or SIGUSR2, two seconds of grace), six are not (SIGKILL). Both contenders
 train the same tiny model on the same rows and meet the same kills at the same times of the clock; a life is a fork of a
 process that has imported the libraries, so a start is short, as the rest is.
 
-The peer is transformers.Trainer with its own checkpoints and its own resume, started again after each kill. It is told
-the save interval that is the best for this trace by costs measured before it; ours finds its own. "Allowed" is the work
-that the best constant interval, known in hindsight, would keep of this trace with our mean save, start and step times,
-warnings used.
+The peer is submitit with transformers.Trainer: submitit's worker with its signal handlers runs the Trainer, which has
+its own checkpoints and its own resume; it is started again after each kill. It is told the save interval that is the
+best for this trace by costs measured before it; ours finds its own. "Allowed" is the work that the best constant
+interval, known in hindsight, would keep of this trace with our mean save, start and step times, warnings used.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from submitit.core.submission import process_job
+from submitit.core.utils import DelayedSubmission
 
 from benchmarks.lives import environment, prepared_run, print_or_dump
 from ftlib import checkpoint, events
@@ -180,17 +182,26 @@ def best_interval(kills: list[Kill], costs: dict[str, float]) -> tuple[int, int]
 
 
 class Peer:
-    """transformers.Trainer with its own checkpoints, on the rows and the model of `run`."""
+    """transformers.Trainer with its own checkpoints as submitit's job, on the rows and the model of `run`."""
 
     def __init__(self, folder: Path, run: RunDir, save_steps: int) -> None:
         self.folder, self.run, self.save_steps = folder, run, save_steps
         folder.mkdir()
         self.progress = folder / "progress"
+        submission = DelayedSubmission(self)
+        submission.set_timeout(timeout_min=60, max_num_timeout=1000)
+        submission.dump(folder / "1_submitted.pkl")
 
     def start(self, life: int) -> int:
-        return fork(lambda: self._work(life), self.folder / "log", environment(self.run, life))
+        worker = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}
+        variables = {**environment(self.run, life), **worker}
+        return fork(lambda: process_job(self.folder), self.folder / "log", variables)
 
-    def _work(self, life: int) -> None:
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit asks for before it requeues: the same again. The Trainer resumes by itself."""
+        return DelayedSubmission(self)
+
+    def __call__(self) -> None:
         import torch
         from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -199,8 +210,7 @@ class Peer:
 
         spec, plan = self.run.spec(), self.run.plan()
         torch.set_num_threads(plan["threads"])
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_DFL)
+        life = os.environ["FT_LIFE"]
         set_seed(spec.train.seed)
         base = load_base(spec, self.run.provenance()["model_path"], torch.device("cpu"))
         progress = self.progress.open("a", buffering=1)
@@ -295,7 +305,7 @@ def show(found: dict[str, Any]) -> None:
     for column in ("", "steps kept", "of allowed", "steps/s", "steps lost on a warning"):
         table.add_column(column, justify="right" if column else "left")
     table.add_row(f"allowed (a save every {found['allowed_every']} steps)", str(found["allowed"]), "1.00", "", "")
-    for name, words in (("ours", "this project"), ("peer", f"Trainer, every {found['peer_every']} steps")):
+    for name, words in (("ours", "this project"), ("peer", f"submitit + Trainer, every {found['peer_every']} steps")):
         one = found[name]
         table.add_row(
             words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['steps_per_s']:.2f}",
