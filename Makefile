@@ -64,10 +64,11 @@ submit: $(LOGIN) ## start a run: MODEL= DATA= CLUSTER= NODES= SET="a.b=c d.e=f" 
 plan: $(LOGIN) ## what a run would take (resources, memory, time): options as for submit
 	$(JOBS)
 
-sweep: $(if $(filter-out 0,$(value DRY_RUN)),$(LOGIN),$(TRAIN)) ## start a run per point of a sweep: SWEEP= MODEL= DATA= CLUSTER= SET= DRY_RUN=1
+sweep: $(LOGIN) ## start a run per point of a sweep: SWEEP= MODEL= DATA= CLUSTER= SET= DRY_RUN=1
+	$(if $(filter-out 0,$(value DRY_RUN)),,$(PACKAGES))
 	$(JOBS)
 
-report: $(TRAIN) ## a sweep's points by their score, as table, CSV and plot: SWEEP= JSON=1
+report: $(LOGIN) ## a sweep's points by their score, as table, CSV and plot: SWEEP= JSON=1
 	$(JOBS)
 
 layers: $(LOGIN) ## the names, shapes and sizes of a model's layers: MODEL= SET= JSON=1

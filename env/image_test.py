@@ -9,6 +9,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 # What the project imports by name; the rest of the lock comes with these.
 MODULES = (
     "submitit", "pydantic", "yaml", "rich", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets",
@@ -20,7 +22,10 @@ def versions() -> int:
     """Compare what is installed with the locks; returns how many packages were compared."""
     pinned = {}
     for lock in sorted(Path(__file__).with_name("lock").iterdir()):
-        pinned.update(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)(?![^\n]*;)", lock.read_text(), re.MULTILINE))
+        for line in re.findall(r"^[A-Za-z0-9][^\\\n]*==[^\\\n]*", lock.read_text(), re.MULTILINE):
+            said = Requirement(line)
+            if said.marker is None or said.marker.evaluate():
+                pinned[said.name] = str(said.specifier).removeprefix("==")
     # torch may carry a local version, such as +cpu.
     wrong = {name: wanted for name, wanted in pinned.items() if metadata.version(name).split("+")[0] != wanted}
     assert not wrong, f"not the locked versions: {wrong}"

@@ -28,6 +28,7 @@ compile env/train.lock --python-version 3.11 --generate-hashes --extra train -c 
 # deepspeed comes as source alone. A lock of its own lets it be built with the locked setuptools.
 grep '^deepspeed==' "$all" | compile env/deepspeed.lock --python-version 3.11 --generate-hashes --no-deps --no-annotate "$@" -
 
+# packaging stands in login.lock for the Pythons that have matplotlib; pytest needs it for all.
 # shellcheck disable=SC2046
 compile env/dev.lock --python-version 3.10 --generate-hashes --extra dev -c env/login.lock -c env/train.lock \
-    $(leave_out $(names env/login.lock)) "$@" pyproject.toml
+    $(leave_out $(names env/login.lock | grep -vx packaging)) "$@" pyproject.toml

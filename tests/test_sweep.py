@@ -545,7 +545,6 @@ def test_the_report_sorts_by_the_metric_and_names_the_best(login: Login, file: C
 
 
 def test_the_plot_is_png_and_svg(login: Login, file: Callable[..., str]) -> None:
-    pytest.importorskip("matplotlib", reason="the training packages are not installed (make setup)")
     name = file(
         "list: [{optim.lr: 1.0e-4, method.kind: lora}, {optim.lr: 2.0e-3, method.kind: qlora}, {optim.lr: 1.0e-3}]"
     )

@@ -134,7 +134,7 @@ def draw(sweep: SweepDir, found: list[Row]) -> list[Path]:
         better = "more is better" if METRICS[metric] else "less is better"
         return plot.draw(sweep.path / "report", title, metric, better, scored)
     except ImportError:
-        console().print("No plot: matplotlib is not installed (make setup)", markup=False)
+        console().print("No plot: matplotlib is not installed (it needs Python 3.11)", markup=False)
         return []
 
 
