@@ -227,13 +227,11 @@ class Peer:
             per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
             learning_rate=spec.optim.lr, lr_scheduler_type=spec.optim.schedule, optim=spec.optim.name,
             save_strategy="steps", save_steps=self.save_steps, save_total_limit=2, logging_steps=50,
-            remove_unused_columns=False, disable_tqdm=True, report_to="none", seed=spec.train.seed,
-        )  # fmt: skip
+            remove_unused_columns=False, disable_tqdm=True, report_to="none", seed=spec.train.seed)  # fmt: skip
         rows = PackedRows(Path(self.run.prepared()["dataset"]) / "train")
         trainer = Trainer(
             model=attach_adapter(base, spec.method, spec.train.seed), args=arguments, train_dataset=rows,
-            callbacks=[Note()],
-        )  # fmt: skip
+            callbacks=[Note()])  # fmt: skip
         trainer.train(resume_from_checkpoint=self._latest())
 
     def _latest(self) -> str | None:
@@ -295,8 +293,7 @@ def measure(folder: Path, kills: list[Kill]) -> dict[str, Any]:
         kept, lost = contender.kept(), lost_on_warning(kills, *contender.lives())
         found[name] = {
             "steps": kept, "of_allowed": kept / allowed, "seconds": trial.clock, "lost_on_warning": sum(lost),
-            "warned": len(lost), "steps_per_s": kept / trial.clock,
-        }  # fmt: skip
+            "warned": len(lost), "steps_per_s": kept / trial.clock}  # fmt: skip
     return found
 
 
@@ -309,13 +306,11 @@ def show(found: dict[str, Any]) -> None:
         one = found[name]
         table.add_row(
             words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['steps_per_s']:.2f}",
-            f"{one['lost_on_warning']} in {one['warned']}",
-        )  # fmt: skip
+            f"{one['lost_on_warning']} in {one['warned']}")  # fmt: skip
     Console(width=100).print(table)
     print(
         f"measured: a save {found['save_s']:.3f} s, a start {found['start_s']:.2f} s, a step {found['step_s']:.3f} s; "
-        f"goal: at least {GOAL} of allowed, more than the peer, 0 lost on a warning"
-    )
+        f"goal: at least {GOAL} of allowed, more than the peer, 0 lost on a warning")
 
 
 def main() -> None:

@@ -24,10 +24,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 STEPS, HALF = 20, 10
 # Recipe: the twin whose tokenizer serves, and what the recipe's data is offline.
 LARGE = {
-    "llama2-7b": ("tiny-llama3", ""),
-    "codellama-13b": ("tiny-llama3", "data.pairs=4000"),
-    "falcon-7b": ("tiny-falcon", "data.hub=null data.path=samples/oasst_trees.jsonl data.held_out=0.2"),
-}
+    "llama2-7b": ("tiny-llama3", ""), "codellama-13b": ("tiny-llama3", "data.pairs=4000"),
+    "falcon-7b": ("tiny-falcon", "data.hub=null data.path=samples/oasst_trees.jsonl data.held_out=0.2")}
 # Published peaks in bf16 without sparsity, TFLOP/s (the makers' data sheets).
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "L4": 121}
 LIMITS = {"codellama-13b": {"limit_gib": 32, "litgpt_gib": 22.6}}
@@ -91,14 +89,9 @@ def large(recipe: str, gpu: str, root: Path) -> dict[str, Any]:
     used = speed * throughput.flops_per_token(shape, run.spec()) / 1e12
     spec = run.spec()
     return {
-        "method": f"{spec.method.kind}, {spec.method.bits} bits",
-        "steps": STEPS,
-        "tokens_per_s": round(speed, 1),
-        "flop_share": round(used / tflops, 4) if tflops else None,
-        "peak_gib": round(peak / 1024, 2),
-        "planned_gib": run.plan()["gpu_needed_gib"],
-        "resume_equal": sha(run, STEPS) == sha(halved, STEPS),
-    }
+        "method": f"{spec.method.kind}, {spec.method.bits} bits", "steps": STEPS, "tokens_per_s": round(speed, 1),
+        "flop_share": round(used / tflops, 4) if tflops else None, "peak_gib": round(peak / 1024, 2),
+        "planned_gib": run.plan()["gpu_needed_gib"], "resume_equal": sha(run, STEPS) == sha(halved, STEPS)}
 
 
 def main() -> None:

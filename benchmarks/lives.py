@@ -40,8 +40,7 @@ def environment(run: RunDir, life: int) -> dict[str, str]:
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
     profile = wishes.load_profile("local", {})
     variables = batch.environment(
-        profile, plan, "train", run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable
-    )
+        profile, plan, "train", run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable)
     return {**os.environ, **variables, "FT_LIFE": str(life)}
 
 
@@ -51,8 +50,7 @@ def start(run: RunDir, life: int) -> subprocess.Popen[bytes]:
     with (run.slurm / "train.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-u", "-c", LIFE, str(run.path)], cwd=run.code, env=environment(run, life), stdout=log,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def first_step(run: RunDir, life: int, process: subprocess.Popen[bytes], timeout_s: float = 120) -> dict[str, Any]:

@@ -26,11 +26,9 @@ def commands() -> dict[str, list[str]]:
     jobs = [sys.executable, "-m", "jobs"]
     found = {
         "submit --dry-run": [*jobs, "submit", "--model", "llama2-7b", "--cluster", "a100", "--dry-run"],
-        "plan": [*jobs, "plan", "--model", "llama2-7b", "--cluster", "a100"],
-        "status": [*jobs, "status"],
+        "plan": [*jobs, "plan", "--model", "llama2-7b", "--cluster", "a100"], "status": [*jobs, "status"],
         "python -c pass": [sys.executable, "-c", "pass"],
-        "from transformers import Trainer": [sys.executable, "-c", "from transformers import Trainer"],
-    }
+        "from transformers import Trainer": [sys.executable, "-c", "from transformers import Trainer"]}
     if shutil.which("sbatch") and CONF.exists():
         found["bare sbatch"] = ["sbatch", "--output=/dev/null", "--wrap", "true"]
     return found

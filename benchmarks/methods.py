@@ -30,8 +30,7 @@ SHORT = f"train.steps={STEPS} train.global_batch=4 train.micro_batch=2 tracking.
 ADAPTERS = "method.train_layers=[] method.dropout=0.1 "
 # A recipe and its SET for each method.
 METHODS = {
-    "qlora": ("tiny-llama3", ADAPTERS + "method.kind=qlora"),
-    "lora": ("tiny-llama3", ADAPTERS + "method.kind=lora"),
+    "qlora": ("tiny-llama3", ADAPTERS + "method.kind=qlora"), "lora": ("tiny-llama3", ADAPTERS + "method.kind=lora"),
     "lora, 8-bit base": ("tiny-llama3", ADAPTERS + "method.kind=lora method.base_bits=8"),
     "rslora and dora": ("tiny-llama3", ADAPTERS + "method.kind=lora method.rslora=true method.dora=true"),
     "qlora, new tokens": ("tiny-llama3", ADAPTERS + "method.kind=qlora tokens.add=[Instruction,Response]"),
@@ -40,11 +39,9 @@ METHODS = {
     "prompt, random": ("tiny-llama3", "method.train_layers=[] method.kind=prompt method.prompt_tokens=8"),
     "prompt, from text": (
         "tiny-llama3",
-        "method.train_layers=[] method.kind=prompt method.prompt_tokens=8 method.prompt_text='Answer the request'",
-    ),
+        "method.train_layers=[] method.kind=prompt method.prompt_tokens=8 method.prompt_text='Answer the request'"),
     "two-stage": ("tiny-llama3", ADAPTERS + "method.kind=two-stage method.prompt_tokens=8 method.prompt_share=0.5"),
-    "falcon, qlora": ("tiny-falcon", ""),
-}
+    "falcon, qlora": ("tiny-falcon", "")}
 TWINS = ("tiny", "tiny-codellama", "tiny-alpaca", "tiny-llama3", "tiny-falcon")
 
 

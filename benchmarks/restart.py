@@ -93,15 +93,10 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 PARTS = {
-    "stop_s": "signal → saved and ended",
-    "imports_s": "process started → libraries imported",
-    "check_s": "data mapped, checkpoint verified",
-    "load_s": "base model and adapter loaded",
-    "optimizer_s": "tracking, Trainer, optimizer restored",
-    "first_step_s": "first new step",
-    "ours_s": "signal → first new step",
-    "bare_s": "bare python: imports + load",
-}
+    "stop_s": "signal → saved and ended", "imports_s": "process started → libraries imported",
+    "check_s": "data mapped, checkpoint verified", "load_s": "base model and adapter loaded",
+    "optimizer_s": "tracking, Trainer, optimizer restored", "first_step_s": "first new step",
+    "ours_s": "signal → first new step", "bare_s": "bare python: imports + load"}
 
 
 def show(found: dict[str, Any]) -> None:

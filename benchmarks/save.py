@@ -78,8 +78,7 @@ def measure(folder: Path, gib: float, saves: int) -> list[dict[str, Any]]:
 
     settings = (
         f"method.rank={rank_for(gib)} train.steps={saves + WARM} train.global_batch=1 train.save_every_steps=1 "
-        "data.pairs=64 tracking.mode=disabled optim.warmup_share=0"
-    )
+        "data.pairs=64 tracking.mode=disabled optim.warmup_share=0")
     run = prepared_run(folder, settings)
     block, rows = memoryview(os.urandom(64 << 20)), []
     save = FineTuner.save
@@ -115,15 +114,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ratio = statistics.median(row["save_s"] / row["bare_s"] for row in rows)
     gib = rows[0]["bytes"] / 2**30
     return {
-        "gib": gib,
-        "saves": len(rows),
-        "save_s": save,
-        "bare_s": bare,
-        "ratio": ratio,
-        "goal": GOAL,
-        "noisy": noisy,
-        "rows": rows,
-    }
+        "gib": gib, "saves": len(rows), "save_s": save, "bare_s": bare, "ratio": ratio, "goal": GOAL, "noisy": noisy,
+        "rows": rows}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -136,8 +128,7 @@ def show(found: dict[str, Any]) -> None:
     Console(width=100).print(table)
     print(
         f"ratio, median of the pairs: {found['ratio']:.2f} (goal: at most {GOAL}); {found['noisy']} other pairs "
-        "began while others kept the machine busy (left out, unless all did)"
-    )
+        "began while others kept the machine busy (left out, unless all did)")
 
 
 def main() -> None:

@@ -44,17 +44,15 @@ def status(runs: Path, *words: str) -> list[str]:
     return [sys.executable, "-c", ELSEWHERE, str(runs), "status", *words]
 
 
-def make_runs(
-    runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf: Path, sweep: str | None = None
-) -> list[str]:
+def make_runs(runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf: Path,
+              sweep: str | None = None) -> list[str]:
     """`count` run folders, each PER_ARRAY of them queued as the tasks of one of `arrays` (stage -> array).
 
     sweep: the one that they are points of. Returns their names.
     """
     wish = wishes.make(
         model="tiny", data=None, cluster="local-slurm",
-        settings=f"tracking.mode=disabled cluster.scheduler.slurm_conf={conf}",
-    )  # fmt: skip
+        settings=f"tracking.mode=disabled cluster.scheduler.slurm_conf={conf}")  # fmt: skip
     names = [f"tiny-{number:08x}" for number in range(count)]
     for index, name in enumerate(names):
         files = wishes.files_of(wish, name, sweep=sweep)
@@ -127,8 +125,7 @@ def measure(count: int, rounds: int) -> None:
                 "bare squeue": ["squeue", "--me", "--array", "--noheader", "--format=%i %T %r %k %S"],
                 "bare sacct": ["sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State"],
                 "status, runs one by one": status(place / "one by one/runs"),
-                "status, runs of a sweep": status(place / "as a sweep/runs"),
-            }
+                "status, runs of a sweep": status(place / "as a sweep/runs")}
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for round_ in range(rounds + 1):
                 for name, command in commands.items():

@@ -47,8 +47,7 @@ def submit(checkout: Path) -> tuple[float, int]:
     words = ("sweep", "--sweep", "bench", "--cluster", "local-slurm", "--set", site)
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", *words], cwd=checkout, env=ENV, text=True, capture_output=True, check=True
-    )
+        [sys.executable, "-m", "jobs", *words], cwd=checkout, env=ENV, text=True, capture_output=True, check=True)
     taken = time.perf_counter() - began
     (place,) = (checkout / "runs" / "sweeps").iterdir()
     assert f"train {POINTS}" in done.stdout, done.stdout
@@ -58,8 +57,7 @@ def submit(checkout: Path) -> tuple[float, int]:
 def loop(folder: Path) -> float:
     """Seconds of LOOP calls of submitit's submit, its import not counted."""
     done = subprocess.run(
-        [sys.executable, "-c", SUBMITIT, str(folder), str(LOOP)], env=ENV, text=True, capture_output=True, check=True
-    )
+        [sys.executable, "-c", SUBMITIT, str(folder), str(LOOP)], env=ENV, text=True, capture_output=True, check=True)
     return float(done.stdout)
 
 
@@ -68,8 +66,7 @@ def report(checkout: Path) -> float:
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "jobs", "report", "--sweep", "bench"], cwd=checkout, env=ENV, stdout=subprocess.DEVNULL,
-        check=True,
-    )  # fmt: skip
+        check=True)  # fmt: skip
     return time.perf_counter() - began
 
 

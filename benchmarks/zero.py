@@ -35,8 +35,7 @@ STEPS, HALF = 25, 5
 FLAVOURS = {"ZeRO 2": 2, "ZeRO 3": 3, "DDP": 0}
 SHORT = (
     f"train.steps={STEPS} train.global_batch=4 train.micro_batch=1 data.template=brief data.seq_len=128 data.pairs=200 "
-    "train.gradient_checkpointing=false optim.weight_decay=0.1 tracking.mode=disabled"
-)
+    "train.gradient_checkpointing=false optim.weight_decay=0.1 tracking.mode=disabled")
 SAVES = 5
 
 
@@ -94,8 +93,7 @@ def halves(root: Path) -> Table:
             place = root / f"{stage}-{world}"
             runs = {
                 name: make_run(place / name / "a-run", root / "cache", "tiny-zero3", f"{SHORT} zero.stage={stage}")
-                for name in ("whole", "halved")
-            }
+                for name in ("whole", "halved")}
             live(runs["whole"], 1, world)
             live(runs["halved"], 1, world, HALF)
             shutil.copytree(runs["halved"].path, place / "resized" / "a-run")
@@ -120,8 +118,7 @@ def write_base(folder: Path, gib: float) -> None:
         LlamaConfig(
             vocab_size=config["vocab_size"], hidden_size=hidden, intermediate_size=4 * hidden // 2,
             num_hidden_layers=layers, num_attention_heads=12, tie_word_embeddings=True,
-            bos_token_id=config.get("bos_token_id"), eos_token_id=config.get("eos_token_id"),
-        )
+            bos_token_id=config.get("bos_token_id"), eos_token_id=config.get("eos_token_id"))
     ).save_pretrained(folder)  # fmt: skip
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / file, folder / file)

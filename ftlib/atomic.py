@@ -95,5 +95,4 @@ def require_space(folder: Path, need_bytes: int, purpose: str) -> None:
     if free < need_bytes:
         raise InputError(
             f"no space left for {purpose}: {need_bytes / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free at "
-            f"{there}. Free some, or use another folder, and submit again; nothing is lost"
-        )
+            f"{there}. Free some, or use another folder, and submit again; nothing is lost")

@@ -14,10 +14,8 @@ from typing import Any, Literal
 from ftlib.outcome import names
 
 Name = Literal[
-    "intended",
-    "submitted", "started", "resumed", "first_step", "checkpoint",
-    "interrupted", "requeued", "completed", "failed", "cancelled", "moved",
-]
+    "intended", "submitted", "started", "resumed", "first_step", "checkpoint",
+    "interrupted", "requeued", "completed", "failed", "cancelled", "moved"]
 
 
 def submit_writer() -> str:

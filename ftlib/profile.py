@@ -54,14 +54,12 @@ class Scheduler(Model):
     requeue: bool = Field(True, description="Jobs may be requeued")
     max_array_size: int = Field(1001, ge=2, description="MaxArraySize of slurm.conf: tasks of one array")
     max_jobs: int | None = Field(
-        None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit"
-    )
+        None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit")
     max_points: int = Field(10_000, ge=1, description="Most points of one sweep: each is a run folder")
     poll_interval_s: float = Field(30, ge=0, description="Least time between two questions to the scheduler")
     kill_wait_s: int = Field(30, ge=0, description="Seconds from SIGTERM to SIGKILL at the time limit")
     kill_every_h: float = Field(
-        KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning"
-    )
+        KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning")
 
 
 class Storage(Model):
@@ -79,8 +77,7 @@ class Container(Model):
     image: str | None = Field(None, description="A ready image; default: the one that make image builds")
     images: str | None = Field(None, description="Folder of the built images; default: images/ in the cache")
     base: str | None = Field(
-        None, description="What it is built on: docker://NAME:TAG, or a folder with Debian; default: env/train.def's"
-    )
+        None, description="What it is built on: docker://NAME:TAG, or a folder with Debian; default: env/train.def's")
     build: Literal["login", "job"] = Field("login", description="Built where you submit, or in a CPU job")
     binds: tuple[str, ...] = Field((), description="Folders shown inside beside the run's own, such as /blue")
 
@@ -107,8 +104,7 @@ class ClusterProfile(Model):
     container: Container | None = Field(None, description="Run in an image; null: in the virtual environment")
     compute_internet: bool = Field(True, description="Compute nodes reach the internet")
     gpu_idle_limit_min: int | None = Field(
-        None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing"
-    )
+        None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing")
 
     def partition(self, *, gpu: bool) -> Partition:
         """The partition chosen for GPU or CPU stages."""
@@ -144,8 +140,7 @@ class ClusterProfile(Model):
             return None
         return (
             f"cluster {self.name}: account is missing and jobs here need one. Put 'account: <your group>' into "
-            'cluster.yaml or say SET="cluster.account=<your group>"'
-        )
+            'cluster.yaml or say SET="cluster.account=<your group>"')
 
 
 def load(folder: Path, name: str, changes: dict[str, Any], own: Path | None = None) -> ClusterProfile:
@@ -197,11 +192,7 @@ def _check(profile: ClusterProfile) -> None:
         if getattr(profile, field) not in known:
             problems.append(unknown(f"{where}: {field}", getattr(profile, field), known))
     texts = {
-        "qos": profile.qos,
-        "cpu_qos": profile.cpu_qos,
-        "cache": profile.cache,
-        "storage.work": profile.storage.work,
-    }
+        "qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": profile.storage.work}
     for field, said in texts.items():
         text = said or ""
         try:

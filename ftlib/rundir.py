@@ -114,8 +114,7 @@ def claim(folder: Path, what: str) -> Iterator[None]:
                 continue
             raise InputError(
                 f"{what}: another process is writing {folder} (process {pid or '?'} on "
-                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
-            ) from None
+                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}") from None
         except OSError as error:
             owner = f"; it belongs to {folder.owner()}" if os.stat(folder).st_uid != os.getuid() else ""
             raise InputError(f"{what}: {folder} cannot be written ({error.strerror}{owner})") from None
@@ -192,8 +191,7 @@ def find(runs: Path, name: str) -> RunDir:
     """The run called `name` in `runs`; InputError when there is none or the name leaves the folder."""
     if not NAME.fullmatch(name):
         raise InputError(
-            f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them"
-        )
+            f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them")
     run = RunDir(runs / name)
     if not run.spec_file.exists():
         known = [run.name for run in every(runs)]

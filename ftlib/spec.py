@@ -26,8 +26,7 @@ class ModelSpec(Model):
     name: str = Field(description="A folder (absolute, or inside the checkout) or a name on the Hugging Face hub")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     init_from: str | None = Field(
-        None, description="Go on from another run (its name) or an export's folder: merged weights, else an adapter"
-    )
+        None, description="Go on from another run (its name) or an export's folder: merged weights, else an adapter")
 
 
 class TokensSpec(Model):
@@ -44,13 +43,11 @@ class DataSpec(Model):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub dataset")
     split: str = Field("train", description="Split of the hub dataset")
     format: Literal["alpaca", "prompt", "messages", "oasst-trees", "oasst-messages"] | None = Field(
-        None, description="What a row of the file or hub dataset is; without it the rows themselves tell"
-    )
+        None, description="What a row of the file or hub dataset is; without it the rows themselves tell")
     functions: Literal["natural", "composed"] = Field("natural", description="The generator's set of functions")
     pairs: int = Field(10_000, ge=1, description="How many pairs the generator makes for training")
     template: Literal["alpaca", "brief", "chatml", "guanaco"] = Field(
-        "alpaca", description="How an example becomes prompt and response"
-    )
+        "alpaca", description="How an example becomes prompt and response")
     seq_len: int = Field(1024, ge=16, description="Tokens in a packed row")
     limit: int | None = Field(None, ge=1, description="Use only so many training examples")
     share: float | None = Field(None, gt=0, le=1, description="Use only this share of the training examples")
@@ -72,11 +69,9 @@ class MethodSpec(Model):
     kind: Literal["qlora", "lora", "full", "freeze", "prompt", "two-stage"] = Field(
         "qlora",
         description="qlora: adapters on a 4-bit base; lora: on the base; full: every weight; freeze: only "
-        "train_layers; prompt: a soft prompt; two-stage: a soft prompt, then adapters with it in place",
-    )
+        "train_layers; prompt: a soft prompt; two-stage: a soft prompt, then adapters with it in place")
     base_bits: Literal[16, 8, 4] | None = Field(
-        None, description="Bits of the base's linear layers; default: 4 for qlora, else 16"
-    )
+        None, description="Bits of the base's linear layers; default: 4 for qlora, else 16")
     rank: int = Field(16, ge=1, description="Rank of the adapters")
     alpha: int = Field(32, ge=1, description="LoRA scaling: updates are multiplied by alpha / rank")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead")
@@ -84,8 +79,7 @@ class MethodSpec(Model):
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter")
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Linear layers with an adapter")
     train_layers: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
-        (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')"
-    )
+        (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')")
     prompt_tokens: int = Field(20, ge=1, description="Length of the soft prompt")
     prompt_text: str | None = Field(None, description="Text whose embeddings begin the soft prompt; else random rows")
     prompt_share: float = Field(0.3, gt=0, lt=1, description="two-stage: share of the steps that train the prompt")
@@ -113,8 +107,7 @@ class OptimSpec(Model):
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "paged_adamw_8bit", description="Optimizer; paged ones page only on a GPU"
-    )
+        "paged_adamw_8bit", description="Optimizer; paged ones page only on a GPU")
     lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate")
@@ -133,14 +126,11 @@ class TrainSpec(Model):
     log_every_steps: int = Field(10, ge=1, description="Steps between progress lines (metrics.jsonl has every step)")
     eval_every_steps: int | None = Field(None, ge=1, description="Steps between validation losses; none without it")
     save_every_steps: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; without it the measured cost of a save decides"
-    )
+        None, ge=1, description="Steps between checkpoints; without it the measured cost of a save decides")
     keep_every_steps: int | None = Field(
-        None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best"
-    )
+        None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best")
     stop_after_worse: int | None = Field(
-        None, ge=1, description="Stop early after so many validations in a row without a new lowest loss"
-    )
+        None, ge=1, description="Stop early after so many validations in a row without a new lowest loss")
     keep_best: bool = Field(False, description="Export the checkpoint with the lowest validation loss, not the last")
     deterministic: bool | None = Field(None, description="Bit-equal resumes; default: on a CPU yes, on a GPU no")
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
@@ -153,8 +143,7 @@ class TrainSpec(Model):
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}; "
-                f"fitting micro_batch values: {divisors(self.global_batch)}"
-            )
+                f"fitting micro_batch values: {divisors(self.global_batch)}")
         if (self.stop_after_worse or self.keep_best) and not self.eval_every_steps:
             raise ValueError("stop_after_worse and keep_best need eval_every_steps")
         return self
@@ -169,11 +158,9 @@ class ZeroSpec(Model):
     follows from here and the plan."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        0, description="What each GPU holds only its share of: 1 the optimizer's state, 2 gradients too, 3 weights too"
-    )
+        0, description="What each GPU holds only its share of: 1 the optimizer's state, 2 gradients too, 3 weights too")
     offload: Literal["none", "cpu"] = Field(
-        "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory"
-    )
+        "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory")
 
     @model_validator(mode="after")
     def _offload_of_what(self) -> ZeroSpec:
@@ -186,8 +173,7 @@ class ExportSpec(Model):
     """What is written beside the adapter, and how equal it must be."""
 
     merged: bool = Field(
-        True, description="Write merged weights, loadable by plain transformers; default: no for method.kind=prompt"
-    )
+        True, description="Write merged weights, loadable by plain transformers; default: no for method.kind=prompt")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights")
     max_logit_diff: float = Field(
         0.05, gt=0, description="Allowed mean |difference| of logits to the trained model's, as a share of their spread"

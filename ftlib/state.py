@@ -22,8 +22,7 @@ SLURM_STATES: dict[str, State] = {
          "PREEMPTED"), "queued"),
     **dict.fromkeys(
         ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"), "running"),
-    **dict.fromkeys(("CANCELLED", "REVOKED"), "cancelled"),
-}  # fmt: skip
+    **dict.fromkeys(("CANCELLED", "REVOKED"), "cancelled")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,8 @@ def submissions(run: RunDir) -> dict[str, str]:
     return journal(run).jobs
 
 
-def stages(
-    run: RunDir | Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *, alive: bool = False
-) -> dict[str, StageState]:
+def stages(run: RunDir | Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
+           alive: bool = False) -> dict[str, StageState]:
     """Every stage's state.
 
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground

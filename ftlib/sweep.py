@@ -72,8 +72,7 @@ class SweepSpec(Model):
     list: tuple[Point, ...] | None = Field(None, description="These points")
     random: RandomSpec | None = Field(None, description="Points drawn at random")
     metric: Literal["perplexity", "exact", "function", "valid_json"] = Field(
-        "perplexity", description="Score of the tuned model by which the report sorts"
-    )
+        "perplexity", description="Score of the tuned model by which the report sorts")
     at_once: int | None = Field(None, ge=1, description="Most points of the sweep in one stage at the same time")
 
     @model_validator(mode="after")
@@ -121,8 +120,7 @@ def load(folder: Path, name: str) -> SweepSpec:
     problems = [
         f"{where}: {field!r} is no field of a recipe.{_meant(field, allowed)} make schema prints them all"
         for field in spec.fields
-        if field not in allowed
-    ]
+        if field not in allowed]
     empty = [field for field, values in (spec.grid or {}).items() if not values]
     if spec.count() == 0:
         problems.append(f"{where}: expands to no point" + (f": {', '.join(empty)} has no values" if empty else ""))

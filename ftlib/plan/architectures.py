@@ -80,8 +80,7 @@ def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
     needed += [] if falcon else ["intermediate_size"]
     if missing := [key for key in needed if type(config.get(key)) is not int or config[key] < 1]:
         raise InputError(
-            f"model.name: {where} describes a {config.get('model_type', 'model')!r} without {', '.join(missing)}"
-        )
+            f"model.name: {where} describes a {config.get('model_type', 'model')!r} without {', '.join(missing)}")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -95,14 +94,8 @@ def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
         intermediate = config.get("ffn_hidden_size") or 4 * hidden
     attention, kv = heads * head_dim, kv_heads * head_dim
     return {
-        "hidden": hidden,
-        "intermediate": intermediate,
-        "vocab": config["vocab_size"],
-        "attention": attention,
-        "kv": kv,
-        "qkv": attention + 2 * kv,
-        "head_dim": head_dim,
-    }
+        "hidden": hidden, "intermediate": intermediate, "vocab": config["vocab_size"], "attention": attention, "kv": kv,
+        "qkv": attention + 2 * kv, "head_dim": head_dim}
 
 
 def parameters(config: dict[str, Any], where: str) -> tuple[Parameter, ...]:
@@ -114,15 +107,11 @@ def parameters(config: dict[str, Any], where: str) -> tuple[Parameter, ...]:
     blocks = config["num_hidden_layers"]
     return tuple(
         Parameter(
-            row["name"],
-            tuple(sizes[part] for part in row["shape"]),
-            row["kind"],
-            blocks if BLOCK in row["name"] else 1,
-        )
+            row["name"], tuple(sizes[part] for part in row["shape"]), row["kind"],
+            blocks if BLOCK in row["name"] else 1)
         for row in entry["parameters"]
         if all(flag(config, name, where) for name in row.get("if", ()))
-        and not any(flag(config, name, where) for name in row.get("unless", ()))
-    )
+        and not any(flag(config, name, where) for name in row.get("unless", ())))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -134,8 +123,7 @@ def matches(pattern: str, name: str) -> bool:
     parts, words = pattern.split("."), name.split(".")
     return any(
         all(map(_part_matches, parts, words[start : start + len(parts)]))
-        for start in range(len(words) - len(parts) + 1)
-    )
+        for start in range(len(words) - len(parts) + 1))
 
 
 def select(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -162,8 +150,7 @@ def pattern_problems(field: str, patterns: Sequence[str], found: Sequence[Parame
             why += f"; blocks are 0-{blocks - 1}"
         problems.append(
             f"{field}: {pattern!r} matches no parameter{why}. Parts of names: {', '.join(words)}.{hint} "
-            "'make layers' prints them all"
-        )
+            "'make layers' prints them all")
     return problems
 
 
@@ -174,8 +161,7 @@ def target_problems(field: str, targets: Sequence[str], found: Sequence[Paramete
     return [
         unknown(field, target, lasts)
         for target in targets
-        if not any(f".{layer}".endswith(f".{target}") for layer in layers)
-    ]
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers)]
 
 
 def _part_matches(part: str, word: str) -> bool:

@@ -75,8 +75,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     micro_batch = spec.train.micro_batch or _micro_batch(spec, shape, per_rank, world_size, gpu_memory_gib)
     if per_rank % micro_batch:
         raise InputError(
-            f"train.micro_batch: {micro_batch} does not divide a rank's {per_rank} rows; allowed: {divisors(per_rank)}"
-        )
+            f"train.micro_batch: {micro_batch} does not divide a rank's {per_rank} rows; allowed: {divisors(per_rank)}")
     needed = memory.training(shape, spec, micro_batch, world_size).total_gib if on_gpu else None
     if gpu and on_gpu and needed is not None and needed > gpu.memory_gib:
         raise InputError(_does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
@@ -93,31 +92,21 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     load_gib = memory.load_host_gib(shape)
     gpu_cpus = threads if not on_gpu else max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
 
-    def stage(
-        name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1, gpus: int = 1,
-        limit: int | None = None, warning_s: float = 0,
-    ) -> StagePlan:  # fmt: skip
+    def stage(name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1,
+              gpus: int = 1, limit: int | None = None, warning_s: float = 0) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
             way = ". Try more resources.nodes, or zero.offload=none" if spec.zero.offload != "none" else ""
             raise InputError(
                 f"{spec.recipe} does not fit: {name} needs {mem_gib:.0f} GiB of host memory, a node of {side.name!r} "
-                f"offers {side.mem_gib_per_node:.0f} GiB{way}"
-            )
+                f"offers {side.mem_gib_per_node:.0f} GiB{way}")
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
         return StagePlan(
-            partition=side.name,
-            qos=profile.resolved_qos(gpu=gpu),
-            nodes=nodes,
-            tasks_per_node=tasks,
-            gpus_per_node=tasks * gpus if gpu and side.gpu else 0,
-            cpus_per_task=gpu_cpus if gpu else cpus,
-            mem_gib=math.ceil(mem_gib),
-            time_min=min(wanted, side.max_time_min),
-            estimate_min=minutes,
-            warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)),
-        )
+            partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
+            gpus_per_node=tasks * gpus if gpu and side.gpu else 0, cpus_per_task=gpu_cpus if gpu else cpus,
+            mem_gib=math.ceil(mem_gib), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
+            warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
 
     evaluation = throughput.evaluation_min(shape, spec, on_gpu=on_gpu)
     judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu and on_gpu else 1
@@ -142,29 +131,17 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     sharing = zero.config(spec, **cut, on_gpu=on_gpu) if spec.zero.stage else None
     deterministic = spec.train.deterministic if spec.train.deterministic is not None else not on_gpu
     return RunPlan(
-        cluster=profile.name,
-        device="cuda" if on_gpu else "cpu",
-        **cut,
-        threads=threads,
-        deterministic=deterministic,
-        steps=steps,
-        gpu=gpu.type if gpu else None,
-        gpu_needed_gib=needed,
-        gpu_memory_gib=gpu_memory_gib,
-        tokens_per_s=speed,
-        gpu_hours=hours,
-        zero=sharing,
-        stages=stages,
-        notes=_notes(spec, profile, assumed=on_gpu and speed is not None),
-    )
+        cluster=profile.name, device="cuda" if on_gpu else "cpu", **cut, threads=threads, deterministic=deterministic,
+        steps=steps, gpu=gpu.type if gpu else None, gpu_needed_gib=needed, gpu_memory_gib=gpu_memory_gib,
+        tokens_per_s=speed, gpu_hours=hours, zero=sharing, stages=stages,
+        notes=_notes(spec, profile, assumed=on_gpu and speed is not None))
 
 
 def _check_fits_node(profile: ClusterProfile, side: Partition, nodes: int, per_node: int) -> None:
     problems = []
     if side.gpu and per_node > side.gpus_per_node:
         problems.append(
-            f"resources.gpus_per_node: {per_node} asked for, a node of {side.name!r} has {side.gpus_per_node}"
-        )
+            f"resources.gpus_per_node: {per_node} asked for, a node of {side.name!r} has {side.gpus_per_node}")
     if profile.scheduler is None and (nodes > 1 or per_node > max(1, side.gpus_per_node)):
         problems.append(f"resources: without Slurm one process trains; found nodes {nodes}, gpus_per_node {per_node}")
     if problems:
@@ -175,14 +152,11 @@ def _rows_per_rank(spec: RunSpec, world_size: int) -> int:
     if spec.train.global_batch % world_size:
         raise InputError(
             f"train.global_batch: {spec.train.global_batch} rows cannot be shared by {world_size} GPUs; "
-            f"use a multiple of {world_size}, or a number of GPUs among {divisors(spec.train.global_batch)}"
-        )
+            f"use a multiple of {world_size}, or a number of GPUs among {divisors(spec.train.global_batch)}")
     return spec.train.global_batch // world_size
 
 
-def _micro_batch(
-    spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu_memory_gib: float | None
-) -> int:
+def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu_memory_gib: float | None) -> int:
     """The smallest divisor of the rank's rows with enough tokens, or the largest that fits the memory."""
     best = 1
     for rows in divisors(per_rank):
@@ -203,8 +177,7 @@ def _does_not_fit(spec: RunSpec, gpu: str, needed: float, there: float, micro_ba
     mends += ["method.kind=qlora"] if spec.method.bits > 4 and not spec.zero.stage else []
     return (
         f"{spec.recipe} does not fit: {needed:.1f} GiB estimated for micro-batch {micro_batch}, one {gpu} has "
-        f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition"
-    )
+        f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition")
 
 
 def _length(spec: RunSpec, data_bytes: int | None) -> tuple[int, float]:
@@ -228,8 +201,7 @@ def _notes(spec: RunSpec, profile: ClusterProfile, *, assumed: bool) -> tuple[st
     notes = []
     if assumed:
         notes.append(
-            f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
-        )
+            f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster")
     if spec.train.epochs:
         notes.append("the number of steps is an estimate until the data is packed")
     if missing := profile.missing_account():

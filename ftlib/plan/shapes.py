@@ -48,8 +48,7 @@ class ModelShape:
         wanted = [
             pair
             for name, pair in zip(self.linear_names, self.linears, strict=True)
-            if isinstance(targets, str) or any(f".{name}".endswith(f".{target}") for target in targets)
-        ]
+            if isinstance(targets, str) or any(f".{name}".endswith(f".{target}") for target in targets)]
         return self.layers * rank * sum(a + b for a, b in wanted)
 
 
@@ -64,13 +63,8 @@ def from_config(config: dict[str, Any], where: str) -> ModelShape:
     large = {id(p) for p in matrices} | {id(p) for p in found if p.kind in ("embedding", "head")}
     sizes = architectures.dimensions(config, where)
     return ModelShape(
-        hidden=sizes["hidden"],
-        intermediate=sizes["intermediate"],
-        layers=config["num_hidden_layers"],
-        vocab=sizes["vocab"],
-        tied=architectures.flag(config, "tie_word_embeddings", where),
+        hidden=sizes["hidden"], intermediate=sizes["intermediate"], layers=config["num_hidden_layers"],
+        vocab=sizes["vocab"], tied=architectures.flag(config, "tie_word_embeddings", where),
         linears=tuple((parameter.shape[1], parameter.shape[0]) for parameter in matrices),
         linear_names=tuple(parameter.layer for parameter in matrices),
-        other_params=sum(p.size * p.copies for p in found if id(p) not in large),
-        parameters=found,
-    )
+        other_params=sum(p.size * p.copies for p in found if id(p) not in large), parameters=found)

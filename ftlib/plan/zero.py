@@ -14,19 +14,14 @@ LIVE = 500_000_000
 MASTER_BYTES, GRADIENT_BYTES = 12, 4
 
 
-def config(
-    spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool, universal: bool = False
-) -> dict[str, Any]:
+def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool,
+           universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for one training of the plan's cut. universal: it begins from a universal checkpoint.
 
     Keys as in https://www.deepspeed.ai/docs/config-json.
     """
     zero: dict[str, Any] = {
-        "stage": spec.zero.stage,
-        "contiguous_gradients": True,
-        "overlap_comm": on_gpu,
-        "reduce_bucket_size": BUCKET,
-    }
+        "stage": spec.zero.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, "reduce_bucket_size": BUCKET}
     if spec.zero.stage == 3:
         zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE}
         zero |= {"stage3_max_reuse_distance": LIVE}

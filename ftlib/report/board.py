@@ -41,16 +41,12 @@ def board(rows: Sequence[Row], sweeps: Sequence[SweepRow], answer: Answer, *, wi
 
 def _cells(row: Row) -> dict[str, str]:
     return {
-        "run": row.run,
-        "state": row.state,
-        "stage": row.stage or "",
+        "run": row.run, "state": row.state, "stage": row.stage or "",
         "step": "" if row.step is None else f"{row.step}/{row.steps}",
         "loss": "" if row.loss is None else f"{row.loss:.3f}",
         "tokens/s": "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-        "left": "" if row.left_s is None else minutes(row.left_s / 60),
-        "lives": str(row.lives) if row.lives else "",
-        **_spent(row),
-    }
+        "left": "" if row.left_s is None else minutes(row.left_s / 60), "lives": str(row.lives) if row.lives else "",
+        **_spent(row)}
 
 
 def _sweep_cells(row: SweepRow) -> dict[str, str]:
@@ -96,7 +92,5 @@ def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list
 
 
 def _line(cells: dict[str, str], columns: dict[str, int]) -> str:
-    sides = (
-        f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{size}}" for name, size in columns.items()
-    )
+    sides = (f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{size}}" for name, size in columns.items())
     return GAP.join(sides).rstrip()

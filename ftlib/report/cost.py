@@ -31,9 +31,8 @@ class StageCost:
         return self.gpus * self.lost_seconds / 3600
 
 
-def stage_costs(
-    events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime, running: Collection[str] | None = None
-) -> list[StageCost]:
+def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime,
+                running: Collection[str] | None = None) -> list[StageCost]:
     """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a
     stage that is `running` (of every stage without that) until `now`, which has a time zone.
 

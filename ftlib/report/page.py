@@ -28,8 +28,7 @@ def _title(run: RunDir) -> str:
     spec = run.spec()
     return f"# {run.name}\n\n{spec.description}".rstrip() + (
         f"\n\n{spec.method.kind} of `{spec.model.name}`: rank {spec.method.rank}, learning rate {spec.optim.lr:g}, "
-        f"{_length(run)}, {spec.train.global_batch} rows of {spec.data.seq_len} tokens a step."
-    )
+        f"{_length(run)}, {spec.train.global_batch} rows of {spec.data.seq_len} tokens a step.")
 
 
 def _length(run: RunDir) -> str:
@@ -44,8 +43,7 @@ def _quality(run: RunDir) -> str:
     lines += [_row([GROUP_WORDS[group], name, *cells]) for group, name, cells in evaluation_rows(evaluation)]
     words = (
         "`base` is the model before tuning, `tuned` after, `copy` answers with the example in the prompt. "
-        "Unseen functions are in no training. Perplexity is of the right response, a token."
-    )
+        "Unseen functions are in no training. Perplexity is of the right response, a token.")
     return "\n\n".join(["## How good it is", "\n".join(lines), words, *_samples(run)])
 
 
@@ -84,46 +82,35 @@ def _again(run: RunDir) -> str:
     changed = (
         f"The checkout had changes that are in no commit; what ran is in `{run.code}`.\n\n"
         if code.get("changed")
-        else ""
-    )
+        else "")
     versions = {name: _version(name) for name in PACKAGES}
     facts = {
         "code": commit or f"no commit; what ran is in {run.code}",
         "data": f"{provenance.get('data_path') or 'the generator'}, digest {provenance.get('data_digest')}",
-        "dataset": f"digest {prepared['digest']}",
-        "model": str(provenance.get("model_path")),
-        "versions": f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items() if v),
-    }
+        "dataset": f"digest {prepared['digest']}", "model": str(provenance.get("model_path")),
+        "versions": f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items() if v)}
     return f"## How to get it again\n\n{_code('sh', [*commands, submit])}\n\n{changed}" + "\n".join(
-        f"- {name}: {value}" for name, value in facts.items()
-    )
+        f"- {name}: {value}" for name, value in facts.items())
 
 
 def _files(run: RunDir) -> str:
     spec, prepared = run.spec(), run.prepared()
     merged, adapter = run.export / "merged", run.export / "adapter"
     places = {
-        "merged weights": merged if spec.export.merged else None,
-        "adapter": adapter if adapter.exists() else None,
-        "checkpoints": run.checkpoints,
-        "loss of every step": run.metrics_file,
-        "scores": run.evaluation_file,
-        "every answer": run.path / "evaluation",
-        "packed dataset": prepared["dataset"],
-    }
+        "merged weights": merged if spec.export.merged else None, "adapter": adapter if adapter.exists() else None,
+        "checkpoints": run.checkpoints, "loss of every step": run.metrics_file, "scores": run.evaluation_file,
+        "every answer": run.path / "evaluation", "packed dataset": prepared["dataset"]}
     listed = "\n".join(f"- {name}: `{place}`" for name, place in places.items() if place)
     if spec.export.merged:
         snippet = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             f"model = AutoModelForCausalLM.from_pretrained({str(merged)!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({str(merged)!r})",
-        ]
+            f"tokenizer = AutoTokenizer.from_pretrained({str(merged)!r})"]
     else:
         snippet = [
             "from peft import AutoPeftModelForCausalLM; from transformers import AutoTokenizer",
             f"model = AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({run.provenance()['model_path']!r})",
-        ]
+            f"tokenizer = AutoTokenizer.from_pretrained({run.provenance()['model_path']!r})"]
     return f"## Where it lies\n\n{listed}\n\nTo load it:\n\n{_code('python', snippet)}"
 
 

@@ -36,29 +36,21 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
     out.print(
         f"  {plan.steps:,} steps of {rows} rows ({tokens:,} tokens): micro-batch {plan.micro_batch} x accumulation "
         f"{plan.accumulation} x {plan.world_size} process{'es' if plan.world_size > 1 else ''} on {plan.device}",
-        markup=False,
-    )
+        markup=False)
     if plan.gpu_needed_gib is not None and plan.gpu_memory_gib is not None:
         share = plan.gpu_needed_gib / plan.gpu_memory_gib
         out.print(
             f"  fits: {plan.gpu_needed_gib:.1f} GiB estimated of {plan.gpu_memory_gib:.0f} GiB on one {plan.gpu} "
             f"({share:.0%})",
-            markup=False,
-        )
+            markup=False)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 2))
     for column in ("stage", "partition", "nodes", "GPUs", "CPUs", "memory", "time limit", "estimate"):
         table.add_column(column, justify="left" if column in ("stage", "partition") else "right")
     for stage, asked in plan.stages.items():
         table.add_row(
-            stage,
-            asked.partition,
-            str(asked.nodes),
-            str(asked.gpus_per_node * asked.nodes),
-            str(asked.cpus_per_task * asked.tasks_per_node * asked.nodes),
-            f"{asked.mem_gib} GiB",
-            minutes(asked.time_min),
-            minutes(asked.estimate_min),
-        )
+            stage, asked.partition, str(asked.nodes), str(asked.gpus_per_node * asked.nodes),
+            str(asked.cpus_per_task * asked.tasks_per_node * asked.nodes), f"{asked.mem_gib} GiB",
+            minutes(asked.time_min), minutes(asked.estimate_min))
     out.print(table)
     if plan.gpu_hours is not None:
         out.print(f"  cost: about {plan.gpu_hours:.1f} GPU-hours", markup=False)

@@ -84,14 +84,11 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
     state = overall(stages)
     found = Row(
         run=run.name, state=state, stage=stage, lives=sum(known.lives.values()), causes=causes(known),
-        notes=[*seen.notes, *_clock(known, now)],
-        words=_words(stage, stages[stage], seen.answer, now) if stage else "",
+        notes=[*seen.notes, *_clock(known, now)], words=_words(stage, stages[stage], seen.answer, now) if stage else "",
         stages={
             name: {"state": s.state, "job_id": s.job_id, "lives": s.lives, "words": s.words}
-            for name, s in stages.items()
-        },
-        **vars(spent(seen, now)),
-    )  # fmt: skip
+            for name, s in stages.items()},
+        **vars(spent(seen, now)))  # fmt: skip
     try:
         plan = run.plan()
         steps = _steps(run, plan)
@@ -187,9 +184,8 @@ def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
     return wall if wall > 0 else statistics.median(row["seconds"] for row in rows)
 
 
-def _left_s(
-    seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float, training_s: float
-) -> float | None:
+def _left_s(seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float,
+            training_s: float) -> float | None:
     """What is left of all stages, in seconds; None where a stage's time is not known.
 
     ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is.

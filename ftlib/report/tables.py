@@ -18,8 +18,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, list[str
     return [
         (group, name, [*(_percent(row[key]) for key, _ in SHARES), _number(row["perplexity"]), str(row["n"])])
         for group, rows in groups.items()
-        for name, row in rows.items()
-    ]
+        for name, row in rows.items()]
 
 
 def evaluation_table(evaluation: dict[str, Any]) -> Table:

@@ -19,8 +19,7 @@ from ftlib.state import ACTIVE, Journal, overall
 # The parts of a life's start, as the training tells them in its first step's event.
 PARTS = {
     "imports_s": "imports", "check_s": "data and checkpoint", "load_s": "model", "optimizer_s": "optimizer",
-    "validation_s": "validation", "first_step_s": "first step",
-}  # fmt: skip
+    "validation_s": "validation", "first_step_s": "first step"}  # fmt: skip
 
 
 @dataclass
