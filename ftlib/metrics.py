@@ -32,8 +32,10 @@ class MetricsWriter:
     def __init__(self, path: Path, life: int) -> None:
         self._life = life
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        if not _ends_with_newline(path):  # A killed life may leave half a row; ours must not join it.
-            self._file.write("\n")
+        with path.open("rb") as file:  # A killed life may leave half a row; ours must not join it.
+            file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if file.read() not in (b"", b"\n"):
+                self._file.write("\n")
 
     def append(self, **row: float | int | None) -> None:
         """Write one row; `life` and `time` are added."""
@@ -49,14 +51,6 @@ class MetricsWriter:
         """Flush to storage: before a checkpoint is committed, so that no row before it can be missing."""
         self._file.flush()
         os.fsync(self._file.fileno())
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

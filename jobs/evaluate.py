@@ -11,9 +11,8 @@ from ftlib.stop import StopFlag
 def main(run: RunDir, life: int, stop: StopFlag) -> str:
     """Evaluate the run's models, print the table, write the report; returns words for the outcome."""
     from ftlib.evaluate.evaluate import evaluate
-    from ftlib.report.page import write_report
+    from ftlib.report.page import evaluation_table, write_report
     from ftlib.report.plan import console
-    from ftlib.report.tables import evaluation_table
 
     with _watched(run, life, stop):
         evaluation = evaluate(run, stop)

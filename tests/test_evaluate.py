@@ -17,7 +17,7 @@ from ftlib import atomic, events
 from ftlib.errors import InputError, Interrupted
 from ftlib.evaluate.scoring import copies, scores
 from ftlib.report.cost import stage_costs
-from ftlib.report.tables import evaluation_table
+from ftlib.report.page import evaluation_table
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from tests.tiny_llama import write_model, write_run
