@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -70,17 +70,15 @@ def _said(row: Row) -> list[str]:
     return [row.words, f"lives that ended early: {ended}" if ended else "", *row.notes]
 
 
-def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list[RenderableType]:
-    rows = list(rows)
-    columns = {name: len(name) for cells, _ in rows for name in cells}
-    for cells, _ in rows:
-        for name, text in cells.items():
-            columns[name] = max(columns[name], len(text))
-    empty = [name for name in columns if not any(cells.get(name) for cells, _ in rows)]
-    for name in [*empty, *DISPENSABLE]:
-        if name in empty or sum(columns.values()) + len(GAP) * (len(columns) - 1) > width:
+def _table(rows: Sequence[tuple[dict[str, str], list[str]]], width: int) -> list[RenderableType]:
+    columns = {}
+    for name in dict.fromkeys(name for cells, _ in rows for name in cells):
+        if size := max(len(cells.get(name, "")) for cells, _ in rows):
+            columns[name] = max(len(name), size)
+    for name in DISPENSABLE:
+        if sum(columns.values()) + len(GAP) * (len(columns) - 1) > width:
             columns.pop(name, None)
-    lines: list[RenderableType] = [Text(_line({name: name for name in columns}, columns), "bold")]
+    lines: list[RenderableType] = [Text(_line(dict(zip(columns, columns, strict=True)), columns), "bold")]
     for cells, said in rows:
         line = Text(_line(cells, columns))
         for state, colour in COLOURS.items():

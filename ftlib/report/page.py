@@ -86,6 +86,7 @@ def _again(run: RunDir) -> str:
     submit = f"make submit {' '.join(f'{name}={shlex.quote(value)}' for name, value in words.items())} NEW=1"
     commands = [f"git checkout {commit}"] if commit else []
     changed = f"The checkout had changes that are in no commit; what ran is in `{run.code}`.\n\n"
+    changed = changed if code.get("changed") else ""
     versions = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -96,7 +97,7 @@ def _again(run: RunDir) -> str:
         "dataset": f"digest {prepared['digest']}", "model": str(provenance.get("model_path")),
         "versions": ", ".join(versions)}
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    return f"## How to get it again\n\n{_code('sh', [*commands, submit])}\n\n{changed if code.get('changed') else ''}{listed}"
+    return f"## How to get it again\n\n{_code('sh', [*commands, submit])}\n\n{changed}{listed}"
 
 
 def _files(run: RunDir) -> str:
