@@ -70,7 +70,8 @@ def make_runs(runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf:
     if sweep:
         spec = SweepSpec.model_validate({"grid": {"train.seed": list(range(count))}})
         points = {name: {"train.seed": seed} for seed, name in enumerate(names)}
-        SweepDir(runs / FOLDER / sweep).write(Sweep(spec, {"SWEEP": sweep}, points, wish.profile, wish.cache))
+        made = Sweep(spec=spec, said={"SWEEP": sweep}, points=points, profile=wish.profile, cache=wish.cache)
+        SweepDir(runs / FOLDER / sweep).write(made)
     return names
 
 

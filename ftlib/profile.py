@@ -8,7 +8,7 @@ import shutil
 import string
 import subprocess
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -154,7 +154,7 @@ def load(folder: Path, name: str, changes: dict[str, Any], own: Path | None = No
     mine = read_yaml(own) if own and own.exists() else {}
     if mine.get("name", name) == name:
         values = override(values, {key: value for key, value in mine.items() if key != "name"})
-    profile = cast(ClusterProfile, validate(ClusterProfile, override(values, changes), f"cluster {name}"))
+    profile = validate(ClusterProfile, override(values, changes), f"cluster {name}")
     _check(profile)
     return profile
 

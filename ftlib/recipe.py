@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -106,7 +106,7 @@ def resolve(values: dict[str, Any], name: str, changes: dict[str, Any], data: st
         for said, other in (("steps", "epochs"), ("epochs", "steps")):
             if f"train.{said}" in changes and f"train.{other}" not in changes:
                 train.pop(other, None)
-    return cast(RunSpec, validate(RunSpec, {**values, "recipe": name}, f"recipe {name}"))
+    return validate(RunSpec, {**values, "recipe": name}, f"recipe {name}")
 
 
 def read_spec(path: Path) -> RunSpec:

@@ -14,9 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic
+from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
-from ftlib.outcome import done
 from ftlib.recipe import read_spec
 from ftlib.spec import RunSpec, file_digest
 
@@ -83,7 +82,7 @@ class RunDir:
 
     def stage_done(self, stage: str) -> bool:
         """Whether a life of the stage has ended well."""
-        return done(self.outcomes, stage)
+        return outcome.done(self.outcomes, stage)
 
     def claim(self) -> contextlib.AbstractContextManager[None]:
         """Be the only process on a login node or laptop that queues or runs stages of this run."""

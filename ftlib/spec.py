@@ -7,11 +7,15 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ftlib.errors import InputError, nearest
+
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Model(BaseModel):
@@ -253,16 +257,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def validate(kind: type[BaseModel], values: dict[str, Any], where: str) -> BaseModel:
+def validate(kind: type[M], values: dict[str, Any], where: str) -> M:
     """`values` as a `kind`, or one InputError that lists every problem with field, found, allowed and nearest name."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, values, cast("dict[str, Any]", problem)) for problem in error.errors()]
+        lines = [_explain(kind, values, problem) for problem in error.errors()]
         raise InputError([f"{where}: {line}" for line in dict.fromkeys(lines)]) from None
 
 
-def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, Any]) -> str:
+def _explain(kind: type[BaseModel], values: dict[str, Any], problem: ErrorDetails) -> str:
     """One of pydantic's problems in our words."""
     loc = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "tuple[")))]
     field = ".".join(str(part) for part in loc) or "(the whole)"
@@ -273,7 +277,10 @@ def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, A
         except (KeyError, TypeError, IndexError):
             found = None
     if problem["type"] == "extra_forbidden":
-        names = fields_at(kind, [str(part) for part in loc[:-1]])
+        inner = kind
+        for part in loc[:-1]:  # a list's index is no field
+            inner = (part in inner.model_fields and _nested(inner.model_fields[part].annotation)) or inner
+        names = list(inner.model_fields)
         everywhere = [path for path in leaves(kind) if path.rsplit(".", 1)[-1] == str(loc[-1])]
         hint = f" Did you mean {everywhere[0]}?" if everywhere else nearest(str(loc[-1]), names)
         return f"{field} is no known field (found {found!r}). Allowed: {', '.join(names)}.{hint}"
@@ -287,15 +294,6 @@ def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, A
         hint = nearest(str(found), allowed.replace("'", "").replace(" or ", ", ").split(", "))
         return f"{field}: found {found!r}. Allowed: {allowed}.{hint}"
     return f"{field}: {message[0].lower() + message[1:]} (found {found!r})"
-
-
-def fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the (nested) model at `path`."""
-    for part in path:
-        if part not in kind.model_fields:
-            return []
-        kind = _nested(kind.model_fields[part].annotation) or kind
-    return list(kind.model_fields)
 
 
 def leaves(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -115,7 +115,7 @@ def load(folder: Path, name: str) -> SweepSpec:
     if name not in names(folder):
         raise InputError(unknown("SWEEP", name, names(folder)))
     where = f"sweep {name}"
-    spec = cast(SweepSpec, validate(SweepSpec, read_yaml(folder / f"{name}.yaml"), where))
+    spec = validate(SweepSpec, read_yaml(folder / f"{name}.yaml"), where)
     allowed = [field for field in leaves(RunSpec) if field not in ("recipe", "description")]
     problems = [
         f"{where}: {field!r} is no field of a recipe.{_meant(field, allowed)} make schema prints them all"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from typing import cast
 
 from ftlib import atomic, events, recipe, rundir, state
 from ftlib.errors import DONE, FtError, InputError
@@ -120,7 +119,7 @@ def resume(options: argparse.Namespace) -> int:
     profile = stored_profile(run)
     if changes:
         values = recipe.override(profile.model_dump(mode="json"), changes)
-        profile = cast(ClusterProfile, validate(ClusterProfile, values, f"cluster {profile.name}"))
+        profile = validate(ClusterProfile, values, f"cluster {profile.name}")
         atomic.write_json(run.provenance_file, {**run.provenance(), "profile": profile.model_dump(mode="json")})
     if options.nodes:
         from jobs import resize

@@ -32,7 +32,8 @@ def sweep(options: argparse.Namespace) -> int:
     place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
     _print_summary(place.name, spec, points, len(known))
     fields = {name: _fields(wish, spec) for name, wish in points.items()}
-    asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, fields, first.profile, first.cache)
+    said = {"SWEEP": options.sweep, **first.words}
+    asked = Sweep(spec=spec, said=said, points=fields, profile=first.profile, cache=first.cache)
     before = place.read() if place.file.exists() else None
     if before and (before.spec, before.points) != (asked.spec, asked.points):
         _print_difference(before, asked)
