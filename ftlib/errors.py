@@ -49,10 +49,14 @@ class Interrupted(FtError):
         return Interrupted, (self.cause, self.step)
 
 
+def closest(name: str, valid: Iterable[str]) -> str:
+    """The valid name that `name` may be meant for, else the empty string."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), "")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' for the closest valid name, else the empty string."""
-    hits = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {hits[0]}?" if hits else ""
+    return f" Did you mean {found}?" if (found := closest(name, valid)) else ""
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:

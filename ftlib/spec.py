@@ -14,7 +14,6 @@ from pydantic_core import ErrorDetails
 
 from ftlib.errors import InputError, nearest
 
-
 M = TypeVar("M", bound=BaseModel)
 
 

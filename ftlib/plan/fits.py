@@ -101,13 +101,12 @@ def _adapter_shapes(spec: RunSpec, shape: ModelShape) -> dict[str, tuple[int, ..
     if method.kind == "prompt":
         return {"prompt_embeddings": (method.prompt_tokens, shape.hidden)}
     found: dict[str, tuple[int, ...]] = {}
-    for name, (columns, rows) in zip(shape.linear_names, shape.linears, strict=True):
-        if method.targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in method.targets):
-            for i in range(shape.layers):
-                place = f"base_model.model.{name.replace(architectures.BLOCK, str(i))}"
-                found |= {
-                    f"{place}.lora_A.weight": (method.rank, columns), f"{place}.lora_B.weight": (rows, method.rank)}
-                found |= {f"{place}.lora_magnitude_vector": (rows,)} if method.dora else {}
+    for parameter in shape.adapted(method.targets):
+        rows, columns = parameter.shape
+        for name in parameter.names:
+            place = f"base_model.model.{name.rpartition('.')[0]}"
+            found |= {f"{place}.lora_A.weight": (method.rank, columns), f"{place}.lora_B.weight": (rows, method.rank)}
+            found |= {f"{place}.lora_magnitude_vector": (rows,)} if method.dora else {}
     return found
 
 

@@ -82,7 +82,7 @@ def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> floa
     block = 2 * (8 * h + 4 * i + (4 * h + i if spec.method.dropout and spec.method.adapts else 0)) * tokens
     kept = 2 * h * tokens * shape.layers + block if spec.train.gradient_checkpointing else block * shape.layers
     logits = (2 + 4 + 4) * shape.vocab * tokens
-    dequantised = 2 * max(a * b for a, b in shape.linears)
+    dequantised = 2 * max(p.size for p in shape.linears)
     return kept + logits + dequantised
 
 
