@@ -8,30 +8,24 @@ one split only. Closed choices (units, bools) cannot be held out: every function
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from ftlib.data.composed import composed
 from ftlib.data.functions import Argument, Function, natural, unseen
 from ftlib.data.values import SPLITS, Split, Value, pool
 from ftlib.errors import InputError, unknown
 
 INSTRUCTION = "Generate a JSON response for a function call based on the user's question and the function call example."
-Catalogue = Literal["composed", "natural", "unseen"]
-CATALOGUES: tuple[Catalogue, ...] = get_args(Catalogue)
+# Each catalogue's functions, in a fixed order.
+CATALOGUES: dict[str, Callable[[], tuple[Function, ...]]] = {"natural": natural, "unseen": unseen}
 
 
-def catalogue(functions: Catalogue) -> tuple[Function, ...]:
-    """The functions of a catalogue, in a fixed order."""
-    return {"composed": composed, "natural": natural, "unseen": unseen}[functions]()
-
-
-def capacity(functions: Catalogue, split: Split) -> int:
+def capacity(functions: str, split: Split) -> int:
     """How many distinct questions a catalogue can ask in a split."""
-    return sum(_room(function, split) for function in catalogue(functions))
+    return sum(_room(function, split) for function in CATALOGUES[functions]())
 
 
-def generate(functions: Catalogue, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
+def generate(functions: str, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
     """`pairs` rows with distinct questions, spread evenly over the functions, in random order.
 
     Each is {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
@@ -45,12 +39,12 @@ def generate(functions: Catalogue, split: Split, pairs: int, seed: int) -> list[
         wrong.append(unknown("split", split, SPLITS))
     if wrong:
         raise InputError(wrong)
-    rooms = [_room(function, split) for function in catalogue(functions)]
+    rooms = [_room(function, split) for function in CATALOGUES[functions]()]
     if not 0 < pairs <= sum(rooms):
         raise InputError(f"pairs: {pairs} were asked for; {functions}/{split} has between 1 and {sum(rooms)}.")
     rng = random.Random(f"{functions} {split} {seed}")
     rows = []
-    for function, room, share in zip(catalogue(functions), rooms, _shares(rooms, pairs, rng), strict=True):
+    for function, room, share in zip(CATALOGUES[functions](), rooms, _shares(rooms, pairs, rng), strict=True):
         rows += [_row(function, split, number, rng) for number in rng.sample(range(room), share)]
     rng.shuffle(rows)
     return rows
