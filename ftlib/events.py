@@ -41,9 +41,7 @@ def append_all(folder: Path, writer: str, events: Sequence[tuple[Name, dict[str,
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All events, oldest first. A line cut short by a crash is left out.
-
-    A writer's own lines keep their order, even where its clock was set back between them.
-    """
+    A writer's own lines keep their order, even where its clock was set back between them."""
     found = []
     for name in names(folder):
         if not name.endswith(".jsonl"):

@@ -55,10 +55,8 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The run's rows in order of step, a step's own row before its validation row; empty without a file.
-
-    Each life replaces what earlier lives wrote from its first step on, so no step is there twice, and a row of
-    work that was lost and not yet done again is left out.
-    """
+    Each life replaces what earlier lives wrote from its first step on, so no step is there twice, and a row of work
+    that was lost and not yet done again is left out."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

@@ -145,9 +145,7 @@ class ClusterProfile(Model):
 
 def load(folder: Path, name: str, changes: dict[str, Any], own: Path | None = None) -> ClusterProfile:
     """The profile `name`, the person's own file over it where that speaks of this cluster, `changes` over both.
-
-    Raises InputError with every problem at once.
-    """
+    Raises InputError with every problem at once."""
     if name not in names(folder):
         raise InputError(unknown("CLUSTER", name, names(folder)))
     values: dict[str, Any] = {**read_yaml(folder / f"{name}.yaml"), "name": name}

@@ -34,9 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_set(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """SET="a.b=c d.e=f" as two mappings from dotted field to value: the recipe's, and the cluster's.
-
-    Values are YAML: 3 is a number, true a boolean, [a, b] a list. Quotes work as in a shell.
-    """
+    Values are YAML: 3 is a number, true a boolean, [a, b] a list. Quotes work as in a shell."""
     recipe: dict[str, Any] = {}
     cluster: dict[str, Any] = {}
     problems = []
@@ -78,9 +76,7 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def load(folder: Path, name: str, changes: dict[str, Any], data: str | None = None) -> RunSpec:
     """The recipe `name` with `changes` (dotted field -> value) and the data file, validated as a whole.
-
-    Raises InputError with every problem at once.
-    """
+    Raises InputError with every problem at once."""
     return resolve(read(folder, name), name, changes, data)
 
 

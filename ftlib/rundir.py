@@ -97,9 +97,7 @@ class RunDir:
 @contextlib.contextmanager
 def claim(folder: Path, what: str) -> Iterator[None]:
     """Be the only process that writes `folder`, of which a message speaks as `what`.
-
-    InputError says who is writing. A claim whose process is gone on this machine is taken over.
-    """
+    InputError says who is writing. A claim whose process is gone on this machine is taken over."""
     file = folder / "writer"
     me = f"{socket.gethostname()} {os.getpid()}"
     for _ in range(2):
@@ -159,10 +157,8 @@ def _copy(code: dict[str, Path], target: Path) -> None:
 
 def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path] | Path) -> RunDir:
     """A new run folder with JSON `files` and a snapshot of the `code` folders: there whole, or not at all.
-
     `code` may be a `snapshot` that is there already; the run then links to it. When the folder is there already, that
-    one is the run.
-    """
+    one is the run."""
     runs.mkdir(parents=True, exist_ok=True)
     target = runs / name
     if target.exists():

@@ -73,8 +73,7 @@ def journal(run: RunDir) -> Journal:
 
 def elsewhere(run: RunDir, known: Journal, provenance: dict[str, Any]) -> tuple[Place, str]:
     """Whether the run lies where it was made, and a person's words where it does not. A copy has no jobs of its own:
-    those in its events are the original's, and `known` forgets them.
-    """
+    those in its events are the original's, and `known` forgets them."""
     if known.home is None and provenance["run"] != run.name:
         original = provenance["run"]
         words = f"a copy of run {original} under another name; jobs and checkpoints are that run's"
@@ -103,10 +102,8 @@ def submissions(run: RunDir) -> dict[str, str]:
 def stages(run: RunDir | Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
            alive: bool = False) -> dict[str, StageState]:
     """Every stage's state.
-
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground
-    process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster.
-    """
+    process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster."""
     known = run if isinstance(run, Journal) else journal(run)
     last_said = {str(e.get("stage")): e["event"] for e in known.log if e["event"] in ("submitted", "cancelled")}
     found: dict[str, StageState] = {}

@@ -1,8 +1,6 @@
 """What the layers of a decoder are called and how large they are, from its config.json: no torch, no weights.
-
 Names and shapes come from a table, architectures.json, that `python models/make_architectures.py` takes from
-transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size.
-"""
+transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size."""
 
 from __future__ import annotations
 
@@ -98,9 +96,7 @@ def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
 
 def parameters(config: dict[str, Any], where: str) -> tuple[Parameter, ...]:
     """Every parameter of the model that a config describes, in its own order. A head that is tied is not among them.
-
-    Raises InputError for an unknown model_type or a config that lacks a number.
-    """
+    Raises InputError for an unknown model_type or a config that lacks a number."""
     entry, sizes = family(config, where), dimensions(config, where)
     return tuple(
         Parameter(row["name"], tuple(sizes[part] for part in row["shape"]), row["kind"],
@@ -112,10 +108,8 @@ def parameters(config: dict[str, Any], where: str) -> tuple[Parameter, ...]:
 
 def matches(pattern: str, name: str) -> bool:
     """Whether the dotted parts of `pattern` stand one after another in a parameter's `name`.
-
     A part is a word with * and ?, or an index or range of blocks: 31, 24-31. So "layers.31", "24-31.mlp", "q_proj",
-    "lm_head" and "24-31" are patterns.
-    """
+    "lm_head" and "24-31" are patterns."""
     parts, words = pattern.split("."), name.split(".")
     return any(
         all(map(_part_matches, parts, words[start : start + len(parts)]))

@@ -17,9 +17,7 @@ MASTER_BYTES, GRADIENT_BYTES = 12, 4
 def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool,
            universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for one training of the plan's cut. universal: it begins from a universal checkpoint.
-
-    Keys as in https://www.deepspeed.ai/docs/config-json.
-    """
+    Keys as in https://www.deepspeed.ai/docs/config-json."""
     zero: dict[str, Any] = {
         "stage": spec.zero.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, "reduce_bucket_size": BUCKET}
     if spec.zero.stage == 3:
@@ -65,7 +63,5 @@ def host_bytes(params: int, spec: RunSpec, nodes: int) -> float:
 
 def consolidation_bytes(params: int, spec: RunSpec) -> float:
     """Host memory to put the shards together again, in bytes, beside the page cache of the files, which are mapped.
-
-    Stage 3 is gathered tensor by tensor and written 5 GB at a time; of 1 and 2 DeepSpeed joins the whole in fp32.
-    """
+    Stage 3 is gathered tensor by tensor and written 5 GB at a time; of 1 and 2 DeepSpeed joins the whole in fp32."""
     return 2 * min(4.0 * params, 10e9) + (0.0 if spec.zero.stage == 3 else 4.0 * params)

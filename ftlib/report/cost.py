@@ -33,11 +33,9 @@ class StageCost:
 
 def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime,
                 running: Collection[str] | None = None) -> list[StageCost]:
-    """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a
-    stage that is `running` (of every stage without that) until `now`, which has a time zone.
-
-    Where a clock was set back, the time that it took back counts as none.
-    """
+    """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a stage
+    that is `running` (of every stage without that) until `now`, which has a time zone.
+    Where a clock was set back, the time that it took back counts as none."""
     lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for event in events:
         if "stage" in event and isinstance(event.get("life"), int):

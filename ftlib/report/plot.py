@@ -18,9 +18,7 @@ LOG_SPAN = 20
 
 def draw(stem: Path, title: str, metric: str, better: str, scored: Sequence[tuple[Point, float]]) -> list[Path]:
     """Write stem.png and stem.svg: a panel per field, with a dot per point and a ring around the best (the first).
-
-    scored: (fields, score), the best first. Returns the files; ImportError without matplotlib.
-    """
+    scored: (fields, score), the best first. Returns the files; ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     fields = list(scored[0][0])

@@ -1,6 +1,5 @@
 """What runs and sweeps are doing: a row each, from their folders' files and what Slurm says. Made to be printed
-(board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's).
-"""
+(board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's)."""
 
 from __future__ import annotations
 
@@ -181,9 +180,7 @@ def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
 def _left_s(seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float,
             training_s: float) -> float | None:
     """What is left of all stages, in seconds; None where a stage's time is not known.
-
-    ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is.
-    """
+    ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is."""
     total = 0.0
     for name, stage in seen.stages.items():
         minutes = plan["stages"][name]["estimate_min"]
