@@ -29,7 +29,7 @@ from ftlib import events
 from ftlib.checkpoint import digest
 from ftlib.rundir import RunDir
 
-ONE, TWO = FLAVOURS
+ONE, TWO = list(FLAVOURS)[:2]
 SHARED, SHARE = "DDP, 1 node x 2 ranks", "resources.gpus_per_node=2"
 # Each with a place where the run stands when it comes; all in one run.
 KILLS = (

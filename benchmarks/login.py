@@ -12,13 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-CONF = Path("/tmp/ftlib-slurm/slurm.conf")
+from benchmarks.lives import CHECKOUT, CONF, print_table, spread
 
 
 def commands() -> dict[str, list[str]]:
@@ -54,13 +49,9 @@ def main() -> None:
         for name, command in timed.items():
             taken[name].append(seconds(command))
     trainer = statistics.median(taken["from transformers import Trainer"])
-    table = Table(title=f"Median of {runs} runs, whole process", box=None)
-    for column in ("command", "seconds", "least", "most", "share of importing the Trainer"):
-        table.add_column(column, justify="left" if column == "command" else "right")
-    for name, values in taken.items():
-        middle = statistics.median(values)
-        table.add_row(name, f"{middle:.3f}", f"{min(values):.3f}", f"{max(values):.3f}", f"{middle / trainer:.3f}")
-    Console(width=100).print(table)
+    columns = ("command", "seconds", "least", "most", "share of importing the Trainer")
+    rows = [(name, *spread(values, 3), f"{statistics.median(values) / trainer:.3f}") for name, values in taken.items()]
+    print_table(f"Median of {runs} runs, whole process", columns, rows)
     if "bare sbatch" not in timed:
         print("bare sbatch: not measured; `make cluster` starts a Slurm to measure it on")
 

@@ -17,10 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.lives import environment, first_step, prepared_run, print_or_dump, start, steps_done
+from benchmarks.lives import environment, first_step, prepared_run, print_or_dump, print_table, start, steps_done
 from ftlib.rundir import RunDir
 from jobs import wish as wishes
 
@@ -100,12 +97,8 @@ PARTS = {
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table(title=f"Median of {found['rounds']} interruptions", box=None)
-    for column in ("part", "seconds", "share of bare"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for key, words in PARTS.items():
-        table.add_row(words, f"{found[key]:.2f}", f"{found[key] / found['bare_s']:.2f}")
-    Console(width=100).print(table)
+    rows = [(words, f"{found[key]:.2f}", f"{found[key] / found['bare_s']:.2f}") for key, words in PARTS.items()]
+    print_table(f"Median of {found['rounds']} interruptions", ("part", "seconds", "share of bare"), rows)
     print(f"ratio, median within the rounds: {found['ratio']:.2f} (goal: at most {GOAL})")
 
 
@@ -117,7 +110,7 @@ def main() -> None:
     said = options.parse_args()
     wishes.RUNS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wishes.RUNS, prefix=".bench-") as folder:
-        run = prepared_run(Path(folder), f"train.steps=100000 data.pairs=600 {said.settings}")
+        run = prepared_run(Path(folder) / "a-run", f"train.steps=100000 data.pairs=600 {said.settings}")
         found = summary(rounds(run, said.rounds))
     print_or_dump(found, said.json, show)
 

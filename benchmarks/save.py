@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.lives import prepared_run, print_or_dump
-from ftlib import checkpoint
+from benchmarks.lives import CHECKOUT, prepared_run, print_or_dump, print_table, spread
+from ftlib import atomic, checkpoint
 from ftlib.stop import StopFlag
 from jobs import wish as wishes
 
@@ -35,7 +33,7 @@ def rank_for(gib: float) -> int:
     """The adapter's rank at which the tiny model's training state has about `gib`."""
     from ftlib.plan import shapes
 
-    config = json.loads((wishes.CHECKOUT / "models" / "tiny-base" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((CHECKOUT / "models" / "tiny-base" / "config.json").read_text(encoding="utf-8"))
     return int(gib * 2**30 / STATE_BYTES_PER_PARAMETER / shapes.from_config(config, "tiny-base").lora_params(1))
 
 
@@ -63,9 +61,7 @@ def bare_write(folder: Path, sizes: list[int], block: memoryview) -> float:
             while left:
                 left -= file.write(block[: min(left, len(block))])
             os.fsync(file.fileno())
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    atomic.fsync(folder)
     taken = time.perf_counter() - began
     shutil.rmtree(folder)
     return taken
@@ -79,7 +75,7 @@ def measure(folder: Path, gib: float, saves: int) -> list[dict[str, Any]]:
     settings = (
         f"method.rank={rank_for(gib)} train.steps={saves + WARM} train.global_batch=1 train.save_every_steps=1 "
         "data.pairs=64 tracking.mode=disabled optim.warmup_share=0")
-    run = prepared_run(folder, settings)
+    run = prepared_run(folder / "a-run", settings)
     block, rows = memoryview(os.urandom(64 << 20)), []
     save = FineTuner.save
 
@@ -119,13 +115,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table(title=f"A save of {found['gib']:.2f} GiB, median of {found['saves']}", box=None)
-    for column in ("", "seconds", "least", "most"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, key in (("bare, fsynced write", "bare_s"), ("committed checkpoint, every file hashed", "save_s")):
-        values = [row[key] for row in found["rows"]]
-        table.add_row(name, f"{found[key]:.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
-    Console(width=100).print(table)
+    names = (("bare, fsynced write", "bare_s"), ("committed checkpoint, every file hashed", "save_s"))
+    rows = [(name, *spread([row[key] for row in found["rows"]])) for name, key in names]
+    print_table(f"A save of {found['gib']:.2f} GiB, median of {found['saves']}", ("", "seconds", "least", "most"), rows)
     print(
         f"ratio, median of the pairs: {found['ratio']:.2f} (goal: at most {GOAL}); {found['noisy']} other pairs "
         "began while others kept the machine busy (left out, unless all did)")

@@ -18,15 +18,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.lives import CONF, print_table, spread
 from ftlib.rundir import STAGES
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import wish as wishes
 
-CONF = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf"
 GOAL_S = 1.0
 PER_ARRAY = 1000  # the local Slurm's MaxArraySize allows no more
 # The command line on another runs folder than the checkout's.
@@ -137,14 +134,10 @@ def measure(count: int, rounds: int) -> None:
     finally:
         subprocess.run(["scancel", "--me", "--name=ftlib-bench-status"], check=False)
     asked = len([name for name in commands if "status" in name]) * (rounds + 1)
-    table = Table(title=f"{4 * count:,} tasks, {count:,} runs: median of {rounds} rounds", box=None)
-    for column in ("command", "seconds", "least", "most", "of it CPU"):
-        table.add_column(column, justify="left" if column == "command" else "right")
-    for name, values in taken.items():
-        wall, cpu = zip(*values, strict=True)
-        figures = (statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
-    Console(width=100).print(table)
+    rows = [(name, *spread([wall for wall, _ in values], 3), spread([cpu for _, cpu in values], 3)[0])
+            for name, values in taken.items()]  # fmt: skip
+    title = f"{4 * count:,} tasks, {count:,} runs: median of {rounds} rounds"
+    print_table(title, ("command", "seconds", "least", "most", "of it CPU"), rows)
     bare = [a + b for (a, _), (b, _) in zip(taken["bare squeue"], taken["bare sacct"], strict=True)]
     for name in ("status, runs one by one", "status, runs of a sweep"):
         ratio = statistics.median(wall / other for (wall, _), other in zip(taken[name], bare, strict=True))

@@ -18,11 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.lives import CHECKOUT, CONF, print_table, spread
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-CONF = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf"
 ENV = {**os.environ, "SLURM_CONF": str(CONF)}
 POINTS, LOOP = 1000, 20
 SUBMITIT = """
@@ -119,16 +116,12 @@ def main() -> None:
         finally:
             say("scancel", "--user", str(os.getuid()))
             say("scontrol", "update", "NodeName=n[1-3]", "State=resume")
-    table = Table(title=f"Medians of {times}, whole processes", box=None)
-    for column in ("what", "seconds", "least", "most"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for what, values in {
+    taken = {
         f"make sweep, {POINTS:,} points, run folders included": ours,
         f"a loop of submitit.submit, {LOOP} jobs, times {POINTS // LOOP}": theirs,
-        f"make report, {POINTS:,} points": reports,
-    }.items():
-        table.add_row(what, f"{statistics.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
-    Console(width=100).print(table)
+        f"make report, {POINTS:,} points": reports}
+    rows = [(what, *spread(values)) for what, values in taken.items()]
+    print_table(f"Medians of {times}, whole processes", ("what", "seconds", "least", "most"), rows)
     print(f"submitit's loop / ours: {statistics.median(theirs) / statistics.median(ours):.1f}; sbatch calls: {calls} "
           f"(prepare, train, export, evaluate, each ⌈n / MaxArraySize⌉)")  # fmt: skip
 

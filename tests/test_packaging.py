@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -273,3 +274,9 @@ pytest.skip("no sbatch", allow_module_level=True)
         for reason in ("no Slurm", "no cluster", "no sbatch"):
             assert f"not run, though REQUIRE=slurm asks for it: {reason}" in said
         assert said.splitlines()[-2:] == ["Not run:", "  1 test: no NVIDIA GPU"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "benchmarks").glob("[a-z]*.py"))])
+def test_every_benchmark_can_be_begun(name: str) -> None:
+    pytest.importorskip("psutil", reason="the training packages are not installed (make setup)")
+    importlib.import_module(f"benchmarks.{name}")
