@@ -19,7 +19,8 @@ TASKS = STAGES[1:]
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied_checkout(tmp_path_factory.mktemp("sweep"))
+    """A copy of the checkout, its runs and cache its own."""
+    return copied_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture

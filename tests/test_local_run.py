@@ -17,7 +17,7 @@ import pytest
 
 from ftlib import checkpoint, metrics
 from ftlib.rundir import RunDir
-from tests.wishes import copied_checkout, jobs, run_names, status
+from tests.wishes import jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
@@ -26,12 +26,6 @@ SHORT = (
     "train.steps=60 train.save_every_steps=20 train.eval_every_steps=25 data.pairs=600 method.dropout=0.1 "
     "train.log_every_steps=10 evaluate.pairs=16 evaluate.max_new_tokens=16"
 )
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, its runs and cache its own."""
-    return copied_checkout(tmp_path_factory.mktemp("local"))
 
 
 @pytest.fixture(scope="module")
