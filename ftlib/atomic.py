@@ -1,7 +1,5 @@
 """Writing that is whole or not there: temporary beside the target, fsync, one rename."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

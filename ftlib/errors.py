@@ -6,8 +6,6 @@ FtError                 1   something went wrong that is nobody's input
 └── Interrupted        75   saved on request: run me again
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -45,7 +43,7 @@ class Interrupted(FtError):
         self.cause, self.step = cause, step
         super().__init__(f"interrupted ({cause})" + ("" if step is None else f", saved at step {step}"))
 
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int | None]]:
+    def __reduce__(self) -> "tuple[type[Interrupted], tuple[str, int | None]]":
         return Interrupted, (self.cause, self.step)
 
 

@@ -1,7 +1,5 @@
 """What happened to a run: append-only JSON lines, one file per writer, merged by time when read."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

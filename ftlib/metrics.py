@@ -10,8 +10,6 @@ gpu.jsonl and gpu-RANK.jsonl, a row per sample of one GPU:
     {"time", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -2,8 +2,6 @@
 The line is `CODE WORDS`: the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again, 1 failed), and
 a person's explanation."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

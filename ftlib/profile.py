@@ -1,7 +1,5 @@
 """ClusterProfile: what a site offers, plus what its user chose. No Slurm is asked here."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Recipe + overrides -> RunSpec: reading YAML, applying SET=, finding the data."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """RunDir: one folder per run, where every hand-over between stages is a file."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -88,7 +86,7 @@ class RunDir:
         """Be the only process on a login node or laptop that queues or runs stages of this run."""
         return claim(self.path, f"run {self.name}")
 
-    def siblings(self) -> list[RunDir]:
+    def siblings(self) -> "list[RunDir]":
         """Runs of the same sweep that get this one's dataset."""
         names = self.siblings_file.read_text(encoding="utf-8").split() if self.siblings_file.exists() else []
         return [RunDir(self.path.parent / name) for name in names]

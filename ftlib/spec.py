@@ -1,7 +1,5 @@
 """RunSpec: what a person wishes for, resolved, validated and frozen. Its hash names the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -58,7 +56,7 @@ class DataSpec(Model):
     seed: int = Field(0, ge=0, description="Seed of the generator, of the split and of the choice of limit and share")
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataSpec:
+    def _one_source(self) -> "DataSpec":
         if self.path and self.hub:
             raise ValueError(f"give one of path and hub; found path {self.path!r} and hub {self.hub!r}")
         if self.hub and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub):
@@ -139,7 +137,7 @@ class TrainSpec(Model):
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainSpec:
+    def _one_length(self) -> "TrainSpec":
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
             raise ValueError(f"give exactly one of steps and epochs; found {found}")
@@ -166,7 +164,7 @@ class ZeroSpec(Model):
         "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory")
 
     @model_validator(mode="after")
-    def _offload_of_what(self) -> ZeroSpec:
+    def _offload_of_what(self) -> "ZeroSpec":
         if self.offload != "none" and not self.stage:
             raise ValueError("offload needs a stage: use stage 1, 2 or 3")
         return self

@@ -1,7 +1,5 @@
 """What a run is doing: derived from its outcomes and events first, then from what the scheduler says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

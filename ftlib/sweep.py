@@ -1,7 +1,5 @@
 """SweepSpec: a YAML file of jobs/sweeps/ and the points it stands for. Pure; nothing is queued here."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -35,7 +33,7 @@ class Space(Model):
         return {"choices": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _one(self) -> Space:
+    def _one(self) -> "Space":
         said = self.model_dump(exclude_none=True)
         if len(said) != 1:
             raise ValueError(f"give exactly one of {', '.join(Space.model_fields)}; found {', '.join(said) or 'none'}")
@@ -76,7 +74,7 @@ class SweepSpec(Model):
     at_once: int | None = Field(None, ge=1, description="Most points of the sweep in one stage at the same time")
 
     @model_validator(mode="after")
-    def _one_kind(self) -> SweepSpec:
+    def _one_kind(self) -> "SweepSpec":
         kinds = [kind for kind in ("grid", "list", "random") if getattr(self, kind) is not None]
         if len(kinds) != 1:
             raise ValueError(f"give exactly one of grid, list and random; found {' and '.join(kinds) or 'none'}")

@@ -1,7 +1,5 @@
 """SweepDir: where a sweep is kept, runs/sweeps/<sweep>-<recipe>-<hash>/. Its points are runs like any other."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path

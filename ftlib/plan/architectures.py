@@ -2,8 +2,6 @@
 Names and shapes come from a table, architectures.json, that `python models/make_architectures.py` takes from
 transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

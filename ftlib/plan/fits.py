@@ -1,7 +1,5 @@
 """Whether a method fits the model: what can be refused before a job is queued. No torch, no weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

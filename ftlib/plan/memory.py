@@ -1,7 +1,5 @@
 """How much memory training and export need. Formulas, so estimates; each says where it is from."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """RunPlan: RunSpec and ClusterProfile become each stage's resources, memory, time and cost. Pure."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """The shape of a decoder-only model: what memory and time follow from. Taken from a config.json, never from weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """ZeRO (arXiv 1910.02054, section 5): DeepSpeed's configuration and each GPU's memory, from spec and plan. Pure."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ftlib.spec import RunSpec

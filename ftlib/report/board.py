@@ -1,7 +1,5 @@
 """Status on a terminal: a line a run or sweep, as many columns as it is wide, and what there is to say below."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a run cost, from its events: lives, wall time and GPU-hours of each stage."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """report.md: how good the run's model is, what it cost, how to get it again, where it lies and how to load it."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import importlib.metadata

@@ -1,7 +1,5 @@
 """The plan as a person reads it before anything is queued."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 

@@ -1,7 +1,5 @@
 """A sweep's score over each swept field, drawn by matplotlib as PNG and SVG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """What runs and sweeps are doing: a row each, from their folders' files and what Slurm says. Made to be printed
 (board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's)."""
 
-from __future__ import annotations
-
 import datetime
 import statistics
 from collections import Counter

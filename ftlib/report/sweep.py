@@ -1,7 +1,5 @@
 """A sweep's points by their score: rows, terminal table, CSV."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import io

@@ -1,7 +1,5 @@
 """What happened in each life of a run, and what to do now, in plain words. From the run folder's files alone."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 
