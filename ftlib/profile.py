@@ -3,7 +3,6 @@
 import getpass
 import os
 import shutil
-import string
 import subprocess
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +54,6 @@ class Scheduler(Model):
         None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit")
     max_points: int = Field(10_000, ge=1, description="Most points of one sweep: each is a run folder")
     poll_interval_s: float = Field(30, ge=0, description="Least time between two questions to the scheduler")
-    kill_wait_s: int = Field(30, ge=0, description="Seconds from SIGTERM to SIGKILL at the time limit")
     kill_every_h: float = Field(
         KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning")
 
@@ -187,16 +185,15 @@ def _check(profile: ClusterProfile) -> None:
     for field in ("gpu_partition", "cpu_partition"):
         if getattr(profile, field) not in known:
             problems.append(unknown(f"{where}: {field}", getattr(profile, field), known))
-    texts = {
-        "qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": profile.storage.work}
-    for field, said in texts.items():
-        text = said or ""
+    work = profile.storage.work
+    texts = {"qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": work}
+    for field, text in texts.items():
+        allowed = ("account",) if "qos" in field else ("account", "user")
         try:
-            used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-        except ValueError as error:
+            (text or "").format(**dict.fromkeys(allowed, ""))
+        except KeyError as error:
+            problems.append(unknown(f"{where}: {field}: placeholder", error.args[0], allowed))
+        except (ValueError, IndexError, AttributeError) as error:
             problems.append(f"{where}: {field}: {error} in {text!r}")
-            continue
-        allowed = {"account"} if "qos" in field else {"account", "user"}
-        problems += [unknown(f"{where}: {field}: placeholder", name, allowed) for name in used - allowed]
     if problems:
         raise InputError(problems)

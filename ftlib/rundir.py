@@ -14,8 +14,7 @@ from typing import Any
 
 from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
-from ftlib.recipe import read_spec
-from ftlib.spec import RunSpec, file_digest
+from ftlib.spec import RunSpec, file_digest, read
 
 STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -50,7 +49,7 @@ class RunDir:
 
     def spec(self) -> RunSpec:
         """The run's frozen wish."""
-        return read_spec(self.spec_file)
+        return read(RunSpec, self.spec_file)
 
     def plan(self) -> dict[str, Any]:
         """The run's plan as plain data, with what earlier lives taught (a smaller micro-batch) over it."""

@@ -263,6 +263,14 @@ def validate(kind: type[M], values: dict[str, Any], where: str) -> M:
         raise InputError([f"{where}: {line}" for line in dict.fromkeys(lines)]) from None
 
 
+def read(kind: type[M], path: Path) -> M:
+    """A frozen JSON file of the kind; InputError where it is another version's, or cannot be read."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no {kind.__name__} of this version ({str(error).splitlines()[0]})") from None
+
+
 def _explain(kind: type[BaseModel], values: dict[str, Any], problem: ErrorDetails) -> str:
     """One of pydantic's problems in our words."""
     loc = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "tuple[")))]

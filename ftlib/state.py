@@ -97,12 +97,11 @@ def submissions(run: RunDir) -> dict[str, str]:
     return journal(run).jobs
 
 
-def stages(run: RunDir | Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
+def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
            alive: bool = False) -> dict[str, StageState]:
-    """Every stage's state.
+    """Every stage's state, by what its folder says first.
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground
     process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster."""
-    known = run if isinstance(run, Journal) else journal(run)
     last_said = {str(e.get("stage")): e["event"] for e in known.log if e["event"] in ("submitted", "cancelled")}
     found: dict[str, StageState] = {}
     broken = False  # an earlier stage failed or was cancelled

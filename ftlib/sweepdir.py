@@ -8,7 +8,7 @@ from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import NAME, RunDir, claim
-from ftlib.spec import Model
+from ftlib.spec import Model, read
 from ftlib.sweep import Point, SweepSpec
 
 FOLDER = "sweeps"
@@ -43,10 +43,7 @@ class SweepDir:
 
     def read(self) -> Sweep:
         """The sweep as it was last submitted; InputError when it cannot be read."""
-        try:
-            return Sweep.model_validate_json(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.file}: is no sweep of this version ({str(error).splitlines()[0]})") from None
+        return read(Sweep, self.file)
 
     def write(self, sweep: Sweep) -> None:
         """Commit it; the folder is made."""
