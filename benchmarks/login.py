@@ -1,7 +1,5 @@
 """How long the login node's commands take, beside importing the Trainer and beside a bare sbatch.
-
-Whole processes, started in turn (A B C A B C …), so that a machine whose speed drifts slows them alike.
-"""
+Whole processes, started in turn (A B C A B C …), so that a machine whose speed drifts slows them alike."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """From the signal to the first new step, without Slurm's own delay, beside bare Python that imports and loads.
-
-A training of the tiny recipe is warned with SIGUSR2, saves, ends, and its next life is started at once; in turn with
-it a bare process imports the same libraries and loads the same model, quantised, with its adapter.
-"""
+A training of the tiny recipe is warned with SIGUSR2, saves, ends, and its next life is started at once; in turn with it
+a bare process imports the same libraries and loads the same model, quantised, with its adapter."""
 
 from __future__ import annotations
 

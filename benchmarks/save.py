@@ -1,8 +1,6 @@
 """What a save costs: a training's checkpoint of about 1 GiB, beside a bare, fsynced write of the same bytes.
-
-A real training of the tiny model with an adapter so wide that its state has that size. Each of its saves is followed
-by the bare write of as many bytes, file by file, so that a disk whose speed drifts serves both alike.
-"""
+A real training of the tiny model with an adapter so wide that its state has that size. Each of its saves is followed by
+the bare write of as many bytes, file by file, so that a disk whose speed drifts serves both alike."""
 
 from __future__ import annotations
 

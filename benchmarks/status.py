@@ -1,8 +1,6 @@
 """`make status` of thousands of tasks on the local Slurm, beside a bare squeue and sacct of the same jobs.
-
 Array tasks are queued and held, and run folders made that name them, as a sweep of so many points would: by default
-1,250 runs of four stages. Whole processes, in turn (A B C A B C …); status is asked anew each time.
-"""
+1,250 runs of four stages. Whole processes, in turn (A B C A B C …); status is asked anew each time."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ def status(runs: Path, *words: str) -> list[str]:
 def make_runs(runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf: Path,
               sweep: str | None = None) -> list[str]:
     """`count` run folders, each PER_ARRAY of them queued as the tasks of one of `arrays` (stage -> array).
-
-    sweep: the one that they are points of. Returns their names.
-    """
+    sweep: the one that they are points of. Returns their names."""
     wish = wishes.make(
         model="tiny", data=None, cluster="local-slurm",
         settings=f"tracking.mode=disabled cluster.scheduler.slurm_conf={conf}")  # fmt: skip
