@@ -149,7 +149,7 @@ class TrainSpec(Model):
             raise ValueError("stop_after_worse and keep_best need eval_every_steps")
         return self
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: float) -> int:
         """Optimizer steps of the training on `rows` packed rows."""
         return self.steps or max(1, math.ceil((self.epochs or 0) * rows / self.global_batch))
 

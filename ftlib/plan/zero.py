@@ -19,26 +19,19 @@ def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: in
     zero: dict[str, Any] = {
         "stage": spec.zero.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, "reduce_bucket_size": BUCKET}
     if spec.zero.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE}
-        zero |= {"stage3_max_reuse_distance": LIVE}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET}
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     else:
         zero |= {"allgather_bucket_size": BUCKET}
     if spec.zero.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": spec.optim.max_grad_norm,
-        "bf16": {"enabled": on_gpu},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
+        "train_batch_size": micro_batch * accumulation * world_size, "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation, "gradient_clipping": spec.optim.max_grad_norm,
+        "bf16": {"enabled": on_gpu}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": zero,
         # torch's own fused AdamW, on the CPU too: it needs no compiler on the nodes.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-        **({"checkpoint": {"load_universal": True}} if universal else {}),
-    }
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1_000_000_000,
+        **({"checkpoint": {"load_universal": True}} if universal else {})}
 
 
 def gpu_bytes(params: int, spec: RunSpec, world_size: int) -> tuple[float, float]:
