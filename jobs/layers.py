@@ -62,6 +62,6 @@ def _print(model: str, found: tuple[Parameter, ...]) -> None:
     out = console()
     out.print(table)
     linear = ", ".join(sorted({p.layer.rpartition(".")[2] for p in found if p.kind == "linear"}))
-    out.print(f"Adapters can go on the linear layers: method.targets=[{linear}] or all-linear.", markup=False)
+    out.print(f"Adapters can go on the linear layers: method.targets=[{linear}] or all-linear.")
     if not any(parameter.kind == "head" for parameter in found):
         out.print("The head is the embedding itself (tied): no layer of its own.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ftlib import outcome, state
 from ftlib.rundir import STAGES, RunDir
 from tests.array_shims import Login
-from tests.sweeps import place, seeds, swept
+from tests.sweeps import fail, place, seeds, swept
 from tests.wishes import jobs
 
 
@@ -43,6 +43,14 @@ def test_the_report_sorts_by_the_metric_and_names_the_best(login: Login, file: C
     assert "method.rank=16" in words.split("The best again: ")[1]
     text = (place(login).path / "report.csv").read_text().splitlines()
     assert text[0].startswith("run,state,optim.lr,method.rank,perplexity") and text[1].startswith(members[1].name)
+
+
+def test_why_a_point_failed_is_shown_with_its_brackets(login: Login, file: Callable[..., str]) -> None:
+    name = file(seeds(2))
+    swept(login, name)
+    run = fail(login, login.queue.of("train")[-1], "0")
+    outcome.write(run.outcomes, outcome.Outcome("train", 1, 1, "[rank0] boom"))
+    assert "[rank0] boom" in login.jobs("report", "--sweep", name).stdout
 
 
 def test_the_plot_is_png_and_svg(login: Login, file: Callable[..., str]) -> None:

@@ -29,7 +29,7 @@ def print_why(seen: Seen, out: Console) -> None:
             lines += told
             cause = of_life if seen.stages[stage].state == "failed" else cause
     lines += [f"  changed: {note}" for note in run.adjustments().get("notes", [])]
-    out.print(*lines, f"What to do now: {_advice(seen, cause)}", sep="\n", markup=False)
+    out.print(*lines, f"What to do now: {_advice(seen, cause)}", sep="\n")
 
 
 def _life(seen: Seen, stage: str, life: int) -> tuple[list[str], str]:
@@ -91,11 +91,11 @@ def print_verify(run: RunDir, out: Console) -> bool:
     for folder, why in damage.items():
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         line = f"  {folder.name}  {size / 2**20:,.1f} MiB  {'DAMAGED' if why else 'whole'}"
-        out.print(line, *(f"    {reason}" for reason in why), sep="\n", markup=False)
+        out.print(line, *(f"    {reason}" for reason in why), sep="\n")
     if not folders:
-        out.print(f"{run.name} has no checkpoint yet.", markup=False)
+        out.print(f"{run.name} has no checkpoint yet.")
     elif chosen := next((folder for folder in folders if not damage[folder]), None):
-        out.print(f"A new life would go on from {chosen.name}.", markup=False)
+        out.print(f"A new life would go on from {chosen.name}.")
     else:
-        out.print("None can be used: a new life would begin at step 0.", markup=False)
+        out.print("None can be used: a new life would begin at step 0.")
     return not any(damage.values())
