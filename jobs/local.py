@@ -13,17 +13,16 @@ from types import FrameType
 
 from submitit.local.local import LocalExecutor, LocalJob
 
-from ftlib import events, modelfiles, outcome
+from ftlib import events, outcome
 from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, container, settle
+from ftlib.slurm import batch, client, container, settle
+from jobs import follow
 from jobs import stage as stage_module
 
 POLL_S = 0.1
-# The exit code of a process that SIGKILL ended, as a shell says it.
-KILLED = 137
 YEAR_MIN = 525_600
 
 
@@ -40,6 +39,7 @@ class Interrupt:
 def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = STAGES) -> int:
     """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`."""
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
+    client.use(None)  # inside an interactive job its SLURM_* would make ranks of our one process
     interrupt = Interrupt()
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -48,9 +48,7 @@ def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = S
                 print(f"[{number}/{len(stages)}] {stage}: done before", flush=True)
                 continue
             print(f"[{number}/{len(stages)}] {stage}", flush=True)
-            variables = batch.environment(
-                profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable
-            )
+            variables = batch.environment(profile, plan, stage, run=run.path, cache=cache)
             code = _stage(run, profile, stage, variables, interrupt)
             if code != DONE:
                 return code
@@ -75,9 +73,8 @@ def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str
             saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
             print(f"\n{stage}: {saved}. make resume RUN={run.name} goes on from there.", flush=True)
             return RUN_AGAIN
-        verdict = settle.end(
-            run.path, stage, life, last.code if last else KILLED, job.job_id, Path(job.paths.stdout)
-        )
+        code = last.code if last else settle.KILLED
+        verdict = settle.end(run.path, stage, life, code, job.job_id, Path(job.paths.stdout))
         if verdict.do != "requeue":
             said = f"{last.words}\n" if last else ""
             print(f"{said}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
@@ -88,46 +85,32 @@ def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str
 
 def _next_life(run: RunDir, stage: str) -> int:
     for left in (run.slurm / stage).glob("*.save_tmp"):
-        left.unlink()
+        left.unlink()  # A save that a kill cut short would make submitit's next one fail.
     life = 1
-    while True:
-        try:
-            handle = os.open(run.lives / f"{stage}-{life}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            life += 1
-            continue
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{os.getpid()} local {int(time.time())}\n")
-        return life
+    while (file := run.lives / f"{stage}-{life}").exists():
+        life += 1
+    file.write_text(f"{os.getpid()} local {int(time.time())}\n", encoding="utf-8")
+    return life
 
 
 def _life(
-    run: RunDir,
-    profile: ClusterProfile,
-    stage: str,
-    variables: dict[str, str],
-    interrupt: Interrupt,
-    *,
+    run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt, *,
     automatic: bool,
-) -> LocalJob[None]:
+) -> LocalJob[None]:  # fmt: skip
     """Start one life, show its log as it grows, pass Ctrl-C on as a request to save, return when it has ended."""
-    folder = run.slurm / stage
-    plan = RunPlan.model_validate(run.plan())
-    executor = LocalExecutor(folder, python=container.worker(profile, plan, stage, run.provenance()))
+    plan, life = RunPlan.model_validate(run.plan()), int(variables["FT_LIFE"])
+    executor = LocalExecutor(run.slurm / stage, python=container.worker(profile, plan, stage, run.provenance()))
     executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
     with _inherited(run.code, variables):
         job = executor.submit(stage_module.run, str(run.path), stage)
     assert isinstance(job, LocalJob) and job._process is not None
-    life = int(variables["FT_LIFE"])
-    events.append(
-        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job.job_id, after_life=life - 1,
-        automatic=automatic,
-    )  # fmt: skip
+    said = {"stage": stage, "job_id": job.job_id, "after_life": life - 1, "automatic": automatic}
+    events.append(run.events, events.submit_writer(), "submitted", **said)
     log = Path(job.paths.stdout)
     shown, asked = 0, 0
     while True:
         ended = job._process.poll() is not None
-        shown = _show(log, shown, last=ended)
+        shown = follow.show(log, shown, last=ended)
         if ended:
             return job
         if interrupt.count > asked:
@@ -153,20 +136,6 @@ def _inherited(folder: Path, variables: dict[str, str]) -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         signal.signal(signal.SIGINT, handler)
-
-
-def _show(log: Path, shown: int, *, last: bool) -> int:
-    """Print whole new lines of the log after byte `shown`, submitit's own left out; returns the new position."""
-    if not log.exists():
-        return shown
-    with log.open("rb") as file:
-        file.seek(shown)
-        new = file.read()
-    whole = new if last else new[: new.rfind(b"\n") + 1]
-    for line in whole.decode(errors="replace").splitlines():
-        if line and not line.startswith("submitit "):
-            print("    " + line, flush=True)
-    return shown + len(whole)
 
 
 def _kill_tasks(run: RunDir, stage: str, life: int) -> None:

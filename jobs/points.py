@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm.client import Job
 from ftlib.state import ACTIVE, Journal
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
 
-View = dict[str, tuple[str, str]]  # job id -> (Slurm's state, its reason)
+X = TypeVar("X")
+Y = TypeVar("Y")
+View = Mapping[str, Job]  # Slurm's jobs by their ids
+
+
+def threaded(call: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
+    """`call` of each item, in threads: a shared filesystem answers each process slowly, and many at once."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(call, items))
 
 
 def active(view: View, job: str) -> bool:
     """Whether the job is queued or running."""
-    return state.SLURM_STATES.get(view.get(job, ("", ""))[0]) in ACTIVE
+    return state.SLURM_STATES.get(view.get(job, Job("")).state) in ACTIVE
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ import time
 import traceback
 from pathlib import Path
 
-from submitit import JobEnvironment
-
 from ftlib import events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
@@ -66,7 +64,8 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
     began = time.monotonic()
     try:
-        words = str(importlib.import_module(f"jobs.{stage}").main(rundir, life, stop))
+        what = importlib.import_module("jobs.smoke" if stage == "smoke" else "jobs.tasks")
+        words = str((what.main if stage == "smoke" else getattr(what, stage))(rundir, life, stop))
         code, event = DONE, "completed"
     except Interrupted as error:
         words, code, event = str(error), error.exit_code, "interrupted"
@@ -103,6 +102,8 @@ def _set_rank() -> int:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = str(world)
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    from submitit import JobEnvironment
+
     # The first node of the list, resolved where the task runs; a port of the job's own below the ephemeral ones.
     os.environ["MASTER_ADDR"] = JobEnvironment().hostnames[0]
     os.environ["MASTER_PORT"] = str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)

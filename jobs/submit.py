@@ -10,7 +10,7 @@ import sys
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
 from ftlib.slurm import client
-from jobs import environment, image, runs
+from jobs import environment, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -48,11 +48,7 @@ def submit(options: argparse.Namespace) -> int:
 
 def check_ready(wish: Wish) -> None:
     """InputError when what every job here needs is missing: an account, the image or the training packages."""
-    if missing := wish.profile.missing_account():
-        raise InputError(missing)
-    if found := environment.misplaced(wish.profile, wish.cache):
-        raise InputError(found)
-    image.ready(wish.profile)
+    environment.require(wish.profile, wish.cache, at_a_glance=True)
     if wish.profile.container is None and wish.profile.python is None and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"the training packages are not installed for {sys.executable}: run 'make setup', or set "

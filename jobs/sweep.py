@@ -8,7 +8,6 @@ import json
 import os
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
@@ -19,7 +18,7 @@ from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import submit
 from jobs import wish as wishes
-from jobs.points import Need, need_of, share_datasets
+from jobs.points import Need, need_of, share_datasets, threaded
 from jobs.wish import RUNS, Wish
 
 
@@ -64,11 +63,11 @@ def cancel(options: argparse.Namespace) -> int:
     site = place.read().profile.scheduler
     if site is None:
         raise InputError(f"{place.name} runs in the foreground of the terminal that began it; Ctrl-C there saves it")
-    from jobs import arrays
+    from jobs import feeder
     from jobs.look import kept_answer
 
     with place.claim():
-        count = arrays.cancel(place)
+        count = feeder.cancel(place)
     kept_answer(site.slurm_conf).unlink(missing_ok=True)
     print(f"{place.name}: cancelled {count} points." if count else f"{place.name}: nothing is queued or running.")
     if count:
@@ -212,12 +211,8 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
     temporary.symlink_to(os.path.relpath(code, place.path))
     os.replace(temporary, place.code)
 
-    def create(item: tuple[str, Wish]) -> None:
-        name, wish = item
-        rundir.create(RUNS, name, wishes.files_of(wish, name, sweep=place.name), code)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(create, ((n, w) for n, w in points.items() if not (RUNS / n).exists())))
+    missing = [name for name in points if not (RUNS / name).exists()]
+    threaded(lambda n: rundir.create(RUNS, n, wishes.files_of(points[n], n, sweep=place.name), code), missing)
 
 
 def _go(place: SweepDir, *, by: str) -> int:
@@ -226,9 +221,9 @@ def _go(place: SweepDir, *, by: str) -> int:
         raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
     if profile.scheduler is None:
         return _run_here(place, profile)
-    from jobs import arrays
+    from jobs import feeder
 
-    print(arrays.feed(place, by=by).words())
+    print(feeder.feed(place, by=by).words())
     print(f"Watch it: make status   make report SWEEP={place.name}")
     return DONE
 

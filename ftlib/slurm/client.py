@@ -26,6 +26,13 @@ class Job(NamedTuple):
     id: str = ""  # of an array's task: ARRAY_INDEX
 
 
+class Refused(FtError):
+    """sbatch would not queue `what`; its own words end the error that submitit raised."""
+
+    def __init__(self, what: str, error: Exception) -> None:
+        super().__init__(f"sbatch refused {what}: {str(error).strip().splitlines()[-1].rpartition('error: ')[2]}")
+
+
 def use(slurm_conf: str | None) -> None:
     """Make every later Slurm command of this process speak to one cluster, and only as we say.
 
