@@ -78,13 +78,13 @@ def newest(run: RunDir, wanted: tuple[str, ...]) -> Part | None:
     began = []
     for order, stage in enumerate(wanted):
         for path in run.lives.glob(f"{stage}-*"):
-            life, said = int(path.name.rpartition("-")[2]), path.read_text(encoding="utf-8").split()
+            said = path.read_text(encoding="utf-8").split()
             if len(said) > 2:  # else it is being written
-                began.append((int(said[2]), order, life, f"{_job(known, stage, life, said)}_0_log.out"))
+                began.append((int(said[2]), order, int(path.name.rpartition("-")[2]), said))
     if began:
-        _, order, life, name = max(began)
-        path = run.slurm / wanted[order] / name
-        start = settle.log_starts(run.path, wanted[order], life).get(name, 0)
+        _, order, life, said = max(began)
+        path = run.slurm / wanted[order] / f"{_job(known, wanted[order], life, said)}_0_log.out"
+        start = settle.log_starts(said).get(path.name, 0)
         return Part(wanted[order], life, path, start) if path.exists() else None
     logs = [path for stage in wanted for path in (run.slurm / stage).glob("*_log.out")]
     path = max(logs, key=lambda path: path.stat().st_mtime, default=Path())

@@ -45,15 +45,15 @@ def use(slurm_conf: str | None) -> None:
         os.environ["SLURM_CONF"] = slurm_conf
 
 
-def call(*command: str) -> str:
+def call(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """A Slurm command's output, times in seconds since 1970. Unavailable when there is no such command or no answer."""
     try:
         said = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=said)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=said)
     except FileNotFoundError:
         raise Unavailable(f"{command[0]}: there is no such command here. Is this a login node?") from None
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} did not answer in {TIMEOUT_S} s; is the scheduler busy? Try again") from None
+        raise Unavailable(f"{command[0]} did not answer in {timeout_s} s; is the scheduler busy? Try again") from None
     if done.returncode:
         raise Unavailable(f"{' '.join(command[:3])} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
