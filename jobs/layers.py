@@ -16,27 +16,20 @@ def layers(options: argparse.Namespace) -> int:
     changes, cluster_changes = recipe.parse_set(options.set)
     spec = recipe.load(wishes.RECIPES, options.model, changes)
     site = wishes.load_profile(wishes.choose_cluster(options.cluster), cluster_changes)
-    cache = site.cache_dir(wishes.CHECKOUT)
-    # Nothing is fetched: whether nodes have internet does not matter here.
     files = modelfiles.locate(
-        spec.model.name, spec.model.revision, checkout=wishes.CHECKOUT, cache=cache, internet=True
-    )
+        spec.model.name, spec.model.revision, checkout=wishes.CHECKOUT, cache=site.cache_dir(wishes.CHECKOUT),
+        internet=True,  # nothing is fetched: whether nodes have it does not matter here
+    )  # fmt: skip
     found = architectures.parameters(files.config, spec.model.name)
-    if options.json:
-        print(json.dumps({"model": spec.model.name, "parameters": [_row(parameter) for parameter in found]}, indent=1))
-    else:
+    if not options.json:
         _print(spec.model.name, found)
+        return 0
+    rows = [
+        {"name": _name(p), "shape": list(p.shape), "kind": p.kind, "copies": p.copies, "parameters": p.size * p.copies}
+        for p in found
+    ]
+    print(json.dumps({"model": spec.model.name, "parameters": rows}, indent=1))
     return 0
-
-
-def _row(parameter: Parameter) -> dict[str, object]:
-    return {
-        "name": _name(parameter),
-        "shape": list(parameter.shape),
-        "kind": parameter.kind,
-        "copies": parameter.copies,
-        "parameters": parameter.size * parameter.copies,
-    }
 
 
 def _name(parameter: Parameter) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from ftlib import rundir, state, sweepdir
-from ftlib.errors import DONE, InputError
+from ftlib.errors import DONE
 from ftlib.report.board import board
 from ftlib.report.plan import console
 from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
@@ -91,19 +92,15 @@ def _from_files(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
 
 def status(options: argparse.Namespace) -> int:
     """Print every sweep and run, or one; with --watch until nothing of it is queued or running."""
-    if options.run and options.sweep:
-        raise InputError("status: RUN and SWEEP exclude each other; say one of them")
-    if not options.watch:
-        rows, sweeps, seen = _rows(options)
-        print(_json(rows, sweeps, seen)) if options.json else _print(rows, sweeps, seen)
-        return DONE
-    try:
-        return _watch(options)
-    except KeyboardInterrupt:
-        return DONE
+    if options.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(options)
+    else:
+        _tell(*_rows(options), as_json=options.json)
+    return DONE
 
 
-def _watch(options: argparse.Namespace) -> int:
+def _watch(options: argparse.Namespace) -> None:
     from rich.live import Live
 
     out = console()
@@ -117,9 +114,9 @@ def _watch(options: argparse.Namespace) -> int:
                 live.update(_board(rows, sweeps, seen, out.width), refresh=True)
             elif (now := _ends(rows, sweeps)) != before:
                 before = now
-                print(_json(rows, sweeps, seen), flush=True) if options.json else _print(rows, sweeps, seen)
-            if not ({one.state for one in rows} & {*ACTIVE} or {one.state for one in sweeps} & {*ACTIVE}):
-                return DONE
+                _tell(rows, sweeps, seen, as_json=options.json)
+            if not ({one.state for one in rows} | {one.state for one in sweeps}) & {*ACTIVE}:
+                return
             time.sleep(REDRAW_S)
 
 
@@ -151,15 +148,20 @@ def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[
     return [row(one, now) for one in seen if one.run.name not in collapsed], lines, seen
 
 
-def _json(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> str:
-    answers = [one.answer for one in seen if one.answer.asked]
-    value = {
-        "asked": min((answer.asked for answer in answers), default=None),
-        "trouble": next((one.answer.trouble for one in seen if one.answer.trouble), ""),
-        "runs": [dataclasses.asdict(one) for one in rows],
-        "sweeps": [dataclasses.asdict(one) for one in sweeps],
-    }
-    return json.dumps(value, indent=1)
+def _tell(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], *, as_json: bool) -> None:
+    if as_json:
+        value = {
+            "asked": min((one.answer.asked for one in seen if one.answer.asked), default=None),
+            "trouble": next((one.answer.trouble for one in seen if one.answer.trouble), ""),
+            "runs": [dataclasses.asdict(one) for one in rows],
+            "sweeps": [dataclasses.asdict(one) for one in sweeps],
+        }
+        print(json.dumps(value, indent=1), flush=True)
+    elif rows or sweeps:
+        out = console()
+        out.print(_board(rows, sweeps, seen, out.width))
+    else:
+        print("No runs yet. `make submit` makes one.")
 
 
 def _board(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], width: int) -> RenderableType:
@@ -167,31 +169,23 @@ def _board(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], width: int
     return board(rows, sweeps, oldest, width=width)
 
 
-def _print(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> None:
-    if not rows and not sweeps:
-        print("No runs yet. `make submit` makes one.")
-        return
-    out = console()
-    out.print(_board(rows, sweeps, seen, out.width))
-
-
 # -- why, verify -------------------------------------------------------------------------------------------------------
 
 
 def why(options: argparse.Namespace) -> int:
     """Print what happened in each life of a run, and what to do now."""
-    from ftlib.report import plan, why
+    from ftlib.report.why import print_why
 
     (seen,) = see([rundir.find(RUNS, options.run)], fresh=False)
-    why.print_why(seen, plan.console())
+    print_why(seen, console())
     return DONE
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check every checkpoint of a run; 1 when one is damaged."""
-    from ftlib.report import plan, why
+    from ftlib.report.why import print_verify
 
-    return DONE if why.print_verify(rundir.find(RUNS, options.run), plan.console()) else 1
+    return DONE if print_verify(rundir.find(RUNS, options.run), console()) else 1
 
 
 def writer(run: RunDir) -> int | None:
