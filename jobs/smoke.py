@@ -57,9 +57,9 @@ def env(options: argparse.Namespace) -> int:
 
 def smoke(options: argparse.Namespace) -> int:
     """Ten real steps of a recipe on a node, and what they tell of the whole run."""
-    whole = submit._wish(options)
+    whole = wishes.asked(options)
     environment.require(whole.profile, whole.cache)
-    wish = submit._wish(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
+    wish = wishes.asked(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
     trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit.space_needed(whole)}
     return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
 

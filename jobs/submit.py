@@ -9,6 +9,8 @@ import sys
 
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
+from ftlib.plan import memory, shapes
+from ftlib.report.plan import print_plan
 from ftlib.slurm import client
 from jobs import environment, runs
 from jobs import wish as wishes
@@ -20,24 +22,24 @@ SPARE_BYTES = 200 * 2**20
 
 def plan(options: argparse.Namespace) -> int:
     """Print the plan, as a table or as JSON."""
-    wish = _wish(options)
+    wish = wishes.asked(options)
     if options.json:
         print(json.dumps({"run": wish.name, **wish.plan.model_dump(mode="json")}, indent=1))
     else:
-        _print_plan(wish, wish.name)
+        print_plan(wish.name, wish.spec, wish.plan)
     return 0
 
 
 def submit(options: argparse.Namespace) -> int:
     """Queue the wish's run, or say that it is there already."""
-    wish = _wish(options)
+    wish = wishes.asked(options)
     name = wishes.run_name(wish, new=options.new)
     if options.dry_run:
         return _dry_run(wish, name)
     check_ready(wish)
     known = (RUNS / name / "spec.json").exists()
     if not known:
-        _print_plan(wish, name)
+        print_plan(name, wish.spec, wish.plan)
         atomic.require_space(RUNS, space_needed(wish), f"run {name}")
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
@@ -56,21 +58,15 @@ def check_ready(wish: Wish) -> None:
         )
 
 
-def _wish(options: argparse.Namespace) -> Wish:
-    return wishes.make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
-
-
 def space_needed(wish: Wish) -> int:
     """Merged weights, two checkpoints and a third being written (of what is trained, with two moments), and some."""
-    from ftlib.plan import memory, shapes
-
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
     return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
 
 
 def _dry_run(wish: Wish, name: str) -> int:
-    _print_plan(wish, name)
+    print_plan(name, wish.spec, wish.plan)
     if wish.profile.scheduler is None:
         print("Without Slurm these stages run here, one after the other; there are no scripts to show.")
         return 0
@@ -81,13 +77,6 @@ def _dry_run(wish: Wish, name: str) -> int:
     client.use(wish.profile.scheduler.slurm_conf)
     provenance = wishes.files_of(wish, name)["provenance.json"]
     for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance):
-        print(f"\n===== {stage}.sbatch =====")
-        print(script.rstrip())
+        print(f"\n===== {stage}.sbatch =====\n{script.rstrip()}")
     print("\nDry run: nothing was queued.")
     return 0
-
-
-def _print_plan(wish: Wish, name: str) -> None:
-    from ftlib.report.plan import print_plan
-
-    print_plan(name, wish.spec, wish.plan)
