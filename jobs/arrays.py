@@ -146,13 +146,11 @@ class Arrays:
         profile, plan = self.profile.model_copy(update={"exclude": exclude}), needs[0].plan
         variables = batch.environment(profile, plan, stage, run=None, cache=self.cache)
         words = batch.parameters(
-            profile,
-            chunk.asked(stage),
-            name=f"{self.sweep.name}.{stage}",
+            profile, chunk.asked(stage), name=f"{self.sweep.name}.{stage}",
             setup=batch.array_setup(profile, variables, self.sweep.runs, folder, prepared=prepared),
             comment=f"ftlib {self.sweep.name} {stage} {nonce}",
             dependency=",".join(filter(None, [after, f"afterok:{self.image}" if self.image else None])) or None,
-        )
+        )  # fmt: skip
         run = RunDir(needs[0].run)
         known = run.provenance() if run.provenance_file.exists() else {"checkout": str(self.sweep.runs.parent)}
         made = ModuleExecutor(folder, python=container.worker(profile, plan, stage, known), module=STAGE_MODULE)

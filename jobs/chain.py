@@ -138,13 +138,11 @@ def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: l
         run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]), module=f"jobs.guard {shlex.quote(str(run.path))}"
     )
     words = batch.small_parameters(
-        profile,
-        name=f"{run.name}.{GUARD}",
-        setup=batch.enter(profile, variables, run.code),
+        profile, name=f"{run.name}.{GUARD}", setup=batch.enter(profile, variables, run.code),
         comment=f"ftlib {run.name} {GUARD} {nonce}",
         # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
         dependency="?".join(f"afternotok:{job}" for job in watched),
-    )
+    )  # fmt: skip
     made.update_parameters(**words)
     _submitted(run, GUARD, made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
 

@@ -184,14 +184,10 @@ def _apptainer(
     words += ["--mount", f'type=bind,"source={source}",destination=/mnt']
     log = target.parent / "build.log"
     child = subprocess.Popen(
-        [*words, *arguments, str(target), "train.def"],
-        cwd=env,
+        [*words, *arguments, str(target), "train.def"], cwd=env,
         env={**os.environ, "APPTAINER_TMPDIR": scratch, "APPTAINER_CACHEDIR": f"{scratch}/cache"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
     with log.open("w", encoding="utf-8", buffering=1) as file, child:
         assert child.stdout is not None
         for line in child.stdout:

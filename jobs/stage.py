@@ -78,16 +78,12 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
     if rank == 0:
         outcome.write(rundir.outcomes, outcome.Outcome(stage, life, code, words))
         events.append(
-            rundir.events,
-            writer,
+            rundir.events, writer,
             event,  # type: ignore[arg-type]
             stage=stage,
-            life=life,
-            code=code,
-            words=words,
-            seconds=round(time.monotonic() - began, 1),
+            life=life, code=code, words=words, seconds=round(time.monotonic() - began, 1),
             signal_s=stop.at and round(time.monotonic() - stop.at, 2),
-        )
+        )  # fmt: skip
         print(f"{stage}: {words}", flush=True)
     return code
 

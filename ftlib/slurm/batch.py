@@ -26,27 +26,22 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
     threads = str(plan.threads)
     said = {"FT_RUN": str(run)} if run else {}
     said |= {
-        "FT_STAGE": stage,
-        "FT_PYTHON": profile.python or sys.executable,
+        "FT_STAGE": stage, "FT_PYTHON": profile.python or sys.executable,
         "FT_REQUEUE": "1" if profile.scheduler and profile.scheduler.requeue else "0",
         # Caches fill small home folders.
         "HF_HOME": str(modelfiles.hf_home(cache)),
-        "XDG_CACHE_HOME": str(cache),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
         "WANDB_CACHE_DIR": str(cache / "wandb"),
         # ~/.local would leak into the locked environment.
         "PYTHONNOUSERSITE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": "",
+        "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": "",
         # Another thread count sums in another order.
         "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads,
         # Threads that spin while they wait starve each other where jobs share cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
-    }
+    }  # fmt: skip
     if profile.scheduler and profile.scheduler.slurm_conf:
         said["SLURM_CONF"] = profile.scheduler.slurm_conf
     if plan.device == "cpu":
