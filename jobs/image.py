@@ -26,7 +26,7 @@ from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import batch, client, container
 from ftlib.spec import file_digest
-from jobs import follow
+from jobs import logs
 from jobs import wish as wishes
 
 BUILD_MIN = 120
@@ -56,7 +56,7 @@ def image(options: argparse.Namespace) -> int:
         target = Path(wanted["path"])
         log = target.parent / "slurm" / f"{job}_0_log.out"
         print(f"Job {job} builds the image; its log is {log}. Ctrl-C leaves it at work.", flush=True)
-        follow.follow(job, log, profile, target.exists)
+        logs.follow(job, log, profile, target.exists)
         if not target.exists():
             words = f"job {job} ended without an image; its words are above ({log})"
             raise FtError(f"{words}. make image goes on from there")

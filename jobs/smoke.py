@@ -27,7 +27,7 @@ from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
-from jobs import environment, follow, local, submit, tasks
+from jobs import environment, local, logs, submit, tasks
 from jobs import wish as wishes
 from jobs.wish import Wish
 
@@ -113,7 +113,7 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
     folder = run.slurm / STAGE
     log = folder / f"{job}_0_log.out"
     try:
-        words = follow.follow(job, log, profile, lambda: outcome.read(run.outcomes, STAGE))
+        words = logs.follow(job, log, profile, lambda: outcome.read(run.outcomes, STAGE))
     except KeyboardInterrupt:
         print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")
         raise
@@ -124,7 +124,7 @@ def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
     for other in sorted(folder.glob(f"{job}_*_log.out")):
         if other != log and other.stat().st_size:
             print(other.name)
-            follow.show(other, last=True)
+            logs.show(other, last=True)
     if ends:
         return ends[-1].code
     if not log.exists():
