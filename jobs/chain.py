@@ -70,11 +70,12 @@ def executor(
 def scripts(
     profile: ClusterProfile, plan: RunPlan, *, run: Path, provenance: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """(stage, sbatch script) as they would be queued; job ids that do not exist yet are named by their stage."""
+    """(STAGE.sbatch, script) as they would be queued; job ids that do not exist yet are named by their stage."""
     after = None
     for stage in STAGES:
         comment = f"ftlib {run.name} {stage} <nonce>"
-        yield stage, executor(profile, plan, stage, provenance, run=run, comment=comment, after=after).script()
+        made = executor(profile, plan, stage, provenance, run=run, comment=comment, after=after)
+        yield f"{stage}.sbatch", made.script()
         after = f"<job id of {stage}>"
 
 

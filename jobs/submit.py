@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable
 
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
@@ -76,7 +77,12 @@ def _dry_run(wish: Wish, name: str) -> int:
         print(f"\n===== DeepSpeed's configuration =====\n{json.dumps(wish.plan.zero, indent=1)}")
     client.use(wish.profile.scheduler.slurm_conf)
     provenance = wishes.files_of(wish, name)["provenance.json"]
-    for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance):
-        print(f"\n===== {stage}.sbatch =====\n{script.rstrip()}")
-    print("\nDry run: nothing was queued.")
+    show(chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance))
     return 0
+
+
+def show(scripts: Iterable[tuple[str, str]]) -> None:
+    """Print what a dry run would queue: (name, sbatch script)."""
+    for name, script in scripts:
+        print(f"\n===== {name} =====\n{script.rstrip()}")
+    print("\nDry run: nothing was queued.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import operator
 import os
 import shlex
 import sys
@@ -108,9 +110,11 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
             model=options.model, data=options.data, cluster=options.cluster, settings=options.set, points=points
         )
 
-    count = spec.count()
-    if count > 100:  # Before thousands are made: whether there may be so many, and whether the first is right.
-        (first,) = make((_first(spec),))
+    # Before thousands are made: whether there may be so many, and whether the first is right.
+    if (count := spec.count()) > 100:
+        one: dict[str, object] = {"grid": spec.grid and {field: values[:1] for field, values in spec.grid.items()}}
+        one["random"] = spec.random and spec.random.model_copy(update={"points": 1})
+        (first,) = make(spec.model_copy(update=one).points()[:1])
         most = first.profile.scheduler.max_points if first.profile.scheduler else 10_000
         if count > most:
             hours, minutes = first.plan.gpu_hours, _minutes(first)
@@ -125,14 +129,6 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
     if len(found) < len(made):
         print(f"{len(made) - len(found)} of the {len(made)} points are the same run as another; each is run once.")
     return found
-
-
-def _first(spec: SweepSpec) -> sweeps.Point:
-    if spec.grid is not None:
-        return {field: values[0] for field, values in spec.grid.items()}
-    return spec.points()[0] if spec.random is None else spec.model_copy(
-        update={"random": spec.random.model_copy(update={"points": 1})}
-    ).points()[0]  # fmt: skip
 
 
 def _product(spec: SweepSpec) -> str:
@@ -154,13 +150,7 @@ def _hash(wish: Wish) -> str:
 def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
     """The swept fields' values as the recipe has them; those that the point leaves as they are, too."""
     values = wish.spec.model_dump(mode="json")
-    found = {}
-    for field in spec.fields:
-        value = values
-        for part in field.split("."):
-            value = value[part]
-        found[field] = value
-    return found
+    return {field: functools.reduce(operator.getitem, field.split("."), values) for field in spec.fields}
 
 
 def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: int) -> None:
@@ -186,22 +176,17 @@ def _print_difference(before: Sweep, now: Sweep) -> None:
     for name in sorted(gone)[:5]:
         print(f"  gone: {sweeps.words(before.points[name])} (its run stays: {name})")
     for field in ("metric", "at_once"):
-        old, new = getattr(before.spec, field), getattr(now.spec, field)
-        if old != new:
+        if (old := getattr(before.spec, field)) != (new := getattr(now.spec, field)):
             print(f"  {field}: {old} -> {new}")
 
 
 def _check_known(points: dict[str, Wish], known: list[str]) -> None:
     """A run's folder must be what its name says: folders are moved and copied by hand."""
     wrong = [name for name in known if RunDir(RUNS / name).spec() != points[name].spec]
+    words = "its folder holds another run's spec.json (it was moved or copied there?)"
+    mend = "away and submit again; nothing was queued"
     if wrong:
-        raise InputError(
-            [
-                f"run {name}: its folder holds another run's spec.json (it was moved or copied there?). Move "
-                f"{RUNS / name} away and submit again; nothing was queued"
-                for name in wrong
-            ]
-        )
+        raise InputError([f"run {name}: {words}. Move {RUNS / name} {mend}" for name in wrong])
 
 
 def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
@@ -232,7 +217,7 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
     """Each point to its end, one after the other; a failed one does not stop the rest, Ctrl-C does."""
     from jobs import local
 
-    members, points, failed = place.members(), place.read().points, []
+    members, points, failed = place.members(), place.read().points, dict[str, int]()
     found = [need_of(run, state.journal(run), {}, by="resume", told={}) for run in members]
     share_datasets(place, [need for need in found if isinstance(need, Need)], {})
     for number, run in enumerate(members, 1):
@@ -245,11 +230,10 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
         if code == RUN_AGAIN:
             return code
         if code != DONE:
-            failed.append((run.name, code))
+            failed[run.name] = code
     print(f"\n{len(members) - len(failed)} of {len(members)} points are completed. make report SWEEP={place.name}")
-    for name, _ in failed:
-        print(f"  failed: make why RUN={name}")
-    return failed[0][1] if failed else DONE
+    print(*(f"  failed: make why RUN={name}\n" for name in failed), sep="", end="")
+    return next(iter(failed.values()), DONE)
 
 
 def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
@@ -266,7 +250,5 @@ def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
     for name, wish in new.items():
         needs.append(Need(RUNS / name, STAGES[wish.dataset in seen :], wish.plan, wish.dataset))
         seen.add(wish.dataset)
-    for what, script in arrays.preview(place, first.profile, needs, spec.at_once, first.cache):
-        print(f"\n===== {what} =====\n{script.rstrip()}")
-    print("\nDry run: nothing was queued.")
+    submit.show(arrays.preview(place, first.profile, needs, spec.at_once, first.cache))
     return DONE
