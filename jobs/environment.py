@@ -23,9 +23,9 @@ HOME_FULL = 0.97
 
 
 def require(profile: ClusterProfile, cache: Path, *, at_a_glance: bool = False) -> None:
-    """InputError with every fault that can be seen from here, each with its mend; build the image where that is here.
+    """InputError with every fault that can be seen from here, each with its mend. Builds the image where that is here.
 
-    at_a_glance: only what costs no question to quota, modules or Slurm.
+    at_a_glance: nothing that asks quota, modules or Slurm.
     """
     found = [missing] if (missing := profile.missing_account()) else []
     found += _misplaced(profile, cache)

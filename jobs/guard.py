@@ -48,10 +48,7 @@ def decide(run: RunDir) -> str:
 
 
 def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
-    """Why the run's first stage that is not done must not be queued again; None when it may.
-
-    view: Slurm's jobs by their ids. Settles the stage's last life where nobody has.
-    """
+    """Why the run's first stage that is not done must not be queued again; None when it may. `view`: jobs by id."""
     jobs = state.submissions(run)
     stage = next((name for name in STAGES if not run.stage_done(name)), None)
     if stage is None or stage not in jobs:

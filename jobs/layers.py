@@ -15,7 +15,7 @@ def layers(options: argparse.Namespace) -> int:
     """Print the layers of a recipe's model, as a table or as JSON."""
     changes, cluster_changes = recipe.parse_set(options.set)
     spec = recipe.load(wishes.RECIPES, options.model, changes)
-    site = wishes.load_profile(wishes.choose_cluster(options.cluster), cluster_changes)
+    site = wishes.load_profile(options.cluster, cluster_changes)
     files = modelfiles.locate(
         spec.model.name, spec.model.revision, checkout=wishes.CHECKOUT, cache=site.cache_dir(wishes.CHECKOUT),
         internet=True,  # nothing is fetched: whether nodes have it does not matter here

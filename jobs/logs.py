@@ -1,7 +1,5 @@
 """`logs`: what the newest life of a run wrote; with --follow every life after it, too, of every stage, to the end.
-
-And a log shown as it grows, for those who wait for one job.
-"""
+And a log shown as it grows, for those who wait for one job."""
 
 from __future__ import annotations
 
@@ -155,11 +153,8 @@ def show(log: Path, shown: int = 0, *, last: bool = False) -> int:
 
 
 def follow(job: str, log: Path, profile: ClusterProfile, done: Callable[[], object]) -> str:
-    """Show a job's log until `done()`, or until Slurm says that it has ended; returns Slurm's last word of it.
-
-    The scheduler is asked as rarely as its site wants.
-    """
-    assert profile.scheduler
+    """Show a job's log until `done()`, or until Slurm says that it has ended; returns Slurm's last word of it."""
+    assert profile.scheduler  # which is asked as rarely as its site wants
     shown, told, asked, deadline = 0, "", -math.inf, math.inf
     while not done() and time.monotonic() < deadline:
         shown = show(log, shown)

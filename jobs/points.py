@@ -72,8 +72,6 @@ class Chunk:
 def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
     """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
 
-    known: what its folder says.
-
     by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
     are kept in `told`, for a dataset's one job is many points').
     """

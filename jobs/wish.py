@@ -65,30 +65,26 @@ class Wish:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def choose_cluster(said: str | None) -> str:
-    """The cluster said, else cluster.yaml's, else the one that scontrol reports, else local where there is no Slurm."""
-    if said:
-        return said
+def load_profile(cluster: str | None, changes: dict[str, Any]) -> ClusterProfile:
+    """The profile of `cluster`, or of the one that is meant here, measured where it is this machine itself."""
+    found = profile.load(CLUSTERS, cluster or _cluster_here(), changes, OWN_CLUSTER)
+    return found if found.scheduler else profile.measured_here(found)
+
+
+def _cluster_here() -> str:
+    """cluster.yaml's, else the one that scontrol reports, else local where there is no Slurm."""
     if own := profile.own_choice(OWN_CLUSTER):
         return own
-    reported = client.cluster_name()
-    if reported is None:
+    if (reported := client.cluster_name()) is None:
         return "local"
     for name in recipe.names(CLUSTERS):
-        values = recipe.read_yaml(CLUSTERS / f"{name}.yaml")
-        if (values.get("scheduler") or {}).get("cluster_name") == reported:
+        if (recipe.read_yaml(CLUSTERS / f"{name}.yaml").get("scheduler") or {}).get("cluster_name") == reported:
             return name
     raise InputError(
         unknown("CLUSTER", reported, recipe.names(CLUSTERS))
         + f" This machine's Slurm calls itself {reported!r} and no profile is for it: name one with CLUSTER=, or write "
         f"{CLUSTERS.relative_to(CHECKOUT)}/{reported}.yaml after another's example"
     )
-
-
-def load_profile(cluster: str, changes: dict[str, Any]) -> ClusterProfile:
-    """The profile of `cluster`, measured where it is this machine itself."""
-    found = profile.load(CLUSTERS, cluster, changes, OWN_CLUSTER)
-    return found if found.scheduler else profile.measured_here(found)
 
 
 def asked(options: argparse.Namespace) -> Wish:
@@ -115,7 +111,7 @@ def make_all(
     with _collected(problems):
         changes, cluster_changes = recipe.parse_set(settings)
     with _collected(problems):
-        site = load_profile(choose_cluster(cluster), cluster_changes)
+        site = load_profile(cluster, cluster_changes)
     path = Path(data).expanduser().resolve() if data else None
     try:
         values = recipe.read(RECIPES, model)
@@ -252,12 +248,11 @@ def code_version() -> dict[str, Any]:
 
 def run_name(wish: Wish, *, new: bool) -> str:
     """The wish's run, or with `new` the next free suffix of it."""
-    if not new or not (RUNS / wish.name).exists():
-        return wish.name
-    number = 2
-    while (RUNS / f"{wish.name}-{number}").exists():
+    name, number = wish.name, 1
+    while new and (RUNS / name).exists():
         number += 1
-    return f"{wish.name}-{number}"
+        name = f"{wish.name}-{number}"
+    return name
 
 
 def stored_profile(run: rundir.RunDir) -> ClusterProfile:

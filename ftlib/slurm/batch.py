@@ -18,10 +18,7 @@ TEMPLATES = "slurm_templates"
 
 
 def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path | None, cache: Path) -> dict[str, str]:
-    """Every variable that a stage's processes rely on, said on purpose. FT_PYTHON is the host's, for the epilogue.
-
-    run: None where the job's shell lines find it.
-    """
+    """Every variable that a stage's processes rely on, said on purpose; `run`: None where the shell finds it."""
     partition = profile.partition(gpu=plan.stages[stage].gpus_per_node > 0)
     threads = str(plan.threads)
     said = {"FT_RUN": str(run)} if run else {}
@@ -106,10 +103,7 @@ def _job(
 def array(
     parameters: dict[str, Any], folder: Path, stage: str, indices: Sequence[int], cap: int | None
 ) -> dict[str, Any]:
-    """`parameters` for an array: each task's run is linked in `folder` by its index, and its logs lie in that run.
-
-    cap: most tasks at the same time.
-    """
+    """`parameters` for an array whose tasks' runs are linked in `folder` by index; `cap`: most at once."""
     check_path(folder)
     spec = ranges(indices) + (f"%{min(cap, len(indices))}" if cap else "")
     log = f"{folder}/%a/slurm/{stage}/%A_%a"
@@ -136,10 +130,7 @@ def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> li
 def array_setup(
     profile: ClusterProfile, environment: dict[str, str], runs: Path, folder: Path, *, prepared: bool
 ) -> list[str]:
-    """`setup` of an array's task, whose run in `runs` is linked in `folder` by its index.
-
-    prepared: whether Slurm's dependency does not tell that this run's dataset is there, and the task must look.
-    """
+    """`setup` of an array's task, whose run is linked in `folder` by index; `prepared`: it looks for its dataset."""
     check_path(folder)
     link = f'"$(readlink {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID")"'
     lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']

@@ -34,10 +34,8 @@ class Refused(FtError):
 
 
 def use(slurm_conf: str | None) -> None:
-    """Make every later Slurm command of this process speak to one cluster, and only as we say.
-
-    SBATCH_* would override our scripts, and a SLURM_* of an interactive job would shape ours.
-    """
+    """Make every later Slurm command of this process speak to one cluster, and only as we say."""
+    # SBATCH_* would override our scripts, and a SLURM_* of an interactive job would shape ours.
     for name in list(os.environ):
         if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF":
             del os.environ[name]

@@ -1,7 +1,5 @@
-"""Why a life ended: from its outcome, its exit code, accounting and the log's known signatures. Standard library only.
-
-Runs on the batch host outside any container, so nothing here may need the project's packages.
-"""
+"""Why a life ended: from its outcome, its exit code, accounting and the log's known signatures.
+Standard library only: it runs on the batch host, outside any container."""
 
 from __future__ import annotations
 

@@ -104,10 +104,7 @@ class Decision:
 
 
 def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
-    """What to do after the last of `lives` (oldest first, since a person last submitted the stage).
-
-    micro_batch: the present one; None where the stage does not train.
-    """
+    """What to do after the last of `lives` (oldest first, since a person submitted). `micro_batch`: where it trains."""
     cause = lives[-1].cause
     kind, same = KINDS[cause], sum(life.cause == cause for life in lives)
     plain = kind.plain
