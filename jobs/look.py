@@ -47,12 +47,16 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
     by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
     found, me = [], getpass.getuser()
     for run in runs:
-        seen, provenance = _from_files(run, me)
-        found.append(seen)
+        known, provenance = state.journal(run), run.provenance()
+        place, words = state.elsewhere(run, known, provenance)
+        notes = [words] if words and not all(map(known.done, STAGES)) else []
+        if (user := provenance.get("user")) and user != me:
+            notes.append(f"it belongs to {user}")
+        found.append(seen := Seen(run, known, place, notes))
         site = provenance["profile"].get("scheduler")
         if site is None:
-            alive = seen.place != "copy" and writer(run) is not None
-            seen.stages = state.stages(seen.known, None, alive=alive)
+            alive = place != "copy" and writer(run) is not None
+            seen.stages = state.stages(known, None, alive=alive)
         else:
             by_cluster[site.get("slurm_conf")].append((seen, provenance))
     for conf, members in by_cluster.items():
@@ -77,16 +81,6 @@ def kept_answer(slurm_conf: str | None) -> Path:
     return RUNS / f".queue-{getpass.getuser()}-{which}.json"
 
 
-def _from_files(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
-    """A run as its folder tells it, and its provenance."""
-    known, provenance = state.journal(run), run.provenance()
-    place, words = state.elsewhere(run, known, provenance)
-    notes = [words] if words and not all(map(known.done, STAGES)) else []
-    if (user := provenance.get("user")) and user != me:
-        notes.append(f"it belongs to {user}")
-    return Seen(run, known, place, notes), provenance
-
-
 # -- status ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,28 +97,24 @@ def status(options: argparse.Namespace) -> int:
 def _watch(options: argparse.Namespace) -> None:
     from rich.live import Live
 
-    out = console()
-    before = None
+    out, before = console(), None
+    drawn = out.is_terminal and not options.json
     with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
         while True:
             rows, sweeps, seen = _rows(options)
-            if out.is_terminal and not options.json:
+            if drawn:
                 # What is at work stands first: a screen has no room for all.
                 rows.sort(key=lambda one: one.state not in ACTIVE)
                 live.update(_board(rows, sweeps, seen, out.width), refresh=True)
-            elif (now := _ends(rows, sweeps)) != before:
-                before = now
+            # What is worth another line in a log: steps and losses alone would fill it.
+            now = [(one.run, one.state, one.stage, one.lives, one.words) for one in rows]
+            ends = now, [(one.sweep, one.states, one.lives) for one in sweeps]
+            if not drawn and ends != before:
                 _tell(rows, sweeps, seen, as_json=options.json)
+            before = ends
             if not ({one.state for one in rows} | {one.state for one in sweeps}) & {*ACTIVE}:
                 return
             time.sleep(REDRAW_S)
-
-
-def _ends(rows: list[Row], sweeps: list[SweepRow]) -> list[object]:
-    """What is worth another line in a log: steps and losses alone would fill it."""
-    return [(one.run, one.state, one.stage, one.lives, one.words) for one in rows] + [
-        (one.sweep, one.states, one.lives) for one in sweeps
-    ]
 
 
 def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[Seen]]:

@@ -195,8 +195,11 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     except Exception as error:  # whatever it is, it is what the trial was for
         if not isinstance(error, FtError):
             traceback.print_exc()
+        mend = "the words above say where"
+        if "out of memory" in str(error).lower():
+            mend = "a smaller train.micro_batch or data.seq_len, or train.gradient_checkpointing=true (make plan)"
         line = (str(error).splitlines() or [""])[0]
-        check = Check(name, False, f"{type(error).__name__}: {line}", _mend(error))
+        check = Check(name, False, f"{type(error).__name__}: {line}", mend)
     tell(check)
     return check
 
@@ -208,12 +211,6 @@ def _await(file: Path) -> None:
         if time.monotonic() > deadline:
             raise InputError(f"{os.uname().nodename} does not see {file}: is that folder shared by all nodes?")
         time.sleep(0.5)
-
-
-def _mend(error: Exception) -> str:
-    if "out of memory" in str(error).lower():
-        return "a smaller train.micro_batch, a shorter data.seq_len or train.gradient_checkpointing=true (make plan)"
-    return "the words above say where"
 
 
 def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:

@@ -32,7 +32,10 @@ def run(folder: str, stage: str) -> None:
     # A terminal's Ctrl-C reaches every process of the group; the foreground one decides and sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rundir = RunDir(Path(folder))
-    _assert_snapshot(rundir)
+    # The code that runs is the code that was submitted, not whatever lies in front of it on the path.
+    here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
+    if snapshot not in here.parents:
+        raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")
     life = int(os.environ["FT_LIFE"])
     rank = _set_rank()
     if rank == 0:
@@ -104,13 +107,6 @@ def _set_rank() -> int:
     os.environ["MASTER_ADDR"] = JobEnvironment().hostnames[0]
     os.environ["MASTER_PORT"] = str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
     return int(os.environ["RANK"])
-
-
-def _assert_snapshot(rundir: RunDir) -> None:
-    """The code that runs is the code that was submitted, not whatever lies in front of it on the path."""
-    here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
-    if snapshot not in here.parents:
-        raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ def sweep(options: argparse.Namespace) -> int:
     known = [name for name in points if (RUNS / name / "spec.json").exists()]
     place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
     _print_summary(place.name, spec, points, len(known))
-    fields = {name: _fields(wish, spec) for name, wish in points.items()}
+    # The swept fields' values as the recipe has them; those that the point leaves as they are, too.
+    values = {name: wish.spec.model_dump(mode="json") for name, wish in points.items()}
+    fields = {name: {field: functools.reduce(operator.getitem, field.split("."), of) for field in spec.fields}
+              for name, of in values.items()}  # fmt: skip
     asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, fields, first.profile, first.cache)
     before = place.read() if place.file.exists() else None
     if before and (before.spec, before.points) != (asked.spec, asked.points):
@@ -145,12 +148,6 @@ def _hash(wish: Wish) -> str:
     """Of the words that the sweep was asked with; the file's content may change and it is still the same sweep."""
     words = {**wish.words, "SET": sorted(shlex.split(wish.words.get("SET", "")))}
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
-    """The swept fields' values as the recipe has them; those that the point leaves as they are, too."""
-    values = wish.spec.model_dump(mode="json")
-    return {field: functools.reduce(operator.getitem, field.split("."), values) for field in spec.fields}
 
 
 def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: int) -> None:
