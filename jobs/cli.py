@@ -70,7 +70,7 @@ def parser() -> Parser:
     command("report", "sweep", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
     built = "build the image of this checkout's locks, where it is not there yet"
     command("image", "image", built, "cluster", "set", "chosen")
-    command("layers", "layers", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
+    command("layers", "look", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "look", "every sweep and run, or one, and what it is doing", "run", "sweep", "json", "watch")
     command("logs", "logs", "the log of the newest life, or of a stage's", "run!", "stage", "follow")
     command("why", "look", "what happened in each life of a run, and what to do now", "run!")

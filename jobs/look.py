@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing: status, why, verify. One question to each cluster's scheduler."""
+"""Commands that look and change nothing: status, why, verify, layers. One question to each cluster's scheduler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ftlib import rundir, state, sweepdir
+from ftlib import modelfiles, recipe, rundir, state, sweepdir
 from ftlib.errors import DONE
 from ftlib.report.board import board
 from ftlib.report.plan import console
@@ -29,6 +29,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import client, queue
 from ftlib.slurm.queue import Answer
 from ftlib.state import ACTIVE, StageState
+from jobs import wish as wishes
 from jobs.wish import RUNS
 
 REDRAW_S = 2.0
@@ -185,3 +186,44 @@ def writer(run: RunDir) -> int | None:
     except FileNotFoundError:
         return None
     return int(pid) if host == socket.gethostname() and pid.isdigit() and rundir.alive(int(pid)) else None
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layers(options: argparse.Namespace) -> int:
+    """Print the names, shapes and sizes of all that could be trained, from the model's config alone."""
+    from rich import box
+    from rich.table import Table
+
+    from ftlib.plan import architectures
+
+    changes, cluster_changes = recipe.parse_set(options.set)
+    model = recipe.load(wishes.RECIPES, options.model, changes).model
+    cache = wishes.load_profile(options.cluster, cluster_changes).cache_dir(wishes.CHECKOUT)
+    # Nothing is fetched: whether nodes have internet does not matter here.
+    files = modelfiles.locate(model.name, model.revision, checkout=wishes.CHECKOUT, cache=cache, internet=True)
+    found = architectures.parameters(files.config, model.name)
+    rows = [
+        # The name with its range of blocks, as a pattern selects it.
+        {"name": p.name.replace(architectures.BLOCK, f"0-{p.copies - 1}" if p.copies > 1 else "0"),
+         "shape": list(p.shape), "kind": p.kind, "copies": p.copies, "parameters": p.size * p.copies}
+        for p in found
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps({"model": model.name, "parameters": rows}, indent=1))
+        return DONE
+    table = Table(title=model.name, box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("parameter", "all", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("parameters", f"{sum(p.size * p.copies for p in found):,}", justify="right")
+    for p, one in zip(found, rows, strict=True):
+        table.add_row(str(one["name"]), " × ".join(map(str, p.shape)), p.kind, f"{one['parameters']:,}")
+    out = console()
+    out.print(table)
+    linear = ", ".join(sorted({p.layer.rpartition(".")[2] for p in found if p.kind == "linear"}))
+    out.print(f"Adapters can go on the linear layers: method.targets=[{linear}] or all-linear.", markup=False)
+    if not any(p.kind == "head" for p in found):
+        out.print("The head is the embedding itself (tied): no layer of its own.")
+    return DONE

@@ -27,7 +27,7 @@ from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
-from jobs import environment, local, logs, submit, tasks
+from jobs import environment, local, logs, stage, submit
 from jobs import wish as wishes
 from jobs.wish import Wish
 
@@ -184,12 +184,12 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     plan, rank, world = run.plan(), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     name = "data"
     try:
-        tell(Check(name, True, tasks.prepare(run, life, stop))) if rank == 0 else _await(run.prepared_file)
+        tell(Check(name, True, stage.prepare(run, life, stop))) if rank == 0 else _await(run.prepared_file)
         met = collectives(on_gpu=plan["device"] == "cuda", name=f"{run.path} {STAGE} {life}") if world > 1 else None
         if met and not tell(met):
             return met
         name = f"{STEPS} steps"
-        check = Check(name, True, tasks.train(run, life, stop))
+        check = Check(name, True, stage.train(run, life, stop))
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, it is what the trial was for
