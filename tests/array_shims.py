@@ -19,7 +19,7 @@ ACTIVE = ("PENDING", "RUNNING")
 # Stands for the jobs' interpreter: a stage is a second of sleep that saves when it is warned; all else is real.
 # While a file `held` lies beside it no prepare ends, and a run with a file `long` trains until it is warned.
 QUICK = """#!/bin/bash
-[ "$3" = jobs.stage ] || exec {python} "$@"
+[ "$3" = jobs.stage ] || [ "$3" = submitit.core._submit ] || exec {python} "$@"
 run=$FT_RUN stage=$FT_STAGE
 say() {{ printf '%s\\n' "$1" >"$run/outcomes/.q" && mv "$run/outcomes/.q" "$run/outcomes/$stage-$FT_LIFE"; }}
 trap 'say "75 interrupted (preemption), saved"; exit 75' TERM USR2
