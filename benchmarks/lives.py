@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftlib import events, modelfiles, rundir
+from ftlib import events, rundir
 from ftlib.metrics import read_metrics
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
@@ -78,8 +78,7 @@ def environment(run: RunDir, life: int) -> dict[str, str]:
     """A training job's environment, as its batch script would set it."""
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
     profile = wishes.load_profile("local", {})
-    variables = batch.environment(
-        profile, plan, "train", run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable)
+    variables = batch.environment(profile, plan, "train", run=run.path, cache=cache)
     return {**os.environ, **variables, "FT_LIFE": str(life)}
 
 

@@ -30,8 +30,9 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def whole(checkout: Path) -> RunDir:
-    """A run that nothing interrupted."""
-    done = jobs("submit", "--cluster", "local", "--set", SHORT, checkout=checkout)
+    """A run that nothing interrupted, from the shell of an interactive job of two tasks."""
+    inside = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2"}
+    done = jobs("submit", "--cluster", "local", "--set", SHORT, checkout=checkout, **inside)
     assert done.returncode == 0, done.stdout + done.stderr
     (name,) = run_names(checkout)
     run = RunDir(checkout / "runs" / name)

@@ -289,7 +289,8 @@ def test_a_terminal_is_redrawn_and_a_pipe_gets_what_has_changed(site: Site) -> N
 
 
 def test_run_and_sweep_exclude_each_other(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--run", "a", "--sweep", "b"]) == 64
+    for command in ("status", "cancel"):
+        assert cli.main([command, "--run", "a", "--sweep", "b"]) == 64
     assert "exclude each other" in capsys.readouterr().err
 
 

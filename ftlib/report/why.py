@@ -78,9 +78,9 @@ def _advice(seen: Seen, cause: str) -> str:
         return f"nothing. {why_waits(job, time.time()).capitalize()}." if job and now == "queued" else "nothing."
     if now == "cancelled":
         return f"nothing; make resume RUN={run.name} would go on."
-    mend = policy.MEND.get(cause)  # type: ignore[call-overload]
+    kind = policy.KINDS.get(cause)  # type: ignore[call-overload]
     broken = next(name for name, s in stages.items() if s.state == "failed")
-    text = mend or f"make logs RUN={{run}} STAGE={broken}; after the mend, make resume RUN={{run}}"
+    text = kind.mend if kind else f"make logs RUN={{run}} STAGE={broken}; after the mend, make resume RUN={{run}}"
     return str(text).format(run=run.name) + "."
 
 
