@@ -42,7 +42,7 @@ KINDS: dict[Cause, Kind] = {
     "node failure": Kind("the node failed", _AGAIN, 10, foreign=True),
     "host memory": Kind(
         "the host memory that was asked for ran out",
-        'ask for more: make submit … SET="resources.mem_gib=…", or a smaller data.limit', 2,
+        'a smaller data.limit, or nodes with more memory: SET="cluster.gpu_partition=…" (cpu_partition)', 2,
     ),
     "GPU memory": Kind(
         "the GPU's memory ran out",
