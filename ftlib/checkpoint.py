@@ -80,14 +80,8 @@ def newest(checkpoints: Path, *, run: str) -> tuple[Path | None, dict[str, list[
 
 
 def prune(
-    checkpoints: Path,
-    *,
-    run: str,
-    keep: int = 2,
-    best: int | None = None,
-    every: int | None = None,
-    verified: Collection[int] = (),
-    delete: Callable[[Path], object] = shutil.rmtree,
+    checkpoints: Path, *, run: str, keep: int = 2, best: int | None = None, every: int | None = None,
+    verified: Collection[int] = (), delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
 

@@ -62,8 +62,7 @@ def write(
     alone = np.random.default_rng(seed).permutation(len(lengths))
     rows = best_fit_decreasing(lengths, seq_len, seed) if packed else [[i] for i in alone.tolist()]
     types = {
-        "tokens": "uint16" if vocabulary <= 2**16 else "uint32",
-        "response": "uint8",
+        "tokens": "uint16" if vocabulary <= 2**16 else "uint32", "response": "uint8",
         "positions": "uint16" if seq_len <= 2**16 else "uint32",
     }
     row_bytes = seq_len * sum(np.dtype(kind).itemsize for kind in types.values())
@@ -86,13 +85,8 @@ def write(
             at = end
         out["positions"][number, at:] = counting[: seq_len - at]
     meta = {
-        "rows": len(rows),
-        "seq_len": seq_len,
-        "packed": packed,
-        "dtype": types,
-        "examples": len(lengths),
-        "tokens": len(tokens),
-        "response_tokens": int(out["response"].sum(dtype=np.int64)),
+        "rows": len(rows), "seq_len": seq_len, "packed": packed, "dtype": types, "examples": len(lengths),
+        "tokens": len(tokens), "response_tokens": int(out["response"].sum(dtype=np.int64)),
         "dropped_too_long": documents.dropped_too_long,
     }
     for array in out.values():

@@ -120,10 +120,7 @@ def _sweep_abandoned(datasets: Path) -> None:
 
 
 def _build(
-    folder: Path,
-    spec: RunSpec,
-    source: Path | list[sources.Row] | None,
-    tokenizer: tokenizing.Tokenizer,
+    folder: Path, spec: RunSpec, source: Path | list[sources.Row] | None, tokenizer: tokenizing.Tokenizer,
     stop: StopFlag,
 ) -> dict[str, Any]:
     """Write the parts of a dataset into `folder`; returns their counts."""
@@ -135,11 +132,7 @@ def _build(
         documents = tokenizing.Documents(spec.data.seq_len)
         _encode(part, chosen, documents, spec, tokenizer, stop)
         meta = packing.write(
-            folder / part,
-            documents,
-            vocabulary=len(tokenizer),
-            pad=tokenizer.pad,
-            seed=spec.data.seed,
+            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
             packed=not spec.method.prompted,
         )
         full = meta["tokens"] / (meta["rows"] * meta["seq_len"])
@@ -159,12 +152,8 @@ def _build(
 
 
 def _encode(
-    part: str,
-    rows: Sequence[sources.Row],
-    documents: tokenizing.Documents,
-    spec: RunSpec,
-    tokenizer: tokenizing.Tokenizer,
-    stop: StopFlag,
+    part: str, rows: Sequence[sources.Row], documents: tokenizing.Documents, spec: RunSpec,
+    tokenizer: tokenizing.Tokenizer, stop: StopFlag,
 ) -> list[bool]:
     """Encode rows into `documents` block by block, with progress; for each row, whether it was short enough."""
     kept: list[bool] = []

@@ -20,12 +20,7 @@ LOGITS = 2**28
 
 
 def load(
-    model: str,
-    *,
-    device: str,
-    dtype: str,
-    revision: str | None = None,
-    adapter: Path | None = None,
+    model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None,
     added: tuple[Tokenizer, int] | None = None,
 ) -> Any:
     """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
@@ -62,10 +57,8 @@ class Answerer:
         ends = ends if isinstance(ends, list) else [ends]
         # In the model's own place, or its sampling defaults would fill what ours leaves open.
         model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted({tokenizer.eos, *(end for end in ends if end is not None)}),
-            pad_token_id=tokenizer.pad,
+            do_sample=False, max_new_tokens=max_new_tokens,
+            eos_token_id=sorted({tokenizer.eos, *(end for end in ends if end is not None)}), pad_token_id=tokenizer.pad,
             use_cache=True,
         )
         self.stopping = [_Stopping(stop)]

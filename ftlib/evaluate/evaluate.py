@@ -146,13 +146,8 @@ def _batches(questions: dict[int, Any], tokenizer: tokenizing.Tokenizer, size: i
 
 
 def _answer(
-    subject: Subject,
-    batches: list[list[int]],
-    questions: dict[int, Any],
-    speaking: set[int],
-    tokenizer: tokenizing.Tokenizer,
-    run: RunDir,
-    stop: StopFlag,
+    subject: Subject, batches: list[list[int]], questions: dict[int, Any], speaking: set[int],
+    tokenizer: tokenizing.Tokenizer, run: RunDir, stop: StopFlag,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers of one model, a batch at a time; Interrupted when asked to stop."""
     import torch
@@ -161,12 +156,8 @@ def _answer(
 
     spec, plan = run.spec(), run.plan()
     model = answering.load(
-        subject.path,
-        device=plan["device"],
-        dtype=spec.export.dtype,
-        revision=subject.revision,
-        adapter=subject.adapter,
-        added=(tokenizer, spec.train.seed) if subject.is_base else None,
+        subject.path, device=plan["device"], dtype=spec.export.dtype, revision=subject.revision,
+        adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None,
     )
     prefix: list[int] = []
     if subject.prompt:

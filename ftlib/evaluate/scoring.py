@@ -37,8 +37,7 @@ def copies(questions: Sequence[Question]) -> list[Answer]:
     """The baseline's answers: the example that the prompt shows."""
     return [
         {
-            "answer": json.dumps({"function_call": q["example_call"]}) if q["example_call"] else None,
-            "nll": 0.0,
+            "answer": json.dumps({"function_call": q["example_call"]}) if q["example_call"] else None, "nll": 0.0,
             "tokens": 0,
         }
         for q in questions

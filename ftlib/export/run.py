@@ -165,12 +165,10 @@ class _Parts:
         # Both compute in bf16, whose rounding grows with the logits: a fixed number would fit one model only.
         allowed = self.spec.export.max_logit_diff * found["spread"]
         return {
-            **found,
-            "allowed": allowed,
+            **found, "allowed": allowed,
             "passed": max(found["mean_abs"], adapter.mean_abs if adapter else 0.0) <= allowed,
             "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs} if adapter else None,
-            "compared": "merged" if merged is not None else "adapter",
-            "checkpoint": self.checkpoint.name,
+            "compared": "merged" if merged is not None else "adapter", "checkpoint": self.checkpoint.name,
             "device": self.device.type,
         }
 

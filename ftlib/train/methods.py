@@ -56,10 +56,8 @@ def attach(base: PreTrainedModel, spec: RunSpec, model_path: str) -> torch.nn.Mo
 def _prompt(base: PreTrainedModel, method: MethodSpec, model_path: str, seed: int) -> PeftModel:
     transformers.set_seed(seed)
     config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=method.prompt_tokens,
-        prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB",
-        prompt_tuning_init_text=method.prompt_text,
+        task_type="CAUSAL_LM", num_virtual_tokens=method.prompt_tokens,
+        prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB", prompt_tuning_init_text=method.prompt_text,
         tokenizer_name_or_path=model_path if method.prompt_text else None,
     )
     # get_peft_model would warn of two-stage's adapter inside, which is meant.

@@ -38,11 +38,8 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         if not find_spec("bitsandbytes"):
             raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=method.bits == 4,
-            load_in_8bit=method.bits == 8,
-            bnb_4bit_quant_type=method.quant_type,
-            bnb_4bit_use_double_quant=method.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            load_in_4bit=method.bits == 4, load_in_8bit=method.bits == 8, bnb_4bit_quant_type=method.quant_type,
+            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16,
         )
     # A folder belongs to no hub, so it has no revision.
     revision = None if Path(model_path).is_absolute() else spec.model.revision

@@ -72,13 +72,8 @@ class Tracking:
             dir=str(run.path),
             config=run.spec().model_dump(mode="json"),
             settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                x_save_requirements=False,
-                init_timeout=30,
-                x_disable_stats=mode == "offline",
+                silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False,
+                init_timeout=30, x_disable_stats=mode == "offline",
             ),
         )
 

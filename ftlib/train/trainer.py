@@ -43,21 +43,9 @@ class FineTuner(Trainer):
     """
 
     def __init__(
-        self,
-        *,
-        run: RunDir,
-        life: int,
-        stop: StopFlag,
-        spec: TrainSpec,
-        arguments: TrainingArguments,
-        model: torch.nn.Module,
-        train_rows: Dataset[Any],
-        validation_rows: Dataset[Any],
-        metrics: MetricsWriter | None,
-        tracking: Tracking | None,
-        cadence: Cadence,
-        times: StartTimes,
-        method: MethodSpec | None = None,
+        self, *, run: RunDir, life: int, stop: StopFlag, spec: TrainSpec, arguments: TrainingArguments,
+        model: torch.nn.Module, train_rows: Dataset[Any], validation_rows: Dataset[Any], metrics: MetricsWriter | None,
+        tracking: Tracking | None, cadence: Cadence, times: StartTimes, method: MethodSpec | None = None,
     ) -> None:
         """`metrics` and `tracking` belong to rank 0 and are None elsewhere. method: for one of two stages."""
         self._two_stage = method if method and method.kind == "two-stage" else None
@@ -76,11 +64,7 @@ class FineTuner(Trainer):
         # The zip format's own checksums would cost another pass; every file has ours.
         torch.serialization.set_crc32_options(False)
         super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=validation_rows,
-            data_collator=collate,
+            model=model, args=arguments, train_dataset=train_rows, eval_dataset=validation_rows, data_collator=collate
         )
         self.remove_callback(PrinterCallback)
 
@@ -204,13 +188,9 @@ class FineTuner(Trainer):
         if ranks.rank() == 0:
             self.state.save_to_json(str(folder / "trainer_state.json"))
             saving.TrainingState(
-                step=step,
-                total=self.args.max_steps,
-                evaluation_due=self.evaluation_due,
-                global_batch=self.spec.global_batch,
-                micro_batch=self.args.per_device_train_batch_size,
-                accumulation=self.args.gradient_accumulation_steps,
-                world_size=ranks.world_size(),
+                step=step, total=self.args.max_steps, evaluation_due=self.evaluation_due,
+                global_batch=self.spec.global_batch, micro_batch=self.args.per_device_train_batch_size,
+                accumulation=self.args.gradient_accumulation_steps, world_size=ranks.world_size(),
             ).write(folder)
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             if not self.is_deepspeed_enabled:

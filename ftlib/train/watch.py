@@ -104,11 +104,8 @@ class GpuWatch:
             power = None
         row = {
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
-            "stage": self._stage,
-            "life": self._life,
-            "utilization": share,
-            "memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3),
-            "power_w": power,
+            "stage": self._stage, "life": self._life, "utilization": share,
+            "memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3), "power_w": power,
         }
         file.write(json.dumps(row) + "\n")
         return share
