@@ -28,10 +28,9 @@ torch = pytest.importorskip("torch", reason="training needs torch: the train ext
 transformers = pytest.importorskip("transformers", reason="training needs transformers: the train extra")
 pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
 
-from ftlib.data.dataset import PackedRows  # noqa: E402
+from ftlib.data.dataset import Order, PackedRows  # noqa: E402
 from ftlib.train import run as training  # noqa: E402
 from ftlib.train.model import attach_adapter, check_quantised, linear_names, load_base, quantised_layers  # noqa: E402
-from ftlib.train.order import Order  # noqa: E402
 
 STEPS, ROWS, SEQ_LEN, VOCABULARY = 30, 44, 48, 97
 MakeRun = Callable[..., RunDir]

@@ -1,12 +1,12 @@
-"""Packed rows as torch tensors."""
+"""Packed rows as torch tensors, and the order they are read in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from ftlib.data import packing
 
@@ -38,12 +38,25 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
         # Positions start anew where the padding does.
         return item | {"attention_mask": ((positions == 0).cumsum(0) == 1).long()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A loader's worker opens the files itself instead of receiving their content.
-        return {"folder": self.folder}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+class Order(Sampler[int]):
+    """Row indices of a whole training: shuffled epochs one after the other, `length` in all.
+
+    The order depends on the seed alone. Optimizer step s trains rows [s * global_batch, (s + 1) * global_batch)
+    of it, whatever the micro-batch, the accumulation and the world size; no step is cut short at an epoch's end.
+    """
+
+    def __init__(self, rows: int, length: int, seed: int) -> None:
+        self._rows, self._length, self._seed = rows, length, seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch, start in enumerate(range(0, self._length, self._rows)):
+            # Two numbers into one seed, so that seed 0's second epoch is not seed 1's first.
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            yield from torch.randperm(self._rows, generator=generator)[: self._length - start].tolist()
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -60,10 +60,9 @@ def _prompt(base: PreTrainedModel, method: MethodSpec, model_path: str, seed: in
         prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB", prompt_tuning_init_text=method.prompt_text,
         tokenizer_name_or_path=model_path if method.prompt_text else None,
     )
-    # get_peft_model would warn of two-stage's adapter inside, which is meant.
-    model = PeftModelForCausalLM(base, config)
     ranks.say(f"soft prompt: {method.prompt_tokens} tokens")
-    return model  # type: ignore[no-any-return]
+    # get_peft_model would warn of two-stage's adapter inside, which is meant.
+    return PeftModelForCausalLM(base, config)
 
 
 def parts(model: torch.nn.Module, folder: Path) -> list[tuple[PeftModel, Path]]:
@@ -92,9 +91,8 @@ def load(model: torch.nn.Module, folder: Path, *, trainable: bool) -> None:
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         saved = load_file(folder / TRAINED)
         if own.keys() != saved.keys():
-            raise FtError(
-                f"{folder / TRAINED} holds other weights than are trained: {sorted(own.keys() ^ saved.keys())[:5]}"
-            )
+            odd = sorted(own.keys() ^ saved.keys())[:5]
+            raise FtError(f"{folder / TRAINED} holds other weights than are trained: {odd}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
@@ -139,4 +137,5 @@ def put_prompt(model: Any, folder: Path) -> list[int]:
     embedding = model.get_input_embeddings()
     rows = load_file(folder / ADAPTER[1])["prompt_embeddings"]
     model.set_input_embeddings(_WithPrompt(embedding, rows))
-    return list(range(embedding.weight.shape[0], embedding.weight.shape[0] + len(rows)))
+    first = embedding.weight.shape[0]
+    return list(range(first, first + len(rows)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -40,16 +39,16 @@ def place(
     files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
     if sum(path.stat().st_size for path in files) < PAYS_FROM_BYTES:
         return None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wish = {
         "format": FORMAT,
         "config": hashlib.sha256(Path(config).read_bytes()).hexdigest(),
         "weights": {path.name: _identity(path) for path in files},
         "quant": [method.quant_type, method.double_quant, str(dtype)],
         # Kernels of another version or device may round otherwise.
-        "by": [version("torch"), version("transformers"), version("bitsandbytes"), _device_name(device)],
+        "by": [version("torch"), version("transformers"), version("bitsandbytes"), name],
     }
-    digest = hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:32]
-    return cache / "quantised" / digest
+    return cache / "quantised" / hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _identity(path: Path) -> list[Any]:
@@ -63,10 +62,6 @@ def _identity(path: Path) -> list[Any]:
         file.seek(max(0, state.st_size - EDGE_BYTES))
         edges.update(file.read(EDGE_BYTES))
     return [state.st_size, state.st_mtime_ns, edges.hexdigest()]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def sound(folder: Path, *, remove: bool) -> bool:
@@ -91,26 +86,15 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
     temporary = atomic.temporary_beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        atomic.sweep_temporaries(folder.parent, still_s=STALE_S)
         atomic.require_space(folder.parent, int(1.1 * model.get_memory_footprint()), "the 4-bit weights")
         temporary.mkdir()
         model.save_pretrained(temporary)
         listed = sealing.seal(temporary)
         atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "files": listed})
         atomic.commit_folder(temporary, folder)
+        size, seconds = sum(file["bytes"] for file in listed.values()), time.perf_counter() - began
+        print(f"4-bit weights kept for the next life: {size / 2**30:.2f} GiB, {seconds:.1f} s", flush=True)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         print(f"the 4-bit weights could not be kept in {folder.parent}: {str(error).splitlines()[0]}", flush=True)
-        return
-    size = sum(file["bytes"] for file in listed.values())
-    print(
-        f"4-bit weights kept for the next life: {size / 2**30:.2f} GiB, {time.perf_counter() - began:.1f} s", flush=True
-    )
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed writers left; several runs may write here, so only what is old."""
-    for left in folder.glob(f"{atomic.TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - os.stat(left).st_mtime > STALE_S:
-                shutil.rmtree(left, ignore_errors=True)

@@ -58,13 +58,7 @@ def agreed(stop: StopFlag, save_due: bool) -> tuple[str | None, bool]:
     flags = torch.tensor([int(bool(stop)), int(save_due and rank() == 0)], device=device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     stopping, due = flags.tolist()
-    return (_first_cause(stop) if stopping else None), bool(due)
-
-
-def _first_cause(stop: StopFlag) -> str:
-    causes: list[Any] = [None] * world_size()
-    dist.all_gather_object(causes, stop.cause)
-    return str(next(cause for cause in causes if cause))
+    return next(filter(None, gathered(stop.cause))) if stopping else None, bool(due)
 
 
 def gathered(value: Any) -> list[Any]:
@@ -82,7 +76,7 @@ def summed(*values: float) -> list[float]:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
-    return [float(value) for value in total.tolist()]
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def from_first(value: Any) -> Any:

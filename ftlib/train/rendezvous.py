@@ -1,11 +1,9 @@
-"""The processes of a training find each other, and prove that they can talk, before anything is loaded.
-
-Whoever does not come, and a node that is cut off or slow, is named; nobody waits for ever.
-"""
+"""The processes of a training find each other and prove that they can talk, before anything is loaded; or are named."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import statistics
@@ -41,11 +39,10 @@ def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WA
     if ranks.world_size() == 1:
         if not always:
             return
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address)
     deadline = time.monotonic() + wait_s
     store = _serve(name) if ranks.rank() == 0 else _find(name, deadline, wait_s)
     ranks.use(store)
@@ -53,7 +50,7 @@ def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WA
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", store=store, rank=ranks.rank(), world_size=ranks.world_size(),
         timeout=timedelta(seconds=COLLECTIVE_S),
-    )  # fmt: skip
+    )
     if ranks.world_size() > 1:
         _preflight(store, deadline)
 
@@ -75,8 +72,7 @@ def node_of(rank: int) -> str:
 
 
 def _serve(name: str) -> dist.TCPStore:
-    """The store, and a door that tells its port to who asks: a stranger behind a port would make a store's client wait
-    for ever."""
+    """The store, and a door that tells its port to who asks: a store's client would wait for a stranger for ever."""
     store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     first, taken = int(os.environ["MASTER_PORT"]), []
     for port in range(first, first + PORTS):
@@ -107,8 +103,7 @@ def _find(name: str, deadline: float, wait_s: float) -> dist.TCPStore:
                 with socket.create_connection((address, port), timeout=5) as door, door.makefile("rb") as said:
                     words = said.read(4096).decode(errors="replace").splitlines()
                 if len(words) == 2 and words[0] == name:
-                    timeout = timedelta(seconds=COLLECTIVE_S)
-                    return dist.TCPStore(address, int(words[1]), is_master=False, timeout=timeout)
+                    return dist.TCPStore(address, int(words[1]), timeout=timedelta(seconds=COLLECTIVE_S))
         time.sleep(0.2)
     raise FtError(
         f"rank 0 on {address} did not open port {first} to {first + PORTS - 1} within {wait_s:.0f} s; "
@@ -126,10 +121,9 @@ def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             if missing:
                 time.sleep(0.05)
-        named = ", ".join(f"rank {rank}{node_of(rank)}" for rank in missing)
-        came = len(world) - len(missing)
-        words = f"{named} did not arrive within {wait_s:.0f} s; {came} of {len(world)} processes did" if named else ""
-        store.set("all here", words)
+        named, came = ", ".join(f"rank {rank}{node_of(rank)}" for rank in missing), len(world) - len(missing)
+        words = f"{named} did not arrive within {wait_s:.0f} s; {came} of {len(world)} processes did"
+        store.set("all here", words if named else "")
     store.wait(["all here"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 30))
     if words := store.get("all here").decode():
         raise FtError(words)
@@ -176,10 +170,9 @@ def slow_words(pairs: dict[tuple[str, str], float | None]) -> str:
 
 def _pairs(store: dist.TCPStore, names: list[str]) -> dict[tuple[str, str], float | None]:
     found: dict[tuple[str, str], float | None] = {}
-    for a in range(len(names)):
-        for b in range(a + 1, len(names)):
-            said = store.get(f"pair/{a}/{b}").decode() if store.check([f"pair/{a}/{b}"]) else "None"
-            found[names[a], names[b]] = None if said == "None" else float(said)
+    for a, b in itertools.combinations(range(len(names)), 2):
+        said = store.get(f"pair/{a}/{b}").decode() if store.check([f"pair/{a}/{b}"]) else "None"
+        found[names[a], names[b]] = None if said == "None" else float(said)
     return found
 
 

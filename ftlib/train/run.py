@@ -10,7 +10,6 @@ import ftlib.train.lean  # noqa: F401
 import contextlib
 from pathlib import Path
 
-import torch
 from torch import distributed as dist
 
 from ftlib import atomic, events
@@ -25,10 +24,10 @@ from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
 from ftlib.train.model import load_base
-from ftlib.train.starting import StartTimes
+from ftlib.train.progress import StartTimes
 from ftlib.train.tracking import Tracking
 from ftlib.train.trainer import FineTuner
-from ftlib.train.watch import GpuWatch
+from ftlib.train.watch import watched
 
 
 def train(run: RunDir, life: int, stop: StopFlag) -> str:
@@ -38,7 +37,6 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     """
     times = StartTimes()
     spec, plan, provenance = run.spec(), run.plan(), run.provenance()
-    site = provenance.get("profile") or {}
     dataset = Path(run.prepared()["dataset"])
     train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
     if not len(train_rows):
@@ -63,16 +61,12 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     times.done("check_s")
     _stop_here(stop)
     start = found.folder
-    resized = found.state is not None and found.state.world_size != ranks.world_size()
-    if resized and spec.zero.stage:
+    if spec.zero.stage and start and found.world_size != ranks.world_size():
         start = zero.converted(run, found, stop)
         times.done("convert_s")
     arguments = training_arguments(spec, plan, total, run.checkpoints, universal=start != found.folder)
     with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            limit = site.get("gpu_idle_limit_min")
-            stack.enter_context(GpuWatch(run, life, stop, uuid=uuid, rank=ranks.rank(), limit_min=limit))
+        stack.enter_context(watched(run, life, stop, "train"))
         model_path, cache = provenance["model_path"], Path(provenance["cache"])
         if ranks.world_size() == 1:
             base = interruptible(stop, lambda: load_base(spec, model_path, device, cache))
@@ -89,22 +83,21 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             metrics, tracking = MetricsWriter(run.metrics_file, life), Tracking(run, spec.tracking)
             stack.callback(metrics.close)
             stack.callback(tracking.finish)
-        prior_h = (site.get("scheduler") or {}).get("kill_every_h", KILL_EVERY_H)
-        cadence = Cadence(spec.train.save_every_steps, prior_h, history(run, life) if first else History())
+        scheduler = (provenance.get("profile") or {}).get("scheduler") or {}
+        past = history(run, life) if first else History()
+        cadence = Cadence(spec.train.save_every_steps, scheduler.get("kill_every_h", KILL_EVERY_H), past)
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
             validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
             method=spec.method,
-        )  # fmt: skip
+        )
         _stop_here(stop)
-        if first:
-            print(
-                f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
-                f"(ready after {sum(times.parts.values()):.1f} s)",
-                flush=True,
-            )
-            if words := cadence.words():
-                print(words, flush=True)
+        ranks.say(
+            f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
+            f"(ready after {sum(times.parts.values()):.1f} s)"
+        )
+        if words := cadence.words():
+            ranks.say(words)
         trainer.go_on_from(found, start)
     ranks.barrier()
     if dist.is_initialized():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from ftlib.rundir import RunDir
@@ -39,8 +38,8 @@ class Tracking:
         """Flush to disk; without it wandb loses what lies in its blocks."""
         if self._thread is None:
             return
-        last: Future[None] = self._thread.submit(self._guarded, lambda: self._run.finish())
-        if wait_for([last], timeout=FINISH_S).not_done:
+        last = self._thread.submit(self._guarded, lambda: self._run.finish())
+        if wait([last], timeout=FINISH_S).not_done:
             print("wandb: still busy; its last rows may be missing, metrics.jsonl has every step", flush=True)
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._thread, self._off = None, True
@@ -62,14 +61,8 @@ class Tracking:
 
         run, tracking = self._wish, self._spec
         return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            project=tracking.project,
-            entity=tracking.entity,
-            id=run.name,
-            name=run.name,
-            group=run.provenance().get("sweep"),
-            resume="allow",
-            dir=str(run.path),
+            mode=mode, project=tracking.project, entity=tracking.entity, id=run.name, name=run.name,
+            group=run.provenance().get("sweep"), resume="allow", dir=str(run.path),
             config=run.spec().model_dump(mode="json"),
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False,

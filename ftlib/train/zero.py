@@ -52,17 +52,16 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
     Takes twice the shards' bytes on storage and the time to write them. Rank 0 does it, the others wait as long as it
     takes. Raises InputError for want of room, FtError when it cannot be done, Interrupted.
     """
-    folder, state = found.folder, found.state
-    assert folder and state
+    folder, before, now = found.folder, found.world_size, ranks.world_size()
+    assert folder
     source, target = shards(folder), run.checkpoints / f"{atomic.TEMPORARY}universal-{folder.name}"
     if source is None:
         raise FtError(f"{folder} holds no ZeRO shards, but the recipe has a zero.stage")
 
     def convert() -> None:
         size, made = saving.bytes_of(source), target / source.name
-        before, now = state.world_size, ranks.world_size()
-        words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}"
-        print(f"{words}: {size / 2**30:,.2f} GiB", flush=True)
+        words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}: {size / 2**30:,.2f} GiB"
+        print(words, flush=True)
         atomic.require_space(run.checkpoints, 2 * size, "a checkpoint for another number of GPUs")
         made.mkdir(parents=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
