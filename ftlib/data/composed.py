@@ -1,7 +1,6 @@
-"""Functions composed at random: verb x noun, one to three typed arguments, varied carrier phrases.
+"""Functions composed at random, which train the tiny base model: verb x noun, typed arguments, varied carrier phrases.
 
-They train the tiny base model. Their breadth is the point: too many to learn by heart, so that a model must learn to
-copy the function and the argument names from the example and the values from the question.
+There are too many to learn by heart: a model must learn to copy names from the example and values from the question.
 """
 
 from __future__ import annotations
@@ -23,10 +22,8 @@ def composed() -> tuple[Function, ...]:
     names: dict[str, tuple[str, str]] = {}
     while len(names) < COUNT:
         # Invented words keep the model from learning names by heart: it can only copy them.
-        verb, noun = (
-            rng.choice(words()["verbs"]),
-            invented_word(rng, 1, 3) if rng.random() < 0.4 else rng.choice(words()["nouns"]),
-        )
+        verb = rng.choice(words()["verbs"])
+        noun = invented_word(rng, 1, 3) if rng.random() < 0.4 else rng.choice(words()["nouns"])
         names[f"{verb}_{noun}"] = (verb, noun)
     return tuple(_function(rng, name, verb, noun) for name, (verb, noun) in names.items())
 
@@ -38,8 +35,7 @@ def _function(rng: random.Random, name: str, verb: str, noun: str) -> Function:
     for make in makers:
         argument = make(rng)
         arguments.setdefault(argument.name, argument)
-    if not any(argument.kind for argument in arguments.values()):
-        raise AssertionError(name)
+    assert any(argument.kind for argument in arguments.values()), name
     return Function(name, tuple(arguments.values()), _phrasings(rng, verb, noun, list(arguments)))
 
 

@@ -1,8 +1,4 @@
-"""What a function is, and the two catalogues written by hand (functions.yaml).
-
-Each function has at least one free argument (`Argument.kind`): closed choices, such as a unit or a bool,
-appear in every split, so only free values can be held out.
-"""
+"""What a function is, and the two catalogues written by hand (functions.yaml)."""
 
 from __future__ import annotations
 
@@ -38,26 +34,15 @@ class Function:
 
 
 @cache
-def natural() -> tuple[Function, ...]:
-    """Everyday functions to fine-tune on."""
-    return _catalogue()["natural"]
-
-
-@cache
-def unseen() -> tuple[Function, ...]:
-    """Functions like the natural ones that no training sees."""
-    return _catalogue()["unseen"]
-
-
-@cache
-def _catalogue() -> dict[str, tuple[Function, ...]]:
-    written = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+def written() -> dict[str, tuple[Function, ...]]:
+    """The catalogues by name: "natural", everyday functions to fine-tune on, and "unseen", which no training sees."""
+    groups = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return {
         group: tuple(
             Function(name, tuple(_argument(*item) for item in said["arguments"].items()), tuple(said["phrasings"]))
             for name, said in functions.items()
         )
-        for group, functions in written.items()
+        for group, functions in groups.items()
     }
 
 

@@ -56,8 +56,7 @@ def write(
 ) -> dict[str, Any]:
     """Pack `documents` into a new `folder`, or give each a row of its own; returns its meta."""
     seq_len = documents.longest
-    tokens, lengths = np.asarray(documents.tokens), np.asarray(documents.lengths)
-    targets = np.asarray(documents.targets)
+    tokens, targets, lengths = map(np.asarray, (documents.tokens, documents.targets, documents.lengths))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     alone = np.random.default_rng(seed).permutation(len(lengths))
     rows = best_fit_decreasing(lengths, seq_len, seed) if packed else [[i] for i in alone.tolist()]
@@ -75,13 +74,13 @@ def write(
     for number, row in enumerate(rows):
         at = 0
         for document in row:
-            length, its = int(lengths[document]), slice(starts[document], starts[document + 1])
-            end = at + length
+            its = slice(starts[document], starts[document + 1])
+            end = at + int(lengths[document])
             out["tokens"][number, at:end] = tokens[its]
             out["response"][number, at:end] = targets[its]
             # A document's first token has nothing before it to be predicted from.
             out["response"][number, at] = 0
-            out["positions"][number, at:end] = counting[:length]
+            out["positions"][number, at:end] = counting[: end - at]
             at = end
         out["positions"][number, at:] = counting[: seq_len - at]
     meta = {

@@ -1,13 +1,13 @@
 """The prepare stage: sources become packed rows of tokens in a folder named by all that decides its content.
 
-<cache>/datasets/<digest>/train, validation   packed rows, see packing.py
-<cache>/datasets/<digest>/test.jsonl          what evaluation asks, a JSON object a line
-<cache>/datasets/<digest>/meta.json           where it came from, and the counts
+<cache>/datasets/<digest>/: train and validation (see packing.py), test.jsonl (what evaluation asks, a JSON object a
+line) and meta.json (where it came from, and the counts).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -18,7 +18,7 @@ from typing import Any
 from ftlib import atomic
 from ftlib.data import hub, packing, sources, tokenizing
 from ftlib.data.formats import example_call, expected_call, render
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.rundir import RunDir
 from ftlib.spec import RunSpec, file_digest
 from ftlib.stop import StopFlag
@@ -36,7 +36,7 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     began = time.monotonic()
     spec, provenance = run.spec(), run.provenance()
     source: Path | list[sources.Row] | None = None
-    named, data_digest = "generator", "generator"
+    named = data_digest = "generator"
     if provenance["data_path"]:
         source = Path(provenance["data_path"])
         named, data_digest = str(source), _unchanged(source, provenance["data_digest"])
@@ -54,12 +54,12 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
             datasets.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cluster.cache: {datasets} cannot be made: {error}") from None
-        _sweep_abandoned(datasets)
+        atomic.sweep_temporaries(datasets, still_s=ABANDONED_S)
         temporary = atomic.temporary_beside(folder)
         try:
-            origin = {"digest": digest, "source": named, "data_digest": data_digest}
             print(f"reading {named}", flush=True)
-            meta = origin | {"tokenizer": provenance["model_path"]} | _build(temporary, spec, source, tokenizer, stop)
+            meta = {"digest": digest, "source": named, "data_digest": data_digest}
+            meta |= {"tokenizer": provenance["model_path"]} | _build(temporary, spec, source, tokenizer, stop)
             atomic.write_json(temporary / "meta.json", meta)
             if folder.exists() and _whole(folder) is None:
                 atomic.discard_folder(folder)
@@ -68,22 +68,20 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         print(f"found the dataset in {folder}", flush=True)
-    counts = {part: meta[part] for part in ("train", "validation", "test")}
-    seconds = round(time.monotonic() - began, 2)
-    prepared = {"dataset": str(folder), "digest": digest, **counts, "reused": reused, "seconds": seconds}
+    prepared = {"dataset": str(folder), "digest": digest} | {p: meta[p] for p in ("train", "validation", "test")}
+    prepared |= {"reused": reused, "seconds": round(time.monotonic() - began, 2)}
     atomic.write_json(run.prepared_file, prepared)
     return prepared
 
 
 def dataset_digest(spec: RunSpec, data_digest: str, tokenizer: tokenizing.Tokenizer) -> str:
     """32 hex digits from all that decides a dataset: the data, how it is cut, the tokenizer, this package."""
-    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".yaml"))
-    code = [file_digest(path) for path in sources]
+    code = [file_digest(path) for path in sorted(Path(__file__).parent.iterdir()) if path.suffix in (".py", ".yaml")]
     # Where the rows lie decides nothing; how many pairs are tested decides how many the generator makes.
     wish = spec.data.model_dump(mode="json", exclude={"path", "hub", "revision"}) | {"test_pairs": spec.evaluate.pairs}
     wish["packed"] = not spec.method.prompted
-    parts = [data_digest, wish, tokenizer.digest(), code]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    parts = json.dumps([data_digest, wish, tokenizer.digest(), code], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def _unchanged(path: Path, submitted: str) -> str:
@@ -108,17 +106,6 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sweep_abandoned(datasets: Path) -> None:
-    """Remove what killed writers left. Others may be writing now: only what has been still for a day."""
-    for left in datasets.glob(f"{atomic.TEMPORARY}*"):
-        try:
-            old = time.time() - left.stat().st_mtime > ABANDONED_S
-        except OSError:
-            continue
-        if old:
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _build(
     folder: Path, spec: RunSpec, source: Path | list[sources.Row] | None, tokenizer: tokenizing.Tokenizer,
     stop: StopFlag,
@@ -131,23 +118,21 @@ def _build(
     for part, chosen in (("train", rows.train), ("validation", rows.validation)):
         documents = tokenizing.Documents(spec.data.seq_len)
         _encode(part, chosen, documents, spec, tokenizer, stop)
-        meta = packing.write(
+        counts[part] = meta = packing.write(
             folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
             packed=not spec.method.prompted,
         )
-        full = meta["tokens"] / (meta["rows"] * meta["seq_len"])
+        full, targets = meta["tokens"] / (meta["rows"] * meta["seq_len"]), meta["response_tokens"] / meta["tokens"]
         print(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
-            f"{full:.1%} full, {meta['response_tokens'] / meta['tokens']:.0%} of the tokens are targets",
+            f"{full:.1%} full, {targets:.0%} of the tokens are targets",
             flush=True,
         )
-        counts[part] = meta
     documents = tokenizing.Documents(spec.data.seq_len)
     kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
-        for (group, row), keep in zip(rows.test, kept, strict=True):
-            if keep:
-                file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
+        for group, row in itertools.compress(rows.test, kept):
+            file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
     return counts | {"test": sum(kept), "test_dropped_too_long": documents.dropped_too_long}
 
 
@@ -159,8 +144,7 @@ def _encode(
     kept: list[bool] = []
     began = spoken = time.monotonic()
     for start in range(0, len(rows), BLOCK):
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         kept += documents.add(tokenizer, [render(row, spec.data.template) for row in rows[start : start + BLOCK]])
         now = time.monotonic()
         if now - spoken > PROGRESS_S or len(kept) == len(rows):

@@ -1,7 +1,4 @@
-"""Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test.
-
-A login node calls `check_file` when a run is submitted; the prepare stage calls `read`. No torch.
-"""
+"""Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from ftlib.data.composed import composed
-from ftlib.data.functions import Argument, Function, natural, unseen
+from ftlib.data.functions import Argument, Function, written
 from ftlib.data.values import SPLITS, Split, Value, pool
 from ftlib.errors import InputError, unknown
 
@@ -23,7 +23,7 @@ CATALOGUES: tuple[Catalogue, ...] = get_args(Catalogue)
 
 def catalogue(functions: Catalogue) -> tuple[Function, ...]:
     """The functions of a catalogue, in a fixed order."""
-    return {"composed": composed, "natural": natural, "unseen": unseen}[functions]()
+    return composed() if functions == "composed" else written()[functions]
 
 
 def capacity(functions: Catalogue, split: Split) -> int:

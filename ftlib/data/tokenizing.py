@@ -9,10 +9,9 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from ftlib.data import base_model
+from ftlib import modelfiles
 from ftlib.data.formats import CHATML_END, Example
 from ftlib.errors import InputError
 
@@ -85,8 +84,7 @@ def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[An
     """transformers' tokenizer as it is saved, and the ids of those of `add` that it did not know."""
     from transformers import AddedToken, AutoTokenizer
 
-    revision = None if Path(model).is_absolute() else revision
-    with base_model.loading(model, base_model.TOKENIZER, revision):
+    with modelfiles.loading(model, modelfiles.TOKENIZER, revision):
         hf = AutoTokenizer.from_pretrained(model, revision=revision)
     new = [token for token in dict.fromkeys(add) if token not in hf.get_vocab()]
     hf.add_tokens([AddedToken(token, normalized=False) for token in new])

@@ -10,9 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
-from ftlib.data import base_model
+from ftlib import modelfiles
 from ftlib.data.tokenizing import Prompt, Tokenizer
-from ftlib.errors import Interrupted
 from ftlib.stop import StopFlag
 
 # Most logits held at once: 1 GiB in fp32.
@@ -30,7 +29,7 @@ def load(
     """
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
-    with base_model.loading(model, base_model.WEIGHTS, revision):
+    with modelfiles.loading(model, modelfiles.WEIGHTS, revision):
         # A model that one GPU does not hold is laid over those of the job.
         place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map=place)
@@ -54,11 +53,10 @@ class Answerer:
         """prefix: ids before every prompt, such as a soft prompt's or examples."""
         self.model, self.tokenizer, self.prefix = model, tokenizer, list(prefix)
         ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = {tokenizer.eos, *(ends if isinstance(ends, list) else [ends])} - {None}
         # In the model's own place, or its sampling defaults would fill what ours leaves open.
         model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens,
-            eos_token_id=sorted({tokenizer.eos, *(end for end in ends if end is not None)}), pad_token_id=tokenizer.pad,
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad,
             use_cache=True,
         )
         self.stopping = [_Stopping(stop)]
@@ -97,9 +95,8 @@ class Answerer:
         in_response = torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
         # Before a short response may stand ids of a soft prompt, which have no logit.
         targets = ids[:, -longest:].masked_fill(~in_response, 0)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none"
-        )  # (batch, longest)
+        # (batch, longest)
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         sums = (losses.double() * in_response).sum(dim=1).tolist()
         return [(nll, len(tail)) for nll, tail in zip(sums, tails, strict=True)]
 
@@ -118,6 +115,5 @@ class _Stopping(StoppingCriteria):
         self.stop = stop
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        if self.stop.cause:
-            raise Interrupted(self.stop.cause)
+        self.stop.check()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ftlib import atomic
 from ftlib.data import packing, tokenizing
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.evaluate import scoring
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
@@ -33,7 +33,6 @@ class Subject:
 
     name: str
     path: str
-    revision: str | None = None
     adapter: Path | None = None
     prompt: Path | None = None  # a soft prompt
     shots: int = 0  # training examples before each question
@@ -57,20 +56,19 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     for subject in _subjects(run):
         store = folder / f"{subject.name}.jsonl"
         answers[subject.name] = read_answers(store)
-        todo = [batch for batch in batches if not set(batch) <= set(answers[subject.name])]
-        if todo:
-            if stop.cause:
-                raise Interrupted(stop.cause)
+        if todo := [batch for batch in batches if not set(batch) <= set(answers[subject.name])]:
+            stop.check()
             for batch in _answer(subject, todo, questions, speaking, tokenizer, run, stop):
                 _append(store, batch)
                 answers[subject.name] |= {answer["index"]: answer for answer in batch}
-    by_group = {
-        group: _scores_of_all({i: question for i, question in questions.items() if question["group"] == group}, answers)
-        for group in dict.fromkeys(question["group"] for question in questions.values())
-    }
+    groups: dict[str, dict[int, Any]] = {}
+    for i, question in questions.items():
+        groups.setdefault(question["group"], {})[i] = question
+    by_group = {group: _scores_of_all(its, answers) for group, its in groups.items()}
     evaluation = by_group.pop(HELD_OUT) | by_group
-    samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)]
-    atomic.write_json(folder / "samples.json", samples[:SAMPLES])
+    shown = sorted(speaking)[:SAMPLES]
+    samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in shown]
+    atomic.write_json(folder / "samples.json", samples)
     atomic.write_json(run.evaluation_file, evaluation)
     return evaluation
 
@@ -90,9 +88,9 @@ def read_answers(store: Path) -> dict[int, Any]:
 
 def _subjects(run: RunDir) -> Iterator[Subject]:
     spec, path = run.spec(), str(run.provenance()["model_path"])
-    yield Subject("base", path, spec.model.revision)
+    yield Subject("base", path)
     if spec.evaluate.few_shot:
-        yield Subject("few_shot", path, spec.model.revision, shots=spec.evaluate.few_shot)
+        yield Subject("few_shot", path, shots=spec.evaluate.few_shot)
     made = run.export / ("merged" if spec.export.merged else "adapter")
     if not made.is_dir():
         raise InputError(f"{made}: is not there. Was the export stage completed?")
@@ -100,9 +98,9 @@ def _subjects(run: RunDir) -> Iterator[Subject]:
     if spec.export.merged:
         yield Subject("tuned", str(made), prompt=prompt, is_base=False)
     elif spec.method.kind == "prompt":
-        yield Subject("tuned", path, spec.model.revision, prompt=made)
+        yield Subject("tuned", path, prompt=made)
     else:
-        yield Subject("tuned", path, spec.model.revision, adapter=made, prompt=prompt)
+        yield Subject("tuned", path, adapter=made, prompt=prompt)
 
 
 def _examples(rows: Path, count: int, tokenizer: tokenizing.Tokenizer, room: int) -> list[int]:
@@ -130,9 +128,9 @@ def _questions(file: Path, pairs: int) -> dict[int, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error}. Was the prepare stage completed?") from None
     questions = {number: json.loads(line) for number, line in enumerate(lines) if line}
-    held_out = [number for number, question in questions.items() if question["group"] == HELD_OUT]
-    left_out = set(held_out[pairs:])
-    return {number: question for number, question in questions.items() if number not in left_out}
+    for number in [number for number, question in questions.items() if question["group"] == HELD_OUT][pairs:]:
+        del questions[number]
+    return questions
 
 
 def _batches(questions: dict[int, Any], tokenizer: tokenizing.Tokenizer, size: int) -> list[list[int]]:
@@ -156,10 +154,10 @@ def _answer(
 
     spec, plan = run.spec(), run.plan()
     model = answering.load(
-        subject.path, device=plan["device"], dtype=spec.export.dtype, revision=subject.revision,
+        subject.path, device=plan["device"], dtype=spec.export.dtype, revision=spec.model.revision,
         adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None,
     )
-    prefix: list[int] = []
+    new, prefix = spec.evaluate.max_new_tokens, []
     if subject.prompt:
         from ftlib.train.methods import put_prompt
 
@@ -167,20 +165,17 @@ def _answer(
     elif subject.shots:
         longest = max(len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()]))
         reads = getattr(model.config, "max_position_embeddings", None) or 2048
-        room = reads - longest - max(spec.evaluate.max_new_tokens, spec.data.seq_len - longest)
+        room = reads - longest - max(new, spec.data.seq_len - longest)
         prefix = _examples(Path(run.prepared()["dataset"]) / "train", subject.shots, tokenizer, room)
     # A token of a tiny model is too little work to share: threads would wait for each other most of the time.
     torch.set_num_threads(plan["threads"] if model.num_parameters() > TINY else 1)
-    new = spec.evaluate.max_new_tokens
     answerer = answering.Answerer(model, tokenizer, max_new_tokens=new, stop=stop, prefix=prefix)
     began, total, done = time.monotonic(), sum(map(len, batches)), 0
     for batch in batches:
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         asked = [index for index in batch if index in speaking]
-        texts = dict(
-            zip(asked, answerer.answers([questions[i]["prompt"] for i in asked]) if asked else [], strict=True)
-        )
+        said = answerer.answers([questions[i]["prompt"] for i in asked]) if asked else []
+        texts = dict(zip(asked, said, strict=True))
         nll = answerer.nll([questions[i]["prompt"] for i in batch], [questions[i]["response"] for i in batch])
         yield [
             {"index": index, "answer": texts.get(index), "nll": sum_of_nll, "tokens": tokens}

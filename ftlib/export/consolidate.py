@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from ftlib import atomic
 from ftlib.data import tokenizing
-from ftlib.errors import FtError, Interrupted
+from ftlib.errors import FtError
 from ftlib.spec import RunSpec
 from ftlib.stop import StopFlag
 from ftlib.train import zero
@@ -28,8 +28,6 @@ def masters(checkpoint: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     shards = zero.shards(checkpoint)
-    if shards is None:
-        raise FtError(f"{checkpoint} holds no ZeRO shards")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             found: dict[str, Any] = get_fp32_state_dict_from_zero_checkpoint(checkpoint, shards.name, lazy_mode=True)
@@ -45,8 +43,7 @@ def write_consolidated(
 
     Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted.
     """
-    revision = None if Path(model_path).is_absolute() else spec.model.revision
-    dtype: torch.dtype = getattr(torch, spec.export.dtype)
+    revision, dtype = spec.model.revision, getattr(torch, spec.export.dtype)
     config = AutoConfig.from_pretrained(model_path, revision=revision)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
@@ -59,8 +56,7 @@ def write_consolidated(
     split = split_torch_state_dict_into_shards(own, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD)
     worst, equal = torch.zeros(()), True
     for file, names in split.filename_to_tensors.items():
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         rounded = {name: found[name].contiguous().to(dtype) for name in names}
         save_file(rounded, folder / file, metadata={"format": "pt"})
         del rounded
@@ -71,11 +67,11 @@ def write_consolidated(
                 worst = torch.maximum(worst, (master.detach() - read.float()).abs().max())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(folder / "model.safetensors.index.json", index)
     config.dtype, config.architectures, config.use_cache = dtype, [type(skeleton).__name__], True
     config.save_pretrained(str(folder))
     with contextlib.suppress(OSError):  # Not every base has one.
         GenerationConfig.from_pretrained(model_path, revision=revision).save_pretrained(str(folder))
-    tokenizing.pretrained(model_path, spec.model.revision, ())[0].save_pretrained(str(folder))
+    tokenizing.pretrained(model_path, revision, ())[0].save_pretrained(str(folder))
     said = {"passed": equal, "max_abs": float(worst), "tensors": len(own), "dtype": spec.export.dtype}
-    return {**said, "compared": "weights"}
+    return said | {"compared": "weights"}

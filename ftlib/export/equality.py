@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 
 from ftlib.data.dataset import IGNORED, collate
-from ftlib.errors import Interrupted
 from ftlib.stop import StopFlag
 
 Logits = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -35,8 +34,7 @@ def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, ba
     worst = total = squares = plain = agree = 0.0
     entries = tokens = 0
     for start in range(0, count, batch):
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         inputs = collate([rows[i] for i in range(start, min(start + batch, count))])
         # Every document ends with a target, so what follows a row's last one is padding.
         real = inputs["labels"].ne(IGNORED).flip(1).cumsum(1).flip(1) > 0

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 from ftlib import atomic, checkpoint
 from ftlib.data import tokenizing
 from ftlib.data.dataset import PackedRows
-from ftlib.errors import FtError, Interrupted
+from ftlib.errors import FtError
 from ftlib.export.consolidate import write_consolidated
 from ftlib.export.equality import compare, logits_of
 from ftlib.export.merge import write_merged
 from ftlib.rundir import RunDir
-from ftlib.spec import RunSpec
 from ftlib.stop import StopFlag
 from ftlib.train import saving
 from ftlib.train.arguments import prepare_process
@@ -40,13 +39,12 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
     device = prepare_process(spec, plan)
     found = saving.find(run)
     if found.folder is None or not found.complete:
-        have = f"the newest whole checkpoint is step {found.step} of {found.state.total}" if found.state else "none"
+        have = f"the newest whole checkpoint is step {found.step} of {found.total}" if found.folder else "none"
         raise FtError(f"nothing to export yet: training is not complete ({have}). Run 'make resume RUN={run.name}'")
-    model_path = str(run.provenance()["model_path"])
     run.export.mkdir(exist_ok=True)
     atomic.sweep_temporaries(run.export)
     folder = _best(run, found.best[1]) if spec.train.keep_best and found.best else None
-    made = _Parts(run, spec, model_path, device, int(plan["micro_batch"]), folder or found.folder, stop)
+    made = _Parts(run, device, int(plan["micro_batch"]), folder or found.folder, stop)
     if spec.method.adapts or spec.method.prompted:
         made.adapter()
     made.merged_and_equality()
@@ -64,22 +62,19 @@ def _best(run: RunDir, step: int) -> Path | None:
 class _Parts:
     """The parts of one export, each committed by a rename."""
 
-    def __init__(
-        self, run: RunDir, spec: RunSpec, model_path: str, device: torch.device, batch: int, checkpoint: Path,
-        stop: StopFlag,
-    ) -> None:  # fmt: skip
-        self.run, self.spec, self.model_path, self.device = run, spec, model_path, device
-        self.batch, self.checkpoint, self.stop = batch, checkpoint, stop
+    def __init__(self, run: RunDir, device: torch.device, batch: int, checkpoint: Path, stop: StopFlag) -> None:
+        self.run, self.spec, self.model_path = run, run.spec(), str(run.provenance()["model_path"])
+        self.device, self.batch, self.checkpoint, self.stop = device, batch, checkpoint, stop
         self.adapter_folder, self.merged_folder = run.export / "adapter", run.export / "merged"
-        self.equality_file = run.export / "equality.json"
+        self.prompt_folder, self.equality_file = run.export / PROMPT, run.export / "equality.json"
 
     def adapter(self) -> None:
         """The checkpoint's adapter, by itself, with the tokenizer where that was changed; and two-stage's prompt."""
-        self._stop_here()
+        self.stop.check()
         atomic.require_space(self.run.export, saving.bytes_of(self.checkpoint), "the adapter")
         places = [(self.checkpoint, self.adapter_folder)]
         if self.spec.method.kind == "two-stage":
-            places.append((self.checkpoint / PROMPT, self.run.export / PROMPT))
+            places.append((self.checkpoint / PROMPT, self.prompt_folder))
         for source, target in places:
             if target.exists():
                 continue
@@ -88,31 +83,33 @@ class _Parts:
             for name in ADAPTER:
                 shutil.copyfile(source / name, temporary / name)
             config = json.loads((temporary / ADAPTER[0]).read_text(encoding="utf-8"))
-            config["base_model_name_or_path"] = self.model_path
-            atomic.write_json(temporary / ADAPTER[0], config)
-            if self.spec.tokens.add:
-                revision, add = self.spec.model.revision, self.spec.tokens.add
-                tokenizing.pretrained(self.model_path, revision, add)[0].save_pretrained(str(temporary))
+            atomic.write_json(temporary / ADAPTER[0], config | {"base_model_name_or_path": self.model_path})
+            if add := self.spec.tokens.add:
+                tokenizing.pretrained(self.model_path, self.spec.model.revision, add)[0].save_pretrained(str(temporary))
             atomic.commit_folder(temporary, target)
             print(f"{'soft prompt' if source.name == PROMPT else 'adapter'}: {target}", flush=True)
 
     def merged_and_equality(self) -> None:
         """The merged weights, committed only when they, and the adapter, compute what the trained model does."""
-        wanted = self.spec.export.merged
+        wanted, zero = self.spec.export.merged, self.spec.zero.stage
         # equality.json is written before the merged folder's rename: with both there, nothing is left to do.
         if self.equality_file.exists() and self._equality()["passed"] and (self.merged_folder.exists() or not wanted):
             return
         temporary = atomic.temporary_beside(self.merged_folder)
         try:
             if wanted:
-                self._require_space_for_merged()
-            if self.spec.zero.stage:
+                base = Path(self.model_path)
+                # At most twice the base's files: a bf16 base written as fp32.
+                size = (2 if self.spec.export.dtype == "float32" else 1) * saving.bytes_of(base) if base.is_dir() else 0
+                atomic.require_space(self.run.export, size + (16 << 20), "the merged weights")
+            if zero:
                 found = write_consolidated(self.spec, self.model_path, self.checkpoint, temporary, self.stop)
                 found |= {"checkpoint": self.checkpoint.name, "allowed": 0.0}
-            elif wanted:
+            else:
                 trained = self.adapter_folder if self.spec.method.adapts else self.checkpoint
-                self._interruptible(lambda: write_merged(self.spec, self.model_path, self.device, trained, temporary))
-            if not self.spec.zero.stage:
+                if wanted:
+                    made = self.spec, self.model_path, self.device, trained, temporary
+                    interruptible(self.stop, lambda: write_merged(*made))
                 found = self._compare(temporary if wanted else None)
             atomic.write_json(self.equality_file, found)
             if not found["passed"]:
@@ -133,22 +130,23 @@ class _Parts:
         Measured on the tiny base, as shares of the logits' spread: right merges 0.006 (float32) to 0.010
         (bfloat16), merging into the original base or into 4 bit 0.15 and more, no adapter 0.6.
         """
-        trained = self._interruptible(lambda: load_trained(self.spec, self.model_path, self.device, self.checkpoint))
+        made = self.spec, self.model_path, self.device, self.checkpoint
+        trained = interruptible(self.stop, lambda: load_trained(*made))
         reference = logits_of(trained, self.device, autocast=self.device.type == "cuda")
         rows = PackedRows(Path(self.run.prepared()["dataset"]) / "validation")
-        count = min(ROWS, len(rows))
+        how = rows, min(ROWS, len(rows)), self.batch, self.stop
         found: dict[str, Any] = {}
         if merged is not None:
-            plain = self._interruptible(lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
+            plain = interruptible(self.stop, lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
             isolate_documents(plain)
-            prompt = put_prompt(plain, self.run.export / PROMPT) if self.spec.method.kind == "two-stage" else []
+            prompt = put_prompt(plain, self.prompt_folder) if self.spec.method.kind == "two-stage" else []
             other = logits_of(plain.eval(), self.device, prompt=prompt)
-            found = asdict(compare(reference, other, rows, count, self.batch, self.stop))
+            found = asdict(compare(reference, other, *how))
             del plain, other
         # The same base under both adapters: the logits of one are kept while the other is active.
         pieces = [part for part, _ in parts(trained, self.checkpoint)]
-        for part, name in zip(pieces, ("adapter", PROMPT), strict=False):
-            part.load_adapter(str(self.run.export / name), "exported")
+        for part, folder in zip(pieces, (self.adapter_folder, self.prompt_folder), strict=False):
+            part.load_adapter(str(folder), "exported")
 
         def under(name: str) -> Any:
             def logits(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -158,10 +156,8 @@ class _Parts:
 
             return logits
 
-        adapter = None
-        if pieces:
-            adapter = compare(under("default"), under("exported"), rows, count, self.batch, self.stop)
-            found = found or asdict(adapter)
+        adapter = compare(under("default"), under("exported"), *how) if pieces else None
+        found = found or asdict(adapter)
         # Both compute in bf16, whose rounding grows with the logits: a fixed number would fit one model only.
         allowed = self.spec.export.max_logit_diff * found["spread"]
         return {
@@ -172,28 +168,12 @@ class _Parts:
             "device": self.device.type,
         }
 
-    def _require_space_for_merged(self) -> None:
-        base = Path(self.model_path)
-        size = saving.bytes_of(base) if base.is_dir() else 0
-        # At most twice the base's files: a bf16 base written as fp32.
-        factor = 2 if self.spec.export.dtype == "float32" else 1
-        atomic.require_space(self.run.export, factor * size + (16 << 20), "the merged weights")
-
-    def _interruptible(self, work: Any) -> Any:
-        return interruptible(self.stop, work)
-
-    def _stop_here(self) -> None:
-        if self.stop.cause:
-            raise Interrupted(self.stop.cause)
-
     def _equality(self) -> dict[str, Any]:
-        found = json.loads(self.equality_file.read_text(encoding="utf-8"))
-        assert isinstance(found, dict)
-        return found
+        return dict(json.loads(self.equality_file.read_text(encoding="utf-8")))
 
     def words(self) -> str:
         """One line for the outcome."""
-        made = {"the adapter": self.adapter_folder, "the soft prompt": self.run.export / PROMPT}
+        made = {"the adapter": self.adapter_folder, "the soft prompt": self.prompt_folder}
         made[f"merged {self.spec.export.dtype} weights"] = self.merged_folder
         sizes = [f"{name} ({saving.bytes_of(at) / 2**20:.1f} MiB)" for name, at in made.items() if at.exists()]
         return f"exported {' and '.join(sizes)}; {_summary(self._equality())}"

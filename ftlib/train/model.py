@@ -16,8 +16,8 @@ from transformers.models.falcon import modeling_falcon as falcon
 from transformers.pytorch_utils import Conv1D
 
 from ftlib.data import tokenizing
-from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, unknown
+from ftlib.modelfiles import WEIGHTS, loading
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import quantised, ranks
 

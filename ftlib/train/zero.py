@@ -41,9 +41,11 @@ def save(engine: Any, folder: Path, step: int) -> None:
         script.unlink()
 
 
-def shards(checkpoint: Path) -> Path | None:
-    """The engine's folder in a checkpoint; None in one that was saved without ZeRO."""
-    return next(checkpoint.glob(f"{TAG}*/"), None)
+def shards(checkpoint: Path) -> Path:
+    """The engine's folder in a checkpoint; FtError in one that was saved without ZeRO."""
+    if found := next(checkpoint.glob(f"{TAG}*/"), None):
+        return found
+    raise FtError(f"{checkpoint} holds no ZeRO shards, but the recipe has a zero.stage")
 
 
 def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
@@ -55,8 +57,6 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
     folder, before, now = found.folder, found.world_size, ranks.world_size()
     assert folder
     source, target = shards(folder), run.checkpoints / f"{atomic.TEMPORARY}universal-{folder.name}"
-    if source is None:
-        raise FtError(f"{folder} holds no ZeRO shards, but the recipe has a zero.stage")
 
     def convert() -> None:
         size, made = saving.bytes_of(source), target / source.name
