@@ -29,10 +29,8 @@ def step_of(folder: Path) -> int:
 
 def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: dict[str, Sealed] | None = None) -> Path:
     """Give `temporary` its manifest and rename it into `checkpoints`.
-
     sealed: what those who wrote the files hashed right then; without it all of them are hashed here. A folder of that
-    step which does not verify is replaced; one that does is kept, for it holds the same state.
-    """
+    step which does not verify is replaced; one that does is kept, for it holds the same state."""
     files = sealing.seal(temporary) if sealed is None else sealed
     listed = dict(sorted(files.items()))
     atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "run": run, "step": step, "files": listed})
@@ -84,11 +82,9 @@ def prune(
     verified: Collection[int] = (), delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
-
-    The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not
-    read once more, which would cost as much as the save. `delete` is given folders that have a temporary name already,
-    so it may take its time.
-    """
+    The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not read
+    once more, which would cost as much as the save. `delete` is given folders that have a temporary name already, so it
+    may take its time."""
     whole = 1
     for folder in committed(checkpoints)[1:]:
         step = step_of(folder)

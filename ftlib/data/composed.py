@@ -1,7 +1,5 @@
 """Functions composed at random, which train the tiny base model: verb x noun, typed arguments, varied carrier phrases.
-
-There are too many to learn by heart: a model must learn to copy names from the example and values from the question.
-"""
+There are too many to learn by heart: a model must learn to copy names from the example and values from the question."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """OpenAssistant's conversations: message trees, or flat messages that make trees, become their highest-rated paths.
-
 From the first question on, the reply of the best rank is taken at every turn: one path a tree, as in
-openassistant-guanaco (QLoRA, arXiv 2305.14314). A path is a row {"messages": [{"role", "content"}, …]}.
-"""
+openassistant-guanaco (QLoRA, arXiv 2305.14314). A path is a row {"messages": [{"role", "content"}, …]}."""
 
 from __future__ import annotations
 

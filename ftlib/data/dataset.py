@@ -15,11 +15,9 @@ IGNORED = -100
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
     """Rows of a folder that `packing.write` made, memory-mapped.
-
     An item is {"input_ids", "labels", "position_ids"}, each int64 of shape (seq_len,); labels are -100 outside
-    responses. There is no attention_mask: transformers then keeps packed documents apart by their position ids.
-    Where each row is one document, there is an attention_mask and no position_ids.
-    """
+    responses. There is no attention_mask: transformers then keeps packed documents apart by their position ids. Where
+    each row is one document, there is an attention_mask and no position_ids."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -41,10 +39,8 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 class Order(Sampler[int]):
     """Row indices of a whole training: shuffled epochs one after the other, `length` in all.
-
-    The order depends on the seed alone. Optimizer step s trains rows [s * global_batch, (s + 1) * global_batch)
-    of it, whatever the micro-batch, the accumulation and the world size; no step is cut short at an epoch's end.
-    """
+    The order depends on the seed alone. Optimizer step s trains rows [s * global_batch, (s + 1) * global_batch) of it,
+    whatever the micro-batch, the accumulation and the world size; no step is cut short at an epoch's end."""
 
     def __init__(self, rows: int, length: int, seed: int) -> None:
         self._rows, self._length, self._seed = rows, length, seed

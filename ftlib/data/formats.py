@@ -1,9 +1,7 @@
 """Prompt formats: what the model reads (prompt) and what it must write (response), and the calls within.
-
 Rows are Alpaca rows {"instruction", "input" (optional), "output"}, plain {"prompt", "response"}, or conversations
-{"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written
-as compact JSON.
-"""
+{"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written as
+compact JSON."""
 
 from __future__ import annotations
 
@@ -31,10 +29,8 @@ CHATML_END = "<|im_end|>"
 @dataclass(frozen=True)
 class Example:
     """One training example: `response` follows `prompt` with nothing in between.
-
     A conversation's earlier turns stand in `before`: a prompt, its response, the next prompt, … Every response is a
-    target of the loss, and after each the text ends (EOS).
-    """
+    target of the loss, and after each the text ends (EOS)."""
 
     prompt: str
     response: str
@@ -61,9 +57,7 @@ def render(row: Mapping[str, Any], template: str) -> Example:
 
 def problem(row: object, template: str = "") -> str | None:
     """What is wrong with a row, in words, or None. It names the field, what was found and what is allowed.
-
-    With a `template`, a conversation that the template cannot hold is wrong, too.
-    """
+    With a `template`, a conversation that the template cannot hold is wrong, too."""
     if not isinstance(row, dict):
         return f"a row must be a JSON object, found {_kind(row)}"
     if "messages" in row:
@@ -109,9 +103,7 @@ def _messages_problem(messages: object) -> str | None:
 
 def function_call_of(text: str) -> dict[str, Any] | None:
     """The call {"name", "arguments"} in a model's text, which must be exactly {"function_call": {…}}; else None.
-
-    NaN and a name given twice are no valid JSON here.
-    """
+    NaN and a name given twice are no valid JSON here."""
     try:
         found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
     except (ValueError, RecursionError):

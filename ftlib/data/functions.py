@@ -15,9 +15,7 @@ from ftlib.data.values import Value
 @dataclass(frozen=True)
 class Argument:
     """A typed argument: free values of a `kind` (a pool of ftlib.data.values) or closed `choices`.
-
-    `choices` maps each value to the words that say it in a question.
-    """
+    `choices` maps each value to the words that say it in a question."""
 
     name: str
     kind: str = ""

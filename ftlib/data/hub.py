@@ -25,9 +25,8 @@ def name(data: DataSpec) -> str:
 
 def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
     """See that compute nodes can get the dataset: from the hub, or else from the cache under `hf_home`.
-
-    Returns the text's size in bytes where it is known. Raises InputError that says where was looked and how to stage.
-    """
+    Returns the text's size in bytes where it is known. Raises InputError that says where was looked and how to
+    stage."""
     repository = _repository(data, hf_home / "hub")
     prepared = hf_home / "datasets" / (data.hub or "").replace("/", "___")
     if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):
@@ -40,9 +39,7 @@ def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
 
 def fetch(data: DataSpec) -> list[sources.Row]:
     """Every example of the dataset's split; a few rows that cannot be used (an empty output) are left out, and said.
-
-    Raises InputError when the dataset cannot be had, or when too many of its rows are bad.
-    """
+    Raises InputError when the dataset cannot be had, or when too many of its rows are bad."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -24,9 +24,7 @@ FILES = ("tokens", "response", "positions")
 
 def best_fit_decreasing(lengths: npt.NDArray[Any], capacity: int, seed: int) -> list[list[int]]:
     """Document indices of each row: longest first, each into the fullest row that holds it.
-
-    Equal lengths are taken in an order drawn by `seed`, and so are the rows. Every length must be in 1..capacity.
-    """
+    Equal lengths are taken in an order drawn by `seed`, and so are the rows. Every length must be in 1..capacity."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order].astype(np.int64), kind="stable")]

@@ -1,8 +1,6 @@
 """The prepare stage: sources become packed rows of tokens in a folder named by all that decides its content.
-
 <cache>/datasets/<digest>/: train and validation (see packing.py), test.jsonl (what evaluation asks, a JSON object a
-line) and meta.json (where it came from, and the counts).
-"""
+line) and meta.json (where it came from, and the counts)."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ ABANDONED_S = 86_400.0
 
 def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     """Make the run's dataset, or find it made; returns what prepared.json then holds.
-
-    Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop.
-    """
+    Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop."""
     began = time.monotonic()
     spec, provenance = run.spec(), run.provenance()
     source: Path | list[sources.Row] | None = None

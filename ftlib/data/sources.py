@@ -53,9 +53,7 @@ class Sources:
 
 def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
     """Read every row of a .jsonl or .json file (or .gz of one) and split it as `data` says (default: DataSpec()).
-
-    Raises InputError: missing, empty, not text, too few rows to hold some out; or with the bad rows, by line number.
-    """
+    Raises InputError: missing, empty, not text, too few rows to hold some out; or with the bad rows, by line number."""
     data = data or DataSpec()
     counts = {"train": 0, "validation": 0, "test": 0}
     for row in good_rows(_rows(path), str(path), data):
@@ -66,10 +64,8 @@ def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
 
 def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) -> Sources:
     """All examples of a file, of the rows of a hub dataset, or of the generator without either, seeded by `data.seed`.
-
     The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. Of a file or
-    dataset, the share `data.held_out` is the validation and test parts.
-    """
+    dataset, the share `data.held_out` is the validation and test parts."""
     if source is None:
         train = generate(data.functions, "train", data.pairs, data.seed)
         validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
@@ -89,9 +85,7 @@ def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) ->
 
 def part_of(row: Row, data: DataSpec) -> Part:
     """The part a file's row belongs to, by its content and the seed alone.
-
-    So equal rows are in one part, and rows that are added later move no other row.
-    """
+    So equal rows are in one part, and rows that are added later move no other row."""
     share = _rank(row, data.seed) / 2**64
     return "test" if share < data.held_out / 2 else "validation" if share < data.held_out else "train"
 
@@ -128,10 +122,8 @@ def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:
 
 def good_rows(rows: Iterable[Placed], where: str, data: DataSpec, *, tolerated: float = 0.0) -> Iterator[Row]:
     """The examples in the rows of a file or dataset; after the last, InputError if some were bad or there was none.
-
     Message trees become their best paths; `data.format`, else the first row, says whether the rows are such. Up to the
-    share `tolerated` of bad rows is left out, and said: a published dataset is not its user's to mend.
-    """
+    share `tolerated` of bad rows is left out, and said: a published dataset is not its user's to mend."""
     bad: list[str] = []
     examples = unlisted = 0
     for place, row in _as_examples(iter(rows), data):

@@ -1,9 +1,7 @@
 """Synthesis of function-calling instruction pairs: seeded, distinct, with held-out values.
-
-A row asks for one call in words and shows another call of the same function as the example. The example carries none
-of the answer's free values, so copying it is never exactly right. Free values (strings and numbers from pools) are in
-one split only. Closed choices (units, bools) cannot be held out: every function has at least one free argument.
-"""
+A row asks for one call in words and shows another call of the same function as the example. The example carries none of
+the answer's free values, so copying it is never exactly right. Free values (strings and numbers from pools) are in one
+split only. Closed choices (units, bools) cannot be held out: every function has at least one free argument."""
 
 from __future__ import annotations
 
@@ -33,11 +31,9 @@ def capacity(functions: Catalogue, split: Split) -> int:
 
 def generate(functions: Catalogue, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
     """`pairs` rows with distinct questions, spread evenly over the functions, in random order.
-
-    Each is {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
-    The same arguments give the same rows on every machine. Raises InputError for an unknown catalogue or split and
-    for more pairs than exist.
-    """
+    Each is {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}. The same
+    arguments give the same rows on every machine. Raises InputError for an unknown catalogue or split and for more
+    pairs than exist."""
     wrong = []
     if functions not in CATALOGUES:
         wrong.append(unknown("functions", functions, CATALOGUES))
@@ -72,9 +68,7 @@ def _values(argument: Argument, split: Split) -> tuple[Value, ...]:
 
 def _radices(function: Function, split: Split) -> Iterator[tuple[tuple[Value, ...], int]]:
     """Each argument's values, and how many earlier arguments draw from the same ones.
-
-    A string or number of one pool stands once in a call (no flight from Lyon to Lyon); bools are free of each other.
-    """
+    A string or number of one pool stands once in a call (no flight from Lyon to Lyon); bools are free of each other."""
     earlier: list[tuple[Value, ...]] = []
     for argument in function.arguments:
         values = _values(argument, split)

@@ -1,7 +1,6 @@
 """Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS, and so on for each turn.
-
-Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in training.
-"""
+Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in
+training."""
 
 from __future__ import annotations
 
@@ -21,10 +20,8 @@ Prompt = str | Sequence[str]
 
 class Tokenizer:
     """The fast tokenizer of a base model, without its truncation and padding.
-
     `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids,
-    `added` the ids of tokens that the base does not know.
-    """
+    `added` the ids of tokens that the base does not know."""
 
     def __init__(self, hf: Any, model: str, added: Sequence[int] = ()) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
@@ -93,9 +90,7 @@ def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[An
 
 class Documents:
     """Encoded examples in flat arrays, those longer than `longest` tokens left out and counted.
-
-    `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt.
-    """
+    `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt."""
 
     def __init__(self, longest: int) -> None:
         self.longest = longest

@@ -23,10 +23,8 @@ def load(
     added: tuple[Tokenizer, int] | None = None,
 ) -> Any:
     """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
-
-    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these.
-    Raises InputError when the files are not there.
-    """
+    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these. Raises InputError
+    when the files are not there."""
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
     with modelfiles.loading(model, modelfiles.WEIGHTS, revision):

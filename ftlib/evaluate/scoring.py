@@ -1,8 +1,6 @@
 """Scores of answers against what was expected. Pure: no model, no files.
-
 A question is a line of a dataset's test.jsonl; an answer is {"answer": text or None, "nll": sum over the response's
-tokens in nats, "tokens": how many}, EOS included.
-"""
+tokens in nats, "tokens": how many}, EOS included."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ Answer = Mapping[str, Any]
 
 def scores(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
     """valid_json, function and exact: shares of the questions that expect a call, null where none does.
-
-    perplexity: exp of the mean nll a token over all questions, null where it is unknown; n counts the questions.
-    """
+    perplexity: exp of the mean nll a token over all questions, null where it is unknown; n counts the questions."""
     both = zip(questions, answers, strict=True)
     asked = [(q["expected_call"], a["answer"] or "") for q, a in both if q["expected_call"]]
     tokens = sum(answer["tokens"] for answer in answers)

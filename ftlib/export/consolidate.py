@@ -40,9 +40,7 @@ def write_consolidated(
     spec: RunSpec, model_path: str, checkpoint: Path, folder: Path, stop: StopFlag
 ) -> dict[str, Any]:
     """Write weights of spec.export.dtype, config and tokenizer as plain transformers loads them, and read them again.
-
-    Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted.
-    """
+    Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted."""
     revision, dtype = spec.model.revision, getattr(torch, spec.export.dtype)
     config = AutoConfig.from_pretrained(model_path, revision=revision)
     with torch.device("meta"):

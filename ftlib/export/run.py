@@ -31,10 +31,8 @@ ROWS = 64  # held-out rows compared, or all there are
 
 def export(run: RunDir, life: int, stop: StopFlag) -> str:
     """Write export/adapter, export/merged (if wished) and export/equality.json; says in one line what was written.
-
-    What an earlier life finished is kept. Raises FtError when the training is not complete or the exported files
-    do not compute what the trained model does; Interrupted between the parts.
-    """
+    What an earlier life finished is kept. Raises FtError when the training is not complete or the exported files do not
+    compute what the trained model does; Interrupted between the parts."""
     spec, plan = run.spec(), run.plan()
     device = prepare_process(spec, plan)
     found = saving.find(run)
@@ -126,10 +124,8 @@ class _Parts:
 
     def _compare(self, merged: Path | None) -> dict[str, Any]:
         """What equality.json says: merged (if any) and adapter against the model as it was trained.
-
-        Measured on the tiny base, as shares of the logits' spread: right merges 0.006 (float32) to 0.010
-        (bfloat16), merging into the original base or into 4 bit 0.15 and more, no adapter 0.6.
-        """
+        Measured on the tiny base, as shares of the logits' spread: right merges 0.006 (float32) to 0.010 (bfloat16),
+        merging into the original base or into 4 bit 0.15 and more, no adapter 0.6."""
         made = self.spec, self.model_path, self.device, self.checkpoint
         trained = interruptible(self.stop, lambda: load_trained(*made))
         reference = logits_of(trained, self.device, autocast=self.device.type == "cuda")

@@ -45,9 +45,7 @@ def training_arguments(
     spec: RunSpec, plan: dict[str, Any], total: int, folder: Path, *, universal: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments for `total` optimizer steps. With ZeRO 3, models loaded from now on are sharded.
-
-    universal: the training begins from a checkpoint that was rewritten for this number of processes.
-    """
+    universal: the training begins from a checkpoint that was rewritten for this number of processes."""
     train, optim, world, on_gpu = spec.train, spec.optim, ranks.world_size(), plan["device"] == "cuda"
     micro, accumulation = int(plan["micro_batch"]), int(plan["accumulation"])
     if (rows := micro * accumulation * world) != train.global_batch:

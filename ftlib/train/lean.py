@@ -1,7 +1,5 @@
 """Import the heavy libraries without what a training never uses: each life waits for its imports.
-
-Must be imported before transformers' Trainer, peft and bitsandbytes, else it changes nothing.
-"""
+Must be imported before transformers' Trainer, peft and bitsandbytes, else it changes nothing."""
 
 from __future__ import annotations
 

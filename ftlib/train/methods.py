@@ -131,9 +131,7 @@ class _WithPrompt(torch.nn.Module):
 
 def put_prompt(model: Any, folder: Path) -> list[int]:
     """Give `model` the soft prompt in `folder` (peft's files) as tokens; returns their ids, to stand before a text.
-
-    So they have positions and masks like all others: peft itself drops the position ids of a padded batch.
-    """
+    So they have positions and masks like all others: peft itself drops the position ids of a padded batch."""
     embedding = model.get_input_embeddings()
     rows = load_file(folder / ADAPTER[1])["prompt_embeddings"]
     model.set_input_embeddings(_WithPrompt(embedding, rows))

@@ -80,9 +80,7 @@ def imports() -> Check:
 
 def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     """Whether the node's driver runs programs of the wheel's CUDA (any minor version of its major one).
-
-    nvml: the pynvml module. wheel_cuda: torch.version.cuda, such as 13.0; None in a wheel for the CPU.
-    """
+    nvml: the pynvml module. wheel_cuda: torch.version.cuda, such as 13.0; None in a wheel for the CPU."""
     if wheel_cuda is None:
         return Check(
             "driver", False, f"torch {torch_version} is made for the CPU, but this job has a GPU",
@@ -226,9 +224,7 @@ def caches(home_gib: float | None) -> Check:
 
 def collectives(*, on_gpu: bool, name: str) -> Check:
     """All ranks meet and reduce over the device, as at each start and step of a training; who does not is named.
-
-    Leaves no process group behind. name: of this job, so that another's port is not taken for ours.
-    """
+    Leaves no process group behind. name: of this job, so that another's port is not taken for ours."""
     import torch
     from torch import distributed as dist
 

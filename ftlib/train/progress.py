@@ -42,9 +42,7 @@ class Progress:
 
 class StartTimes:
     """Seconds of each part of a life's start, without gaps: their sum is the time since the process began.
-
-    `imports_s` ends when this is made; the others end where `done` is called.
-    """
+    `imports_s` ends when this is made; the others end where `done` is called."""
 
     def __init__(self) -> None:
         self._at = psutil.Process().create_time()

@@ -1,8 +1,6 @@
 """A large base is quantised once: the 4-bit weights are kept in the cache, verified, for the next life.
-
-Kept where the original weights have PAYS_FROM_BYTES or more: a 7B in bf16 is 13 GB to read and to quantise, and 4 GB
-to read again. Below, reading and quantising takes about as long as checking and reading what was kept.
-"""
+Kept where the original weights have PAYS_FROM_BYTES or more: a 7B in bf16 is 13 GB to read and to quantise, and 4 GB to
+read again. Below, reading and quantising takes about as long as checking and reading what was kept."""
 
 from __future__ import annotations
 

@@ -32,9 +32,7 @@ from ftlib.train.watch import watched
 
 def train(run: RunDir, life: int, stop: StopFlag) -> str:
     """Train, or go on training, until the last step is committed; says in one line what was done.
-
-    Raises Interrupted (saved, or nothing begun yet), InputError, FtError.
-    """
+    Raises Interrupted (saved, or nothing begun yet), InputError, FtError."""
     times = StartTimes()
     spec, plan, provenance = run.spec(), run.plan(), run.provenance()
     dataset = Path(run.prepared()["dataset"])

@@ -70,9 +70,7 @@ def find(run: RunDir) -> Found:
 
 class Keeping:
     """The checkpoints of one life; every rank has one, and calls it together.
-
-    `step` is the newest that this life committed or began from.
-    """
+    `step` is the newest that this life committed or began from."""
 
     def __init__(
         self, run: RunDir, life: int, *, every: int | None, metrics: MetricsWriter | None, cadence: Cadence
@@ -91,9 +89,7 @@ class Keeping:
 
     def save(self, step: int, write: Write, need_bytes: int, *, best: int | None) -> None:
         """Commit a checkpoint of `step`, unless that is done; `write` puts this rank's share into a folder. Collective.
-
-        need_bytes: what it may take, over all ranks, as long as none has been saved.
-        """
+        need_bytes: what it may take, over all ranks, as long as none has been saved."""
         if self.step == step:
             return
         began, first = time.perf_counter(), ranks.rank() == 0
@@ -151,9 +147,8 @@ class Keeping:
 @contextlib.contextmanager
 def _full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None]:
     """A failed write for want of room becomes an FtError that says so; earlier checkpoints are whole in any case.
-
-    Libraries report it each in their own way, and a quota is not seen in the free space: we ask for the room ourselves.
-    """
+    Libraries report it each in their own way, and a quota is not seen in the free space: we ask for the room
+    ourselves."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, InputError) as error:

@@ -34,11 +34,9 @@ class _Enough(Exception):
 
 class FineTuner(Trainer):
     """One life of a training.
-
-    After each optimizer step, in this order: record it, agree whether to stop, save if it is due or we stop,
-    stop, validate if it is due. So a validation never stands between a warning and the save, and a checkpoint
-    says whether the validation of its step is still to be done.
-    """
+    After each optimizer step, in this order: record it, agree whether to stop, save if it is due or we stop, stop,
+    validate if it is due. So a validation never stands between a warning and the save, and a checkpoint says whether
+    the validation of its step is still to be done."""
 
     def __init__(
         self, *, run: RunDir, life: int, stop: StopFlag, spec: TrainSpec, arguments: TrainingArguments,
@@ -222,9 +220,7 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over all response tokens of the validation rows, the same at any batch and world size.
-
-        Draws no random number, so the training goes on as if there had been none. Raises Interrupted.
-        """
+        Draws no random number, so the training goes on as if there had been none. Raises Interrupted."""
         rows: Any = self.eval_dataset
         batch, world = self.args.per_device_train_batch_size, ranks.world_size()
         starts = range(0, len(rows), batch)
@@ -249,9 +245,7 @@ class FineTuner(Trainer):
 
     def go_on_from(self, found: saving.Found, folder: Path | None) -> None:
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save.
-
-        folder: the checkpoint's, or where it lies rewritten for another number of processes.
-        """
+        folder: the checkpoint's, or where it lies rewritten for another number of processes."""
         if found.folder:
             self._closed_step = found.step
             self._best, self._worse = found.best, found.worse
