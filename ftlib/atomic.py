@@ -33,7 +33,7 @@ def write_text(target: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(target.parent)
+    fsync(target.parent)
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -41,9 +41,9 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path | str) -> None:
+    """Flush a file's content, or the renames in a folder, to storage."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -54,11 +54,7 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file and folder below `folder` to storage. An empty folder is an entry of its parent, no more."""
     for root, folders, files in os.walk(folder):
         for path in [*(os.path.join(root, name) for name in files), *([root] if files or folders else [])]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            fsync(path)
 
 
 def commit_folder(temporary: Path, target: Path) -> bool:
@@ -71,7 +67,7 @@ def commit_folder(temporary: Path, target: Path) -> bool:
             raise
         shutil.rmtree(temporary, ignore_errors=True)
         return False
-    fsync_folder(target.parent)
+    fsync(target.parent)
     return True
 
 

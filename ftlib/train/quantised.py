@@ -67,9 +67,8 @@ def sound(folder: Path, *, remove: bool) -> bool:
     if not folder.exists():
         return False
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wrong = sealing.damage(folder, sealing.entries(manifest), MANIFEST)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = sealing.damage(folder, sealing.manifest(folder / MANIFEST, FORMAT)["files"], MANIFEST)
+    except (OSError, ValueError) as error:
         wrong = [f"{MANIFEST}: {error}"]
     if wrong and remove:
         print(f"the kept 4-bit weights in {folder} are damaged and made anew: {'; '.join(wrong[:3])}", flush=True)
