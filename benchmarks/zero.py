@@ -131,7 +131,7 @@ def cost(root: Path, gib: float) -> Table:
     """Seconds a GiB of saves by two processes, and of a consolidation in fp32, beside bare writes."""
     import deepspeed.utils.zero_to_fp32  # noqa: F401 - seconds, which are no part of a consolidation
 
-    from ftlib.export.consolidate import write_consolidated
+    from ftlib.export.weights import write_consolidated
     from ftlib.stop import StopFlag
 
     table = Table(title=f"Two processes, about {gib:g} GiB of state; medians, seconds a GiB", box=None)

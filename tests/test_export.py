@@ -23,7 +23,7 @@ from peft import AutoPeftModelForCausalLM  # noqa: E402
 from ftlib.data.dataset import PackedRows  # noqa: E402
 from ftlib.export import run as exporting  # noqa: E402
 from ftlib.export.equality import compare, logits_of  # noqa: E402
-from ftlib.export.merge import merge  # noqa: E402
+from ftlib.export.weights import merge  # noqa: E402
 from ftlib.train.methods import load_trained  # noqa: E402
 from ftlib.train.model import load_base  # noqa: E402
 from tests.test_train import ROWS, live, torch_as_it_was, write_base, write_dataset, write_run  # noqa: E402

@@ -9,8 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
-from ftlib.data.composed import composed
-from ftlib.data.functions import Argument, Function, written
+from ftlib.data.functions import Argument, Function, composed, written
 from ftlib.data.values import SPLITS, Split, Value, pool
 from ftlib.errors import InputError, unknown
 

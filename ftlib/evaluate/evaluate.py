@@ -60,7 +60,11 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     groups: dict[str, dict[int, Any]] = {}
     for i, question in questions.items():
         groups.setdefault(question["group"], {})[i] = question
-    by_group = {group: _scores_of_all(its, answers) for group, its in groups.items()}
+    by_group: dict[str, dict[str, Any]] = {}
+    for group, its in groups.items():
+        asked = list(its.values())
+        by_group[group] = {name: scoring.scores(asked, [given[i] for i in its]) for name, given in answers.items()}
+        by_group[group]["copy"] = scoring.scores(asked, scoring.copies(asked))
     evaluation = by_group.pop(HELD_OUT) | by_group
     shown = sorted(speaking)[:SAMPLES]
     samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in shown]
@@ -186,12 +190,6 @@ def _append(store: Path, answers: list[dict[str, Any]]) -> None:
     cut = store.exists() and store.stat().st_size > 0 and not store.read_bytes().endswith(b"\n")
     with store.open("a", encoding="utf-8") as file:
         file.write("\n" * cut + "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-
-
-def _scores_of_all(questions: dict[int, Any], answers: dict[str, dict[int, Any]]) -> dict[str, Any]:
-    asked = list(questions.values())
-    found = {name: scoring.scores(asked, [given[i] for i in questions]) for name, given in answers.items()}
-    return found | {"copy": scoring.scores(asked, scoring.copies(asked))}
 
 
 def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,12 @@ def scores(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str
     both = zip(questions, answers, strict=True)
     asked = [(q["expected_call"], a["answer"] or "") for q, a in both if q["expected_call"]]
     tokens = sum(answer["tokens"] for answer in answers)
+    mean = sum(answer["nll"] for answer in answers) / tokens if tokens else math.inf
     return {
         "valid_json": _share([is_json_object(text) for _, text in asked]),
         "function": _share([(function_call_of(text) or {}).get("name") == call["name"] for call, text in asked]),
         "exact": _share([is_exact(call, text) for call, text in asked]),
-        "perplexity": _perplexity(sum(answer["nll"] for answer in answers), tokens) if tokens else None,
+        "perplexity": round(math.exp(mean), 4) if mean < 700 else None,
         "n": len(questions),
     }
 
@@ -52,8 +53,3 @@ def is_exact(call: Mapping[str, Any], text: str) -> bool:
 
 def _share(flags: Sequence[bool]) -> float | None:
     return round(sum(flags) / len(flags), 4) if flags else None
-
-
-def _perplexity(nll: float, tokens: int) -> float | None:
-    mean = nll / tokens
-    return round(math.exp(mean), 4) if mean < 700 else None

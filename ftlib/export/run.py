@@ -15,9 +15,8 @@ from ftlib import atomic, checkpoint
 from ftlib.data import tokenizing
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import FtError
-from ftlib.export.consolidate import write_consolidated
 from ftlib.export.equality import compare, logits_of
-from ftlib.export.merge import write_merged
+from ftlib.export.weights import write_consolidated, write_merged
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from ftlib.train import saving

@@ -79,15 +79,6 @@ def summed(*values: float) -> list[float]:
     return total.tolist()  # type: ignore[no-any-return]
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank. Collective."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
-    return box[0]
-
-
 def first_alone(work: Callable[[], None]) -> None:
     """Rank 0 does `work`; the others wait as long as it takes, and raise the FtError that it raises. Collective."""
     if world_size() == 1:

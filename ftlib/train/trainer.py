@@ -61,8 +61,6 @@ class FineTuner(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
-    # -- what the Trainer asks for ---------------------------------------------------------------------------------
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return Order(len(self.train_dataset), self.args.max_steps * self.spec.global_batch, self.spec.seed)
 
@@ -133,8 +131,6 @@ class FineTuner(Trainer):
             raise Interrupted(cause, step)
         if self.evaluation_due:
             self._validate()
-
-    # -- the parts of a step's end ---------------------------------------------------------------------------------
 
     def _record(self, tr_loss: torch.Tensor, grad_norm: Any, lr: float | None) -> None:
         """The step's row. Takes the step's loss out of the Trainer's running sum, which a resume would reset."""
@@ -240,8 +236,6 @@ class FineTuner(Trainer):
                 loss, targets = loss + float(total), targets + float(count)
         loss, targets = ranks.summed(loss, targets)
         return {"eval_loss": loss / max(targets, 1.0)}
-
-    # -- where a life begins ---------------------------------------------------------------------------------------
 
     def go_on_from(self, found: saving.Found, folder: Path | None) -> None:
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save.

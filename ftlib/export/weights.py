@@ -1,4 +1,4 @@
-"""Full weights out of ZeRO's shards, tensor by tensor: no GPU, and never the whole model in memory with stage 3."""
+"""Full weights as plain transformers loads them: with the adapter merged, as trained, or out of ZeRO's shards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ftlib import atomic
 from ftlib.data import tokenizing
@@ -19,8 +20,35 @@ from ftlib.errors import FtError
 from ftlib.spec import RunSpec
 from ftlib.stop import StopFlag
 from ftlib.train import zero
+from ftlib.train.methods import load_trained
+from ftlib.train.model import load_base, quantised_layers
 
 SHARD = "5GB"
+
+
+def write_merged(spec: RunSpec, model_path: str, device: torch.device, trained: Path, folder: Path) -> None:
+    """Write weights of spec.export.dtype, config and tokenizer to `folder`, as plain transformers loads them.
+    trained: the adapter's folder, or the checkpoint's. Takes 4 bytes a parameter on `device`. The base is the one that
+    was trained on, its rounding to 4 bit included: merging into the original weights, or rounding again, gives another
+    model."""
+    if spec.method.adapts:
+        base = load_base(spec, model_path, device)
+        if spec.method.bits < 16:
+            base = base.dequantize(torch.float32)
+        model = merge(base.float(), trained)
+    else:
+        model = load_trained(spec, model_path, device, trained)
+    model = model.to(getattr(torch, spec.export.dtype))
+    model.config.use_cache = True
+    model.save_pretrained(str(folder))
+    tokenizing.pretrained(model_path, spec.model.revision, spec.tokens.add)[0].save_pretrained(str(folder))
+
+
+def merge(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """`base` with the adapter's updates added to its weights. FtError when it is still quantised."""
+    if quantised_layers(base):
+        raise FtError("an adapter is not merged into a 4-bit model or an 8-bit one: the sum would be rounded again")
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
 
 
 def masters(checkpoint: Path) -> dict[str, Any]:
@@ -39,7 +67,7 @@ def masters(checkpoint: Path) -> dict[str, Any]:
 def write_consolidated(
     spec: RunSpec, model_path: str, checkpoint: Path, folder: Path, stop: StopFlag
 ) -> dict[str, Any]:
-    """Write weights of spec.export.dtype, config and tokenizer as plain transformers loads them, and read them again.
+    """Write weights, config and tokenizer tensor by tensor, without a GPU, and read them again.
     Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted."""
     revision, dtype = spec.model.revision, getattr(torch, spec.export.dtype)
     config = AutoConfig.from_pretrained(model_path, revision=revision)
