@@ -2,8 +2,6 @@
 From the first question on, the reply of the best rank is taken at every turn: one path a tree, as in
 openassistant-guanaco (QLoRA, arXiv 2305.14314). A path is a row {"messages": [{"role", "content"}, …]}."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast

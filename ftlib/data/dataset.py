@@ -1,7 +1,5 @@
 """Packed rows as torch tensors, and the order they are read in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -3,8 +3,6 @@ Rows are Alpaca rows {"instruction", "input" (optional), "output"}, plain {"prom
 {"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written as
 compact JSON."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a function is, the catalogues written by hand (functions.yaml), and one composed at random."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Datasets on the hub: `check` on the login node (no import of datasets), `fetch` in the prepare stage."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ positions.bin  position ids, starting at 0 in each document and in the padding a
 and meta.json with the shape, the types and the counts.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 <cache>/datasets/<digest>/: train and validation (see packing.py), test.jsonl (what evaluation asks, a JSON object a
 line) and meta.json (where it came from, and the counts)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -121,8 +119,7 @@ def _build(
         full, targets = meta["tokens"] / (meta["rows"] * meta["seq_len"]), meta["response_tokens"] / meta["tokens"]
         print(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
-            f"{full:.1%} full, {targets:.0%} of the tokens are targets",
-            flush=True,
+            f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True
         )
     documents = tokenizing.Documents(spec.data.seq_len)
     kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)

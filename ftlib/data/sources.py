@@ -1,7 +1,5 @@
 """Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import itertools

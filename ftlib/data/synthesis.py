@@ -3,8 +3,6 @@ A row asks for one call in words and shows another call of the same function as 
 the answer's free values, so copying it is never exactly right. Free values (strings and numbers from pools) are in one
 split only. Closed choices (units, bools) cannot be held out: every function has at least one free argument."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 from typing import Any, Literal, get_args

@@ -2,8 +2,6 @@
 Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in
 training."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from array import array

@@ -1,7 +1,5 @@
 """Pools of free argument values. A value's JSON text alone decides its one split, for every function and pool."""
 
-from __future__ import annotations
-
 import json
 import random
 import zlib

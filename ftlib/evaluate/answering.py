@@ -1,7 +1,5 @@
 """A model answers prompts and is asked how likely the right responses are to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 Answers are kept in <run>/evaluation/<model>.jsonl as they come, a line a question ({"index", "answer", "nll",
 "tokens"}; the last line of an index counts), so that an interrupted evaluation goes on where it was."""
 
-from __future__ import annotations
-
 import gc
 import json
 import time

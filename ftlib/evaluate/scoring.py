@@ -2,8 +2,6 @@
 A question is a line of a dataset's test.jsonl; an answer is {"answer": text or None, "nll": sum over the response's
 tokens in nats, "tokens": how many}, EOS included."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """How far two models' logits lie apart on the same rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

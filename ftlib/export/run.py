@@ -1,7 +1,5 @@
 """The export stage: adapter and merged weights from the last (or best) checkpoint, and the proof that they equal it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import asdict

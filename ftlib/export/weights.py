@@ -1,7 +1,5 @@
 """Full weights as plain transformers loads them: with the adapter merged, as trained, or out of ZeRO's shards."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from pathlib import Path

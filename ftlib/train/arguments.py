@@ -1,7 +1,5 @@
 """From spec and plan to the Trainer's arguments, and a process that computes the same twice."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Imports and model loading take longer than some grace periods: they can be left in the middle. No torch."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait

@@ -1,7 +1,5 @@
 """How often to save: Young's interval from what a save costs and how often lives end without a warning. No torch."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import time

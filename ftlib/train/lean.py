@@ -1,8 +1,6 @@
 """Import the heavy libraries without what a training never uses: each life waits for its imports.
 Must be imported before transformers' Trainer, peft and bitsandbytes, else it changes nothing."""
 
-from __future__ import annotations
-
 import importlib
 from importlib.util import find_spec
 from typing import Any

@@ -1,7 +1,5 @@
 """What is trained, by method: put onto the base, switched between stages, saved into checkpoints and loaded again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

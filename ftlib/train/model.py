@@ -1,7 +1,5 @@
 """The base model, quantised for real, and its LoRA adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run stands on, tried on the node before it starts; what failed is said with its mend. torch comes inside."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

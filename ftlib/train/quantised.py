@@ -2,8 +2,6 @@
 Kept where the original weights have PAYS_FROM_BYTES or more: a 7B in bf16 is 13 GB to read and to quantise, and 4 GB to
 read again. Below, reading and quantising takes about as long as checking and reading what was kept."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What the ranks of one training job agree on. With one process every function is local and free."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The processes of a training find each other and prove that they can talk, before anything is loaded; or are named."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

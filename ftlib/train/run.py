@@ -1,7 +1,5 @@
 """One life of the training stage, from the run folder to a committed checkpoint of the last step."""
 
-from __future__ import annotations
-
 # First: it decides what the others load.
 import ftlib.train.lean  # noqa: F401
 

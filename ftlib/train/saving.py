@@ -1,7 +1,5 @@
 """Committing a life's checkpoints, deleting those of no more use, and choosing what a life goes on from."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """Weights & Biases beside metrics.jsonl. Whatever goes wrong here is said once and never stops a training."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait

@@ -1,7 +1,5 @@
 """transformers.Trainer, with every step recorded, saves that commit, and a stop that loses nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -2,8 +2,6 @@
 gpu.jsonl, a row per sample: {"time", "stage", "life", "utilization" (%), "memory_gib", "power_w" (null where
 unknown)}."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import importlib
@@ -58,7 +56,7 @@ class GpuWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> GpuWatch:
+    def __enter__(self) -> "GpuWatch":
         try:
             self._nvml = self._nvml or importlib.import_module("pynvml")
             self._nvml.nvmlInit()

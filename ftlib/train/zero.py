@@ -1,7 +1,5 @@
 """What is DeepSpeed's own in a training: its engine's checkpoints, and going on from one with other processes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
