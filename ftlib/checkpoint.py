@@ -27,9 +27,9 @@ def step_of(folder: Path) -> int:
 
 
 def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: Sealed | None = None) -> Path:
-    """Give `temporary` its manifest and rename it into `checkpoints`.
-    sealed: what those who wrote the files hashed right then; without it all of them are hashed here. A folder of that
-    step which does not verify is replaced; one that does is kept, for it holds the same state."""
+    """Give `temporary` its manifest and rename it into `checkpoints`. sealed: by those who wrote the files, else all
+    are hashed here. A folder of that step which does not verify is replaced; one that does holds the same state, and is
+    kept."""
     listed = dict(sorted((sealing.seal(temporary) if sealed is None else sealed).items()))
     atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "run": run, "step": step, "files": listed})
     target = folder_for(checkpoints, step)
@@ -78,9 +78,8 @@ def prune(
     verified: Collection[int] = (), delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
-    The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not read
-    once more, which would cost as much as the save. `delete` is given folders that have a temporary name already, so it
-    may take its time."""
+    The newest was just committed. Steps in `verified` are not read once more, which would cost as much as the save.
+    `delete` is given folders of a temporary name, so it may take its time."""
     whole = 1
     for folder in committed(checkpoints)[1:]:
         step = step_of(folder)

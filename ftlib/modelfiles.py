@@ -67,8 +67,8 @@ def locate(name: str, revision: str | None, *, checkout: Path, cache: Path, inte
 
 
 def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, Path | None]:
-    """What `model.init_from` stands for: merged weights (they are the base then), else the folder of an adapter.
-    A run's name or a folder. Raises InputError that says what was looked for, with the nearest run."""
+    """What `model.init_from` (a run's name or a folder) stands for: merged weights, the base then, else an adapter's
+    folder. Raises InputError that says what was looked for, with the nearest run."""
     run, folder = runs / said, (checkout / said).resolve()
     for place in (run / "export" / "merged", run / "export" / "adapter", folder, folder / "merged", folder / "adapter"):
         if (place / "adapter_config.json").exists():
@@ -85,8 +85,7 @@ def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, 
 @contextmanager
 def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | None = None) -> Iterator[None]:
     """Load tokenizer or weights of `model` (a folder or a hub name) inside this context.
-    Raises InputError when a folder lacks the `needed` files (TOKENIZER, WEIGHTS or both), or when the load itself
-    cannot get or read them: gated, no network, damaged."""
+    InputError: a folder lacks the `needed` files (TOKENIZER, WEIGHTS or both), or they cannot be fetched or read."""
     folder = Path(model)
     local = folder.is_absolute() or folder.exists()
     missing = [" or ".join(group) for group in needed if not any((folder / name).is_file() for name in group)]

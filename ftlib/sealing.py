@@ -68,9 +68,8 @@ class Stream:
 
 
 class Sealer:
-    """Flushes and hashes the files of a folder beside the one who writes them.
-    `stream()` for a large file, which is flushed and hashed while it grows; `take()` after other files that are
-    complete; `finish()` at the end, which raises what a flush raised (OSError)."""
+    """Flushes and hashes a folder's files beside the one who writes them: `stream()` for a large file, while it grows;
+    `take()` after others that are complete; `finish()` at the end, which raises what a flush raised (OSError)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.algorithm = folder, fastest()

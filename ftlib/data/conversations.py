@@ -1,6 +1,5 @@
-"""OpenAssistant's conversations: message trees, or flat messages that make trees, become their highest-rated paths.
-From the first question on, the reply of the best rank is taken at every turn: one path a tree, as in
-openassistant-guanaco (QLoRA, arXiv 2305.14314). A path is a row {"messages": [{"role", "content"}, …]}."""
+"""OpenAssistant's message trees, or flat messages that make trees, become rows {"messages": [{"role", "content"}, …]}:
+at every turn the reply of the best rank, one path a tree, as in openassistant-guanaco (QLoRA, arXiv 2305.14314)."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

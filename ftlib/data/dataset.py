@@ -12,10 +12,9 @@ IGNORED = -100
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of a folder that `packing.write` made, memory-mapped.
-    An item is {"input_ids", "labels", "position_ids"}, each int64 of shape (seq_len,); labels are -100 outside
-    responses. There is no attention_mask: transformers then keeps packed documents apart by their position ids. Where
-    each row is one document, there is an attention_mask and no position_ids."""
+    """Rows of a folder that `packing.write` made, memory-mapped: {"input_ids", "labels", "position_ids"}.
+    Each is int64 of shape (seq_len,); labels are -100 outside responses. transformers keeps packed documents apart by
+    their position ids; where each row is one document, it has an attention_mask instead."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -36,9 +35,9 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
 
 class Order(Sampler[int]):
-    """Row indices of a whole training: shuffled epochs one after the other, `length` in all.
-    The order depends on the seed alone. Optimizer step s trains rows [s * global_batch, (s + 1) * global_batch) of it,
-    whatever the micro-batch, the accumulation and the world size; no step is cut short at an epoch's end."""
+    """Row indices of a whole training: epochs one after the other, shuffled by the seed alone, `length` in all.
+    Step s trains rows [s * global_batch, (s + 1) * global_batch) of it at any micro-batch, accumulation and world
+    size."""
 
     def __init__(self, rows: int, length: int, seed: int) -> None:
         self._rows, self._length, self._seed = rows, length, seed

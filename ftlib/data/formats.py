@@ -1,7 +1,6 @@
 """Prompt formats: what the model reads (prompt) and what it must write (response), and the calls within.
-Rows are Alpaca rows {"instruction", "input" (optional), "output"}, plain {"prompt", "response"}, or conversations
-{"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written as
-compact JSON."""
+Rows are Alpaca's {"instruction", "input" (optional), "output"}, {"prompt", "response"}, or {"messages": [{"role",
+"content"}, …]}. An input, output or content is text, or a JSON object, which is written as compact JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +25,8 @@ CHATML_END = "<|im_end|>"
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: `response` follows `prompt` with nothing in between.
-    A conversation's earlier turns stand in `before`: a prompt, its response, the next prompt, … Every response is a
-    target of the loss, and after each the text ends (EOS)."""
+    """One training example: `response` follows `prompt` with nothing in between; `before`: a conversation's earlier
+    prompt, response, prompt, … Every response is a target of the loss and ends with EOS."""
 
     prompt: str
     response: str

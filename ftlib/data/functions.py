@@ -16,8 +16,7 @@ PHRASINGS = 8
 
 @dataclass(frozen=True)
 class Argument:
-    """A typed argument: free values of a `kind` (a pool of ftlib.data.values) or closed `choices`.
-    `choices` maps each value to the words that say it in a question."""
+    """Free values of a `kind` (a pool of ftlib.data.values), or `choices`: each value and the words that say it."""
 
     name: str
     kind: str = ""
@@ -54,10 +53,8 @@ def _argument(name: str, values: str | list[Value] | dict[Value, str]) -> Argume
 
 @cache
 def composed() -> tuple[Function, ...]:
-    """`COUNT` functions of distinct names, which train the tiny base: verb x noun, each with a free argument.
-
-    There are too many to learn by heart: a model must learn to copy names from the example, values from the question.
-    """
+    """`COUNT` functions that train the tiny base. There are too many to learn by heart: a model must learn to copy
+    names from the example and values from the question."""
     rng = random.Random("composed functions")
     names: dict[str, tuple[str, str]] = {}
     while len(names) < COUNT:

@@ -22,9 +22,8 @@ def name(data: DataSpec) -> str:
 
 
 def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
-    """See that compute nodes can get the dataset: from the hub, or else from the cache under `hf_home`.
-    Returns the text's size in bytes where it is known. Raises InputError that says where was looked and how to
-    stage."""
+    """See that compute nodes can get the dataset, from the hub or from the cache under `hf_home`; InputError if not.
+    Returns the text's size in bytes where it is known."""
     repository = _repository(data, hf_home / "hub")
     prepared = hf_home / "datasets" / (data.hub or "").replace("/", "___")
     if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):

@@ -1,6 +1,5 @@
-"""The prepare stage: sources become packed rows of tokens in a folder named by all that decides its content.
-<cache>/datasets/<digest>/: train and validation (see packing.py), test.jsonl (what evaluation asks, a JSON object a
-line) and meta.json (where it came from, and the counts)."""
+"""The prepare stage: sources become <cache>/datasets/<digest>, named by all that decides its content: packed rows of
+train and validation (packing.py), test.jsonl (what evaluation asks, an object a line), meta.json (origin, counts)."""
 
 import hashlib
 import itertools

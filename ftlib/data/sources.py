@@ -58,9 +58,9 @@ def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
 
 
 def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) -> Sources:
-    """All examples of a file, of the rows of a hub dataset, or of the generator without either, seeded by `data.seed`.
-    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. Of a file or
-    dataset, the share `data.held_out` is the validation and test parts."""
+    """All examples of a file, of a hub dataset's rows, or of the generator without either, seeded by `data.seed`.
+    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions in no training; of a file or dataset,
+    the share `data.held_out` is held out."""
     if source is None:
         train = generate(data.functions, "train", data.pairs, data.seed)
         validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
@@ -79,8 +79,7 @@ def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) ->
 
 
 def part_of(row: Row, data: DataSpec) -> Split:
-    """The part a file's row belongs to, by its content and the seed alone.
-    So equal rows are in one part, and rows that are added later move no other row."""
+    """The part of a file's row, by its content and the seed alone: rows that are added later move no other row."""
     share = _rank(row, data.seed) / 2**64
     return "test" if share < data.held_out / 2 else "validation" if share < data.held_out else "train"
 

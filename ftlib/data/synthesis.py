@@ -1,7 +1,6 @@
 """Synthesis of function-calling instruction pairs: seeded, distinct, with held-out values.
-A row asks for one call in words and shows another call of the same function as the example. The example carries none of
-the answer's free values, so copying it is never exactly right. Free values (strings and numbers from pools) are in one
-split only. Closed choices (units, bools) cannot be held out: every function has at least one free argument."""
+A row shows another call of the same function as the example, which has none of the answer's free values (strings and
+numbers from pools, each in one split): copying it is never exactly right. Closed choices cannot be held out."""
 
 import random
 from collections.abc import Iterator
@@ -27,10 +26,9 @@ def capacity(functions: Catalogue, split: Split) -> int:
 
 
 def generate(functions: Catalogue, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
-    """`pairs` rows with distinct questions, spread evenly over the functions, in random order.
-    Each is {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}. The same
-    arguments give the same rows on every machine. Raises InputError for an unknown catalogue or split and for more
-    pairs than exist."""
+    """`pairs` rows with distinct questions, spread evenly over the functions, in random order, the same on every
+    machine. {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
+    InputError for an unknown catalogue or split, and for more pairs than exist."""
     wrong = []
     if functions not in CATALOGUES:
         wrong.append(unknown("functions", functions, CATALOGUES))

@@ -1,6 +1,5 @@
 """Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS, and so on for each turn.
-Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in
-training."""
+Prompts and responses are encoded apart: the ids of a prompt at inference are exactly those in training."""
 
 import hashlib
 import json
@@ -17,9 +16,8 @@ Prompt = str | Sequence[str]
 
 
 class Tokenizer:
-    """The fast tokenizer of a base model, without its truncation and padding.
-    `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids,
-    `added` the ids of tokens that the base does not know."""
+    """The fast tokenizer of a base model (`hf`), without its truncation and padding. `bos`: ids before a text (one or
+    none); `eos`, `pad`: single ids; `added`: ids of tokens that the base does not know."""
 
     def __init__(self, hf: Any, model: str, added: Sequence[int] = ()) -> None:
         backend = getattr(hf, "backend_tokenizer", None)

@@ -20,9 +20,8 @@ def load(
     model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None,
     added: tuple[Tokenizer, int] | None = None,
 ) -> Any:
-    """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
-    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these. Raises InputError
-    when the files are not there."""
+    """A causal language model to evaluate: in `dtype` on a GPU, float32 on a CPU; InputError without its files.
+    adapter: peft's. added: the tokenizer whose new tokens a base gets rows for, as in training, and their seed."""
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
     with modelfiles.loading(model, modelfiles.WEIGHTS, revision):

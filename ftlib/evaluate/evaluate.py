@@ -1,6 +1,5 @@
 """The evaluate stage: base and tuned model answer held-out questions, and are scored beside copying the example.
-Answers are kept in <run>/evaluation/<model>.jsonl as they come, a line a question ({"index", "answer", "nll",
-"tokens"}; the last line of an index counts), so that an interrupted evaluation goes on where it was."""
+Each answer goes to <run>/evaluation/<model>.jsonl, {"index", "answer", "nll", "tokens"}, where a next life goes on."""
 
 import gc
 import json
@@ -36,8 +35,8 @@ class Subject:
 
 
 def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
-    """Score the run's models; returns what evaluation.json then holds.
-    Raises InputError for missing files, Interrupted when asked to stop."""
+    """Score the run's models; returns what evaluation.json then holds. Raises InputError (missing files),
+    Interrupted."""
     spec, provenance = run.spec(), run.provenance()
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -133,7 +132,7 @@ def _questions(file: Path, pairs: int) -> dict[int, Any]:
 
 def _batches(questions: dict[int, Any], tokenizer: tokenizing.Tokenizer, size: int) -> list[list[int]]:
     """Indices in batches of like lengths, longest first: what does not fit the memory shows at once.
-    The batches of a run are always the same, so that an answer does not depend on interruptions."""
+    They are always the same, so that an answer does not depend on interruptions."""
     lengths = [len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()])]
     order = [index for _, index in sorted(zip(lengths, questions, strict=True), key=lambda pair: (-pair[0], pair[1]))]
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,6 +1,5 @@
-"""Scores of answers against what was expected. Pure: no model, no files.
-A question is a line of a dataset's test.jsonl; an answer is {"answer": text or None, "nll": sum over the response's
-tokens in nats, "tokens": how many}, EOS included."""
+"""Scores of answers against what was expected. A question is a line of test.jsonl; an answer is {"answer": text or
+None, "nll": sum over the response's tokens in nats, "tokens": how many}, EOS included."""
 
 import json
 import math

@@ -28,8 +28,8 @@ ROWS = 64  # held-out rows compared, or all there are
 
 def export(run: RunDir, life: int, stop: StopFlag) -> str:
     """Write export/adapter, export/merged (if wished) and export/equality.json; says in one line what was written.
-    What an earlier life finished is kept. Raises FtError when the training is not complete or the exported files do not
-    compute what the trained model does; Interrupted between the parts."""
+    What an earlier life finished is kept. Raises FtError when the training is not complete or the files compute
+    something else than the trained model; Interrupted between the parts."""
     spec, plan = run.spec(), run.plan()
     device = prepare_process(spec, plan)
     found = saving.find(run)

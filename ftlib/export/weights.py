@@ -25,10 +25,9 @@ SHARD = "5GB"
 
 
 def write_merged(spec: RunSpec, model_path: str, device: torch.device, trained: Path, folder: Path) -> None:
-    """Write weights of spec.export.dtype, config and tokenizer to `folder`, as plain transformers loads them.
-    trained: the adapter's folder, or the checkpoint's. Takes 4 bytes a parameter on `device`. The base is the one that
-    was trained on, its rounding to 4 bit included: merging into the original weights, or rounding again, gives another
-    model."""
+    """Write weights of spec.export.dtype, config and tokenizer to `folder`; takes 4 bytes a parameter on `device`.
+    trained: the adapter's folder, or the checkpoint's. The base is the one that was trained on, its rounding to 4 bit
+    included: merging into the original weights, or rounding again, gives another model."""
     if spec.method.adapts:
         base = load_base(spec, model_path, device)
         if spec.method.bits < 16:

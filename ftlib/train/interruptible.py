@@ -12,9 +12,8 @@ T = TypeVar("T")
 
 def interruptible(stop: StopFlag, work: Callable[[], T]) -> T:
     """`work()`, given up with Interrupted as soon as the flag is set.
-    Work that is given up goes on in its thread until the process ends: it must commit nothing, and the process must not
-    go on (transformers changes global state while it loads). Only for a single process: a rank that leaves alone would
-    let the others wait."""
+    It goes on in its thread until the process ends, so it must commit nothing, and the process must not go on. Only for
+    a single process: a rank that leaves alone would let the others wait."""
     result: Future[T] = Future()
 
     def run() -> None:

@@ -23,8 +23,7 @@ def mean_between_kills_h(prior_h: float, hours: float, kills: int) -> float:
 
 def interval_s(save_s: float, between_kills_h: float) -> float:
     """Seconds of work between two saves that lose least: √(2 δ M), of δ seconds a save and mean time M between kills.
-    J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974) 530; J. T. Daly (2006)
-    gives the same to first order."""
+    J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974) 530."""
     return math.sqrt(2 * save_s * between_kills_h * 3600)
 
 

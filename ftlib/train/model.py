@@ -22,9 +22,9 @@ from ftlib.train import quantised, ranks
 
 def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None) -> PreTrainedModel:
     """The base on `device`: linear layers of method.bits, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
-    It has rows for the new tokens, and keeps the documents of a packed row apart. cache: where 4-bit weights are kept
-    for the next life, if that pays; to the bit what quantising anew gives. Raises InputError when its files are missing
-    or cannot be read, FtError when a layer was not quantised."""
+    It has rows for new tokens, and keeps a packed row's documents apart. cache: where 4-bit weights are kept, to the
+    bit, for the next life. InputError: files that are missing or cannot be read; FtError: a layer that was not
+    quantised."""
     method, revision = spec.method, spec.model.revision
     # What is not quantised (embeddings, norms, head) stays fp32 on a CPU: bf16 gains nothing there.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -38,8 +38,7 @@ class Progress:
 
 
 class StartTimes:
-    """Seconds of each part of a life's start, without gaps: their sum is the time since the process began.
-    `imports_s` ends when this is made; the others end where `done` is called."""
+    """Seconds of each part of a life's start, without gaps from the process's beginning; `imports_s` ends here."""
 
     def __init__(self) -> None:
         self._at = psutil.Process().create_time()

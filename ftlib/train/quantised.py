@@ -1,6 +1,5 @@
 """A large base is quantised once: the 4-bit weights are kept in the cache, verified, for the next life.
-Kept where the original weights have PAYS_FROM_BYTES or more: a 7B in bf16 is 13 GB to read and to quantise, and 4 GB to
-read again. Below, reading and quantising takes about as long as checking and reading what was kept."""
+A 7B in bf16 is 13 GB to read and quantise, and 4 GB to read again; below PAYS_FROM_BYTES nothing is gained."""
 
 import contextlib
 import hashlib

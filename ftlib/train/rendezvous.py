@@ -30,8 +30,8 @@ SLOW = 3.0
 
 def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WAIT_S) -> None:
     """Make the process group of this job. Collective; nothing to do for one process, unless `always`.
-    name: of this run and life, so that another job's port is not taken for ours. Raises FtError: which rank on which
-    node did not come within `wait_s`, or which node is cut off. A slow node is named in the log."""
+    name: of this run and life, so that another job's port is not taken for ours. FtError names a rank that did not come
+    within `wait_s`, or a node that is cut off; the log names a slow node."""
     if ranks.world_size() == 1:
         if not always:
             return

@@ -67,8 +67,7 @@ def find(run: RunDir) -> Found:
 
 
 class Keeping:
-    """The checkpoints of one life; every rank has one, and calls it together.
-    `step` is the newest that this life committed or began from."""
+    """The checkpoints of one life, on every rank alike. `step`: the newest that it committed or began from."""
 
     def __init__(
         self, run: RunDir, life: int, *, every: int | None, metrics: MetricsWriter | None, cadence: Cadence
@@ -145,8 +144,7 @@ class Keeping:
 @contextlib.contextmanager
 def _full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None]:
     """A failed write for want of room becomes an FtError that says so; earlier checkpoints are whole in any case.
-    Libraries report it each in their own way, and a quota is not seen in the free space: we ask for the room
-    ourselves."""
+    Each library reports it in its own way, and no free space shows a quota: we ask for the room ourselves."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, InputError) as error:

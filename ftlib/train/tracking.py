@@ -14,8 +14,7 @@ FINISH_S = 20
 
 class Tracking:
     """One wandb run per training run, the same id in every life; inside the run folder. Rank 0 only.
-    It works in a thread of its own that begins with the first values: neither its start nor its network is waited
-    for."""
+    It works in a thread of its own that begins with the first values: neither start nor network is waited for."""
 
     def __init__(self, run: RunDir, tracking: TrackingSpec) -> None:
         self._wish, self._spec, self._run = run, tracking, None  # type: tuple[RunDir, TrackingSpec, Any]

@@ -31,10 +31,9 @@ class _Enough(Exception):
 
 
 class FineTuner(Trainer):
-    """One life of a training.
-    After each optimizer step, in this order: record it, agree whether to stop, save if it is due or we stop, stop,
-    validate if it is due. So a validation never stands between a warning and the save, and a checkpoint says whether
-    the validation of its step is still to be done."""
+    """One life of a training. After each optimizer step, in this order: record it, agree whether to stop, save if it is
+    due or we stop, stop, validate if it is due. So no validation stands between a warning and the save, and a
+    checkpoint says whether the validation of its step is still to be done."""
 
     def __init__(
         self, *, run: RunDir, life: int, stop: StopFlag, spec: TrainSpec, arguments: TrainingArguments,

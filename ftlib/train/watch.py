@@ -1,6 +1,5 @@
 """How well the GPU is used, sampled beside the work; a GPU that idles too long ends the stage. No torch.
-gpu.jsonl, a row per sample: {"time", "stage", "life", "utilization" (%), "memory_gib", "power_w" (null where
-unknown)}."""
+The rows of gpu.jsonl are described in ftlib.metrics."""
 
 import contextlib
 import datetime
@@ -40,8 +39,8 @@ def act_after_s(limit_min: float) -> float:
 
 class GpuWatch:
     """Samples one GPU in a thread of its own; use as a context. Without NVML it only says so.
-    A stop that the work does not obey within `hang_s` means that it hangs: then the process is ended, with an outcome
-    that names the last committed step."""
+    Work that obeys no stop within `hang_s` hangs: the process is ended, with an outcome that names the last
+    checkpoint."""
 
     def __init__(
         self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, stage: str = "train", rank: int = 0,

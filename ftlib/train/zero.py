@@ -48,8 +48,8 @@ def shards(checkpoint: Path) -> Path:
 
 def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
     """The checkpoint for any number of processes (DeepSpeed's universal format), in a temporary folder. Collective.
-    Takes twice the shards' bytes on storage and the time to write them. Rank 0 does it, the others wait as long as it
-    takes. Raises InputError for want of room, FtError when it cannot be done, Interrupted."""
+    Rank 0 makes it, in twice the shards' bytes; the others wait as long as it takes. Raises InputError for want of
+    room, FtError when it cannot be done, Interrupted."""
     folder, before, now = found.folder, found.world_size, ranks.world_size()
     assert folder
     source, target = shards(folder), run.checkpoints / f"{atomic.TEMPORARY}universal-{folder.name}"
@@ -88,8 +88,7 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
 
 def mend(optimizer: Any, decays: list[float]) -> None:
     """Undo what loading a universal checkpoint does to torch's AdamW; `decays`: weight decay of each group.
-    All states share one `step` tensor, which each then counts up, and all groups get the first one's
-    hyperparameters."""
+    All states share one `step` tensor, which each counts up, and all groups get the first one's hyperparameters."""
     inner = optimizer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
