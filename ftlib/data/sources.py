@@ -22,6 +22,7 @@ from ftlib.spec import DataSpec, file_digest
 
 Row = dict[str, Any]
 Placed = conversations.Placed
+BLANK = b" \t\r\n\xef\xbb\xbf"  # white space and a byte order mark
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LISTED = 20
 UNSEEN_PAIRS = 64
@@ -166,9 +167,7 @@ def _rows(path: Path) -> Iterator[Placed]:
                 yield from _items(path, file.read())
                 return
             for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
+                if line.strip(BLANK):
                     yield f"line {number}", _parse(path, line, f"line {number}")
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.name.lower().endswith(KINDS)])
@@ -179,9 +178,9 @@ def _rows(path: Path) -> Iterator[Placed]:
 
 def _items(path: Path, text: bytes) -> Iterator[Placed]:
     """The rows of a .json file, which is one list."""
-    if not text.strip():
+    if not text.strip(BLANK):
         return
-    rows = _parse(path, text.removeprefix(b"\xef\xbb\xbf"), "the file")
+    rows = _parse(path, text, "the file")
     if isinstance(rows, str):
         raise InputError(f"{path}: {rows}")
     if not isinstance(rows, list):
@@ -193,7 +192,7 @@ def _items(path: Path, text: bytes) -> Iterator[Placed]:
 def _parse(path: Path, text: bytes, place: str) -> object:
     """JSON text as its value; a str says what is wrong. Bytes that are no text at all raise InputError at once."""
     try:
-        value = _DECODER.decode(text.decode())
+        value = _DECODER.decode(text.decode("utf-8-sig"))
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:

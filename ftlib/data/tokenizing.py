@@ -89,11 +89,8 @@ class Documents:
     `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt."""
 
     def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.tokens = array("I")
-        self.targets = array("B")
-        self.lengths = array("I")
-        self.dropped_too_long = 0
+        self.longest, self.dropped_too_long = longest, 0
+        self.tokens, self.targets, self.lengths = array("I"), array("B"), array("I")
 
     def add(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[bool]:
         """Encode and append examples; for each, whether it was kept."""
@@ -101,10 +98,9 @@ class Documents:
         kept = []
         for tokens, targets in tokenizer.documents(texts):
             kept.append(len(tokens) <= self.longest)
-            if not kept[-1]:
-                self.dropped_too_long += 1
-                continue
-            self.tokens.extend(tokens)
-            self.targets.extend(targets)
-            self.lengths.append(len(tokens))
+            if kept[-1]:
+                self.tokens.extend(tokens)
+                self.targets.extend(targets)
+                self.lengths.append(len(tokens))
+        self.dropped_too_long += kept.count(False)
         return kept

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 
 from ftlib import modelfiles
 from ftlib.data.tokenizing import Prompt, Tokenizer
@@ -54,7 +54,12 @@ class Answerer:
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad,
             use_cache=True,
         )
-        self.stopping = [_Stopping(stop)]
+
+        def stopping(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            stop.check()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        self.stopping = StoppingCriteriaList([stopping])
 
     def _heads(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         # Where the prefix begins a text already, the prompt does not begin another.
@@ -101,14 +106,3 @@ class Answerer:
         ids = torch.tensor([[self.tokenizer.pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.model.device), mask.to(self.model.device)
-
-
-class _Stopping(StoppingCriteria):
-    """Gives up a generation when the job is asked to stop."""
-
-    def __init__(self, stop: StopFlag) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        self.stop.check()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

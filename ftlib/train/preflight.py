@@ -121,7 +121,7 @@ def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, t
     return Check("capability", False, words, mend)
 
 
-def gpu(*, asked: int, planned_gib: float | None) -> Iterator[Check]:
+def gpu(*, asked: int, planned_gib: float) -> Iterator[Check]:
     """Driver, the GPUs that are seen, their code, memory beside the profile's, and a product computed there."""
     import torch
 
@@ -152,7 +152,7 @@ def gpu(*, asked: int, planned_gib: float | None) -> Iterator[Check]:
     if not code.ok:
         return
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    small = planned_gib is not None and memory < MEMORY_SHARE * planned_gib
+    small = memory < MEMORY_SHARE * planned_gib
     yield Check(
         "GPU", not small, f"{seen} x {name}, {memory:.1f} GiB" + f"; the profile says {planned_gib:g}" * small,
         "set memory_gib of the partition's GPU in the profile to what is there: plans count on it",

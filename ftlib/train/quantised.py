@@ -29,15 +29,14 @@ def place(
     cache: Path, model_path: str, revision: str | None, method: MethodSpec, dtype: torch.dtype, device: torch.device
 ) -> Path | None:
     """Where the 4-bit weights of this model are kept; None where keeping them does not pay."""
-    config = cached_file(model_path, "config.json", revision=revision)
-    folder = Path(config).parent
-    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    config = Path(cached_file(model_path, "config.json", revision=revision))
+    files = sorted(path for pattern in WEIGHTS for path in config.parent.glob(pattern))
     if sum(path.stat().st_size for path in files) < PAYS_FROM_BYTES:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wish = {
         "format": FORMAT,
-        "config": hashlib.sha256(Path(config).read_bytes()).hexdigest(),
+        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "weights": {path.name: _identity(path) for path in files},
         "quant": [method.quant_type, method.double_quant, str(dtype)],
         # Kernels of another version or device may round otherwise.

@@ -39,14 +39,12 @@ def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WA
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address)
-    deadline = time.monotonic() + wait_s
+    deadline, timeout = time.monotonic() + wait_s, timedelta(seconds=COLLECTIVE_S)
     store = _serve(name) if ranks.rank() == 0 else _find(name, deadline, wait_s)
     ranks.use(store)
     _roll_call(store, deadline, wait_s)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=ranks.rank(), world_size=ranks.world_size(),
-        timeout=timedelta(seconds=COLLECTIVE_S),
-    )
+    group = {"rank": ranks.rank(), "world_size": ranks.world_size(), "timeout": timeout}
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **group)
     if ranks.world_size() > 1:
         _preflight(store, deadline)
 
