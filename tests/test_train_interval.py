@@ -1,4 +1,4 @@
-"""How often a training saves: from the measured cost of a save and the kills it has seen; and whose rows count.
+"""How often a training saves: from the measured cost of a save and the kills it has seen; and whose rows count."""
 
 from __future__ import annotations
 
