@@ -1,6 +1,7 @@
 """The evaluate stage: base and tuned model answer held-out questions, and are scored beside copying the example.
 Each answer goes to <run>/evaluation/<model>.jsonl, {"index", "answer", "nll", "tokens"}, where a next life goes on."""
 
+import contextlib
 import gc
 import json
 import time
@@ -71,15 +72,12 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
 
 
 def read_answers(store: Path) -> dict[int, Any]:
-    """Answers by question index; a line that a crash cut short is left out."""
+    """Answers by question index; the last of an index counts, and a line that a crash cut short does not."""
     found: dict[int, Any] = {}
-    if store.exists():
-        for line in store.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                answer = json.loads(line)
-                found[answer["index"]] = answer
-            except (ValueError, TypeError, KeyError):
-                continue
+    for line in store.read_text(encoding="utf-8", errors="replace").split("\n") if store.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            answer = json.loads(line)
+            found[answer["index"]] = answer
     return found
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,21 +13,12 @@ from ftlib.stop import StopFlag
 Logits = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Differences of logits over all real tokens; `spread` is the reference logits' standard deviation."""
-
-    max_abs: float
-    mean_abs: float
-    top1_agreement: float
-    spread: float
-    rows: int
-    tokens: int
-
-
 @torch.no_grad()
-def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, batch: int, stop: StopFlag) -> Difference:
-    """Compare on the first `count` rows, `batch` rows at once; raises Interrupted between batches."""
+def compare(
+    reference: Logits, other: Logits, rows: Dataset[Any], count: int, batch: int, stop: StopFlag
+) -> dict[str, Any]:
+    """How the logits of all real tokens of the first `count` rows differ, `batch` rows at once.
+    max_abs, mean_abs, top1_agreement (a share), spread (the reference's standard deviation), rows, tokens."""
     worst = total = squares = plain = agree = 0.0
     entries = tokens = 0
     for start in range(0, count, batch):
@@ -43,7 +33,8 @@ def compare(reference: Logits, other: Logits, rows: Dataset[Any], count: int, ba
         agree += float((one.argmax(-1) == two.argmax(-1)).sum())
         entries, tokens = entries + one.numel(), tokens + one.shape[0]
     spread = math.sqrt(max(0.0, squares / entries - (plain / entries) ** 2))
-    return Difference(worst, total / entries, agree / tokens, spread, count, tokens)
+    said = {"max_abs": worst, "mean_abs": total / entries, "top1_agreement": agree / tokens, "spread": spread}
+    return {**said, "rows": count, "tokens": tokens}
 
 
 def logits_of(

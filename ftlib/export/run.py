@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,7 @@ class _Parts:
             isolate_documents(plain)
             prompt = put_prompt(plain, self.prompt_folder) if self.spec.method.kind == "two-stage" else []
             other = logits_of(plain.eval(), self.device, prompt=prompt)
-            found = asdict(compare(reference, other, *how))
+            found = compare(reference, other, *how)
             del plain, other
         # The same base under both adapters: the logits of one are kept while the other is active.
         pieces = [part for part, _ in parts(trained, self.checkpoint)]
@@ -150,13 +149,13 @@ class _Parts:
             return logits
 
         adapter = compare(under("default"), under("exported"), *how) if pieces else None
-        found = found or asdict(adapter)
+        found = found or adapter
         # Both compute in bf16, whose rounding grows with the logits: a fixed number would fit one model only.
         allowed = self.spec.export.max_logit_diff * found["spread"]
         return {
             **found, "allowed": allowed,
-            "passed": max(found["mean_abs"], adapter.mean_abs if adapter else 0.0) <= allowed,
-            "adapter": {"max_abs": adapter.max_abs, "mean_abs": adapter.mean_abs} if adapter else None,
+            "passed": max(found["mean_abs"], adapter["mean_abs"] if adapter else 0.0) <= allowed,
+            "adapter": {name: adapter[name] for name in ("max_abs", "mean_abs")} if adapter else None,
             "compared": "merged" if merged is not None else "adapter", "checkpoint": self.checkpoint.name,
             "device": self.device.type,
         }

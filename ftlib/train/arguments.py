@@ -57,29 +57,17 @@ def training_arguments(
             spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu, universal=universal
         )
     return TrainingArguments(
-        deepspeed=sharing,
-        output_dir=str(folder),
-        max_steps=total,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=optim.lr,
+        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=on_gpu, use_cpu=not on_gpu, seed=train.seed,
+        data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+        learning_rate=optim.lr, optim=optim.name, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
-        warmup_steps=round(optim.warmup_share * total),
-        optim=optim.name,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
+        warmup_steps=round(optim.warmup_share * total), activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu, remove_unused_columns=False,
         # Named for one process, it would look for the others.
         ddp_backend=None if world == 1 and not sharing else "nccl" if on_gpu else "gloo",
         # In each of two stages the other's parameters are unused.
         ddp_find_unused_parameters=spec.method.kind == "two-stage",
-        seed=train.seed,
-        data_seed=train.seed,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
         # Saving, validating, logging and tracking are ours: in this order, at every step, and across lives.
         save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
         logging_nan_inf_filter=False,

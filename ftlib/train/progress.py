@@ -11,7 +11,6 @@ class Progress:
 
     def __init__(self, total: int, every: int) -> None:
         self._total, self._every, self._first = total, every, 0
-        self._began = time.perf_counter()
         self._losses: list[float] = []
         self._tokens, self._seconds = 0, 0.0
 

@@ -136,10 +136,7 @@ def _preflight(store: dist.TCPStore, deadline: float) -> None:
             if (other := place ^ turn) < len(names):
                 taken = _exchange(block, leaders[other], deadline)
                 store.set(f"pair/{min(place, other)}/{max(place, other)}", str(taken))
-    began = time.monotonic()
-    whole = _within(lambda: [dist.all_reduce(block, async_op=True)], deadline)
-    store.set(f"summed/{ranks.rank()}", str(time.monotonic() - began if whole else None))
-    if not whole or float(block[0]) != ranks.world_size():
+    if not _within(lambda: [dist.all_reduce(block, async_op=True)], deadline) or float(block[0]) != ranks.world_size():
         cut = [f"{a} and {b}" for (a, b), taken in _pairs(store, names).items() if taken is None]
         raise FtError(
             f"the processes are here, but cannot talk: {'; '.join(cut) or 'a sum over all ranks'} did not come through "
