@@ -42,7 +42,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def fsync(path: Path | str) -> None:
-    """Flush a file's content, or the renames in a folder, to storage."""
+    """Flush a file to storage, or a folder, so that the renames in it survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 
@@ -12,9 +14,8 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.report.page import write_report
     from ftlib.report.plan import console
     from ftlib.report.tables import evaluation_table
-    from ftlib.train.watch import watched
 
-    with watched(run, life, stop, "evaluate"):
+    with _watched(run, life, stop):
         evaluation = evaluate(run, stop)
     console().print(evaluation_table(evaluation))
     report = write_report(run)
@@ -25,3 +26,16 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
         if base[score] is not None and tuned[score] is not None
     ]
     return f"{', '.join(words)} on {tuned['n']} held-out pairs; the report is {report}"
+
+
+def _watched(run: RunDir, life: int, stop: StopFlag) -> contextlib.AbstractContextManager[object]:
+    """The GPU's use is sampled, and an idle one ends the stage before the site does; nothing without a GPU."""
+    if run.plan()["device"] != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    from ftlib.train.watch import GpuWatch
+
+    limit = (run.provenance().get("profile") or {}).get("gpu_idle_limit_min")
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    return GpuWatch(run, life, stop, uuid=uuid, stage="evaluate", limit_min=limit)
