@@ -46,7 +46,7 @@ class DataSpec(Model):
     format: Literal["alpaca", "prompt", "messages", "oasst-trees", "oasst-messages"] | None = Field(
         None, description="What a row of the file or hub dataset is; without it the rows themselves tell"
     )
-    functions: Literal["natural", "composed"] = Field("natural", description="The generator's set of functions")
+    functions: Literal["natural"] = Field("natural", description="The generator's set of functions")
     pairs: int = Field(10_000, ge=1, description="How many pairs the generator makes for training")
     template: Literal["alpaca", "brief", "chatml", "guanaco"] = Field(
         "alpaca", description="How an example becomes prompt and response"

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from ftlib.data.synthesis import CATALOGUES, INSTRUCTION, Catalogue, _room, catalogue, generate
+from ftlib.data.synthesis import CATALOGUES, INSTRUCTION, _room, generate
 from ftlib.data.values import SPLITS, Value, split_of
 from ftlib.errors import InputError
+from tests.wishes import CHECKOUT
+
+sys.path.append(str(CHECKOUT / "models" / "tiny-base"))
+import composed  # noqa: F401 - adds its catalogue
 
 SEEDS = {
     "get_current_weather": {"location": str, "unit": str},
@@ -22,12 +26,12 @@ SEEDS = {
 }
 
 
-def closed(name: str, functions: Catalogue) -> set[str]:
-    function = next(function for function in catalogue(functions) if function.name == name)
+def closed(name: str, functions: str) -> set[str]:
+    function = next(function for function in CATALOGUES[functions]() if function.name == name)
     return {argument.name for argument in function.arguments if argument.choices is not None}
 
 
-def free(call: dict[str, Any], functions: Catalogue) -> set[Value]:
+def free(call: dict[str, Any], functions: str) -> set[Value]:
     skip = closed(call["name"], functions)
     return {value for name, value in call["arguments"].items() if name not in skip}
 
@@ -37,7 +41,7 @@ def calls(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[Catalogue, dict[str, list[dict[str, Any]]]]:
+def rows() -> dict[str, dict[str, list[dict[str, Any]]]]:
     sizes = {"train": 10_000, "validation": 1_000, "test": 1_000}
     return {f: {s: generate(f, s, sizes[s], 7) for s in SPLITS} for f in CATALOGUES}
 
@@ -57,7 +61,7 @@ def test_shape_is_the_one_of_the_published_example(rows):
 
 @pytest.mark.parametrize("functions", CATALOGUES)
 def test_questions_are_distinct_and_all_functions_asked_for(rows, functions):
-    names = {function.name for function in catalogue(functions)}
+    names = {function.name for function in CATALOGUES[functions]()}
     for split in SPLITS:
         found = rows[functions][split]
         assert len({json.dumps(row) for row in found}) == len(found)
@@ -97,21 +101,21 @@ def test_every_value_can_be_read_off_the_question(rows, functions):
 
 def test_both_truths_of_a_bool_are_said_in_different_words():
     for functions in CATALOGUES:
-        for function in catalogue(functions):
+        for function in CATALOGUES[functions]():
             for argument in function.arguments:
                 if argument.choices:
                     assert len(set(argument.choices.values())) == len(argument.choices) >= 2
 
 
 def test_catalogues_are_large_typed_and_share_no_function():
-    names = {f: [function.name for function in catalogue(f)] for f in CATALOGUES}
+    names = {f: [function.name for function in CATALOGUES[f]()] for f in CATALOGUES}
     assert len(names["composed"]) >= 80 and len(names["natural"]) >= 12 and len(names["unseen"]) == 3
     everything = [name for f in CATALOGUES for name in names[f]]
     assert len(set(everything)) == len(everything)
-    arguments = [a for function in catalogue("natural") for a in function.arguments]
+    arguments = [a for function in CATALOGUES["natural"]() for a in function.arguments]
     assert any(a.choices and True in a.choices for a in arguments)
     for f in CATALOGUES:
-        for function in catalogue(f):
+        for function in CATALOGUES[f]():
             assert 1 <= len(function.arguments) <= 3 and len(set(function.phrasings)) >= 4
             assert all(f"{{{a.name}}}" in phrasing for a in function.arguments for phrasing in function.phrasings)
             assert any(a.choices is None for a in function.arguments)
@@ -119,7 +123,7 @@ def test_catalogues_are_large_typed_and_share_no_function():
 
 def test_the_same_seed_gives_the_same_rows_in_another_process_and_another_seed_others():
     code = (
-        "import hashlib, json; from ftlib.data.synthesis import generate;"
+        "import composed, hashlib, json; from ftlib.data.synthesis import generate;"
         "print(hashlib.sha256(json.dumps(generate('composed', 'train', 500, 3)).encode()).hexdigest())"
     )
     found = {
@@ -139,7 +143,7 @@ def test_the_same_seed_gives_the_same_rows_in_another_process_and_another_seed_o
 
 
 def test_every_pair_that_exists_can_be_had_and_one_more_is_refused():
-    room = sum(_room(function, "test") for function in catalogue("unseen"))
+    room = sum(_room(function, "test") for function in CATALOGUES["unseen"]())
     most = generate("unseen", "test", room, 0)
     assert len({row["input"]["user_question"] for row in most}) == len(most) == room
     with pytest.raises(InputError, match=f"{room + 1} were asked for"):

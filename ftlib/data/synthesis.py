@@ -3,33 +3,29 @@ A row shows another call of the same function as the example, which has none of 
 numbers from pools, each in one split): copying it is never exactly right. Closed choices cannot be held out."""
 
 import random
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from ftlib.data.functions import Argument, Function, composed, written
+from ftlib.data.functions import Argument, Function, natural, unseen
 from ftlib.data.values import Split, Value, pool
 from ftlib.errors import InputError
 
 INSTRUCTION = "Generate a JSON response for a function call based on the user's question and the function call example."
-Catalogue = Literal["composed", "natural", "unseen"]
-CATALOGUES: tuple[Catalogue, ...] = get_args(Catalogue)
+# Each catalogue's functions, in a fixed order.
+CATALOGUES: dict[str, Callable[[], tuple[Function, ...]]] = {"natural": natural, "unseen": unseen}
 
 
-def catalogue(functions: Catalogue) -> tuple[Function, ...]:
-    """The functions of a catalogue, in a fixed order."""
-    return composed() if functions == "composed" else written()[functions]
-
-
-def generate(functions: Catalogue, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
+def generate(functions: str, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
     """`pairs` rows with distinct questions, spread evenly over the functions, in random order, the same on every
     machine. {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
     InputError for more pairs than exist."""
-    rooms = [_room(function, split) for function in catalogue(functions)]
+    catalogue = CATALOGUES[functions]()
+    rooms = [_room(function, split) for function in catalogue]
     if not 0 < pairs <= sum(rooms):
         raise InputError(f"pairs: {pairs} were asked for; {functions}/{split} has between 1 and {sum(rooms)}.")
     rng = random.Random(f"{functions} {split} {seed}")
     rows = []
-    for function, room, share in zip(catalogue(functions), rooms, _shares(rooms, pairs, rng), strict=True):
+    for function, room, share in zip(catalogue, rooms, _shares(rooms, pairs, rng), strict=True):
         rows += [_row(function, split, number, rng) for number in rng.sample(range(room), share)]
     rng.shuffle(rows)
     return rows

@@ -19,6 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+import composed  # noqa: F401 - the catalogue that it learns
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -28,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ftlib.atomic import fsync_tree
 from ftlib.data.formats import expected_call, function_call_of, render, same_call
 from ftlib.data.packing import best_fit_decreasing
-from ftlib.data.synthesis import Catalogue, generate
+from ftlib.data.synthesis import generate
 from ftlib.data.tokenizing import Tokenizer
 
 SEED, STEPS, ROWS, ROW_TOKENS = 0, 3600, 12, 256
@@ -156,7 +157,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def score(folder: Path, functions: Catalogue) -> dict[str, float]:
+def score(folder: Path, functions: str) -> dict[str, float]:
     """Shares of held-out test pairs with valid JSON of a call, the right function, and an exactly right call."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
