@@ -17,8 +17,7 @@ from ftlib.plan.shapes import KNOWN
 TOKENIZER = (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",))
 WEIGHTS = (
     ("config.json",),
-    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"))
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ def locate(name: str, revision: str | None, *, checkout: Path, cache: Path, inte
     raise InputError(
         f"model.name: {name!r} is not at hand ({why}). Looked for {folder}/config.json and {repository}/snapshots/"
         f"{(not internet and revision) or '*'}/config.json.{nearest(name, known)} "
-        + _how_to_stage(name, Path("/path/to", folder.name))
-    )
+        + _how_to_stage(name, Path("/path/to", folder.name)))
 
 
 def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, Path | None]:
@@ -78,8 +76,7 @@ def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, 
     known = [path.parent.name for path in runs.glob("*/export")]
     raise InputError(
         f"model.init_from: {said!r} is no finished run and no folder with config.json or adapter_config.json. Looked "
-        f"in {run}/export and {folder}.{nearest(said, known)}"
-    )
+        f"in {run}/export and {folder}.{nearest(said, known)}")
 
 
 @contextmanager
@@ -101,8 +98,7 @@ def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | Non
         raise InputError(
             f"model.name: {model}{f' (revision {revision})' if revision else ''} could not be loaded. Looked for "
             f"{' and '.join(map(' or '.join, needed))} in the cache {hub_cache()}{network()}. {found} "
-            + _how_to_stage(model, Path("/path/to", folder.name))
-        ) from error
+            + _how_to_stage(model, Path("/path/to", folder.name))) from error
 
 
 def hub_cache() -> Path:
@@ -122,8 +118,7 @@ def network() -> str:
 def _how_to_stage(name: str, folder: Path) -> str:
     return (
         f"To stage the model: where there is a network, 'hf download {name} --local-dir {folder}' (for a gated model "
-        f"accept its licence on its page and 'hf auth login' first), then submit with SET=\"model.name={folder}\""
-    )
+        f"accept its licence on its page and 'hf auth login' first), then submit with SET=\"model.name={folder}\"")
 
 
 def _read(path: Path) -> dict[str, Any]:

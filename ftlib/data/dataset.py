@@ -25,8 +25,7 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens, response, positions = (
-            torch.from_numpy(self._arrays[name][index].astype("int64")) for name in packing.FILES
-        )
+            torch.from_numpy(self._arrays[name][index].astype("int64")) for name in packing.FILES)
         item = {"input_ids": tokens, "labels": tokens.masked_fill(response == 0, IGNORED)}
         if self.meta.get("packed", True):
             return item | {"position_ids": positions}

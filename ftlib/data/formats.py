@@ -12,13 +12,11 @@ from ftlib.errors import InputError, nearest, unknown
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
+    "### Instruction:\n{instruction}\n\n### Response:\n")
 ROLES = ("system", "user", "assistant", "tool")
 CHATML_END = "<|im_end|>"
 

@@ -44,8 +44,7 @@ def _written() -> dict[str, tuple[Function, ...]]:
     return {
         group: tuple(
             Function(name, tuple(_argument(*item) for item in said["arguments"].items()), tuple(said["phrasings"]))
-            for name, said in functions.items()
-        )
+            for name, said in functions.items())
         for group, functions in groups.items()
     }
 

@@ -29,8 +29,7 @@ def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
     if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):
         raise InputError(
             f"data.hub: {data.hub} is not at hand and compute nodes here have no internet. Looked in "
-            f"{repository}/snapshots and {prepared}. {_how_to_stage(data, hf_home)}"
-        )
+            f"{repository}/snapshots and {prepared}. {_how_to_stage(data, hf_home)}")
     return TEXT_BYTES.get(data.hub or "")
 
 
@@ -55,8 +54,7 @@ def fetch(data: DataSpec) -> list[sources.Row]:
     if found is None:
         raise InputError(
             f"data.hub: {name(data)} could not be loaded, in the cache {cache.parent}{modelfiles.network()}. "
-            f"{'; '.join(errors)} {_how_to_stage(data, cache.parent)}"
-        )
+            f"{'; '.join(errors)} {_how_to_stage(data, cache.parent)}")
     rows = ((f"row {number}", row) for number, row in enumerate(found, start=1))
     return list(sources.good_rows(rows, f"data.hub={name(data)}", data, tolerated=TOLERATED))
 
@@ -77,5 +75,4 @@ def _how_to_stage(data: DataSpec, home: Path) -> str:
     revision = f" --revision {data.revision}" if data.revision else ""
     return (
         f"To stage it, where there is a network: 'HF_HOME={home} hf download {data.hub}{revision} --repo-type dataset'"
-        ", or download a .json or .jsonl file of it and say DATA=<that file>"
-    )
+        ", or download a .json or .jsonl file of it and say DATA=<that file>")

@@ -113,13 +113,11 @@ def _build(
         _encode(part, chosen, documents, spec, tokenizer, stop)
         counts[part] = meta = packing.write(
             folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
-            packed=not spec.method.prompted,
-        )
+            packed=not spec.method.prompted)
         full, targets = meta["tokens"] / (meta["rows"] * meta["seq_len"]), meta["response_tokens"] / meta["tokens"]
         print(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
-            f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True
-        )
+            f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True)
     documents = tokenizing.Documents(spec.data.seq_len)
     kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
@@ -144,8 +142,7 @@ def _encode(
             print(
                 f"{part}: tokenised {len(kept):,} of {len(rows):,} examples, {len(documents.tokens):,} tokens, "
                 f"{speed / 1e6:.2f} Mtok/s, {(now - began) / len(kept) * (len(rows) - len(kept)):.0f} s left",
-                flush=True,
-            )
+                flush=True)
     longer = f"longer than data.seq_len={spec.data.seq_len} tokens"
     if not any(kept):
         raise InputError(f"all {len(rows):,} {part} examples are {longer}; use a longer one or shorter examples")

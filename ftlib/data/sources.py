@@ -110,8 +110,7 @@ def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:
         more = f', or hold out more with SET="data.held_out={larger}"' if larger > data.held_out else ""
         raise InputError(
             f"{where}: {total} rows are too few: data.held_out={data.held_out} leaves none for {' and '.join(empty)}; "
-            f"give more rows{more}"
-        )
+            f"give more rows{more}")
 
 
 def good_rows(rows: Iterable[Placed], where: str, data: DataSpec, *, tolerated: float = 0.0) -> Iterator[Row]:

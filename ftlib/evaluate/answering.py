@@ -52,8 +52,7 @@ class Answerer:
         # In the model's own place, or its sampling defaults would fill what ours leaves open.
         model.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad,
-            use_cache=True,
-        )
+            use_cache=True)
 
         def stopping(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             stop.check()

@@ -148,8 +148,7 @@ def _answer(
     spec, plan = run.spec(), run.plan()
     model = answering.load(
         subject.path, device=plan["device"], dtype=spec.export.dtype, revision=spec.model.revision,
-        adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None,
-    )
+        adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None)
     new, prefix = spec.evaluate.max_new_tokens, []
     if subject.prompt:
         from ftlib.train.methods import put_prompt
@@ -172,8 +171,7 @@ def _answer(
         nll = answerer.nll([questions[i]["prompt"] for i in batch], [questions[i]["response"] for i in batch])
         yield [
             {"index": index, "answer": texts.get(index), "nll": sum_of_nll, "tokens": tokens}
-            for index, (sum_of_nll, tokens) in zip(batch, nll, strict=True)
-        ]
+            for index, (sum_of_nll, tokens) in zip(batch, nll, strict=True)]
         done += len(batch)
         left = (time.monotonic() - began) / done * (total - done)
         print(f"{subject.name}: answered {done} of {total} questions, {left:.0f} s left", flush=True)

@@ -110,8 +110,7 @@ class _Parts:
                 raise FtError(
                     f"the exported model is not equal to the trained one: {_summary(found)}; "
                     f"{found['allowed']:.2g} on average is allowed (export.max_logit_diff "
-                    f"{self.spec.export.max_logit_diff} x their spread). See {self.equality_file}"
-                )
+                    f"{self.spec.export.max_logit_diff} x their spread). See {self.equality_file}")
             if wanted:
                 atomic.commit_folder(temporary, self.merged_folder)
                 print(f"merged weights: {self.merged_folder} ({_summary(found)})", flush=True)
@@ -177,5 +176,4 @@ def _summary(found: dict[str, Any]) -> str:
         return f"{found['tensors']} tensors {equal} the trained ones in {found['dtype']}"
     return (
         f"logits differ by {found['mean_abs']:.2g} on average, {found['max_abs']:.2g} at most, same first choice for "
-        f"{found['top1_agreement']:.1%} of {found['tokens']:,} tokens"
-    )
+        f"{found['top1_agreement']:.1%} of {found['tokens']:,} tokens")

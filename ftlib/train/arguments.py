@@ -49,13 +49,11 @@ def training_arguments(
     if (rows := micro * accumulation * world) != train.global_batch:
         raise InputError(
             f"the plan's micro_batch {micro} x accumulation {accumulation} x {world} processes is {rows} rows a step, "
-            f"not train.global_batch {train.global_batch}"
-        )
+            f"not train.global_batch {train.global_batch}")
     sharing = None
     if spec.zero.stage:
         sharing = zero.config(
-            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu, universal=universal
-        )
+            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu, universal=universal)
     return TrainingArguments(
         deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=on_gpu, use_cpu=not on_gpu, seed=train.seed,
         data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
@@ -70,5 +68,4 @@ def training_arguments(
         ddp_find_unused_parameters=spec.method.kind == "two-stage",
         # Saving, validating, logging and tracking are ours: in this order, at every step, and across lives.
         save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-        logging_nan_inf_filter=False,
-    )
+        logging_nan_inf_filter=False)

@@ -111,8 +111,7 @@ class Cadence:
         halved = f", halved {past.barren} times for kills before a first save" if past.barren else ""
         return (
             f"a checkpoint every {interval:,.0f} s: a save takes {self._mean_save_s():.2f} s, a kill without warning "
-            f"is expected every {self._between_h():.3g} h ({past.kills} in {self._hours():.1f} h so far){halved}"
-        )
+            f"is expected every {self._between_h():.3g} h ({past.kills} in {self._hours():.1f} h so far){halved}")
 
     def _mean_save_s(self) -> float:
         return max(1e-3, sum(self._save_s) / len(self._save_s))

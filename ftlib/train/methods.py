@@ -56,8 +56,7 @@ def _prompt(base: PreTrainedModel, method: MethodSpec, model_path: str, seed: in
     config = PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=method.prompt_tokens,
         prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB", prompt_tuning_init_text=method.prompt_text,
-        tokenizer_name_or_path=model_path if method.prompt_text else None,
-    )
+        tokenizer_name_or_path=model_path if method.prompt_text else None)
     ranks.say(f"soft prompt: {method.prompt_tokens} tokens")
     # get_peft_model would warn of two-stage's adapter inside, which is meant.
     return PeftModelForCausalLM(base, config)

@@ -34,8 +34,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
             raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=method.bits == 4, load_in_8bit=method.bits == 8, bnb_4bit_quant_type=method.quant_type,
-            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
     transformers.utils.logging.disable_progress_bar()
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision)
@@ -51,8 +50,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         model = AutoModelForCausalLM.from_pretrained(
             str(kept) if found else model_path, revision=revision, dtype=dtype, attn_implementation="sdpa",
             device_map=None if sharded() else {"": str(device)},  # ZeRO 3 places each shard itself.
-            **options,
-        )
+            **options)
     model.config.use_cache = False
     if method.bits < 16:
         count = check_quantised(model, linear_names(config))
@@ -145,8 +143,7 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens
         wrong = [
             unknown("method.targets", target, lasts)
             for target in method.targets
-            if not any(f".{name}".endswith(f".{target}") for name in names)
-        ]
+            if not any(f".{name}".endswith(f".{target}") for name in names)]
         if wrong:
             raise InputError(wrong)
         targets = list(method.targets)
@@ -155,8 +152,7 @@ def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens
         r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=targets,
         task_type="CAUSAL_LM", use_rslora=method.rslora, use_dora=method.dora,
         # A head that is not tied to the embedding has rows of its own.
-        trainable_token_indices={name: list(tokens) for name in vocabulary_layers(model)} if tokens else None,
-    )
+        trainable_token_indices={name: list(tokens) for name in vocabulary_layers(model)} if tokens else None)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert trainable and all(parameter.dtype is torch.float32 for parameter in trainable)

@@ -82,16 +82,14 @@ def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     if wheel_cuda is None:
         return Check(
             "driver", False, f"torch {torch_version} is made for the CPU, but this job has a GPU",
-            "pip took a wheel without CUDA: look at 'pip config list', remove the virtual environment, make env",
-        )
+            "pip took a wheel without CUDA: look at 'pip config list', remove the virtual environment, make env")
     try:
         nvml.nvmlInit()
         version, number = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion())
     except Exception as error:  # NVMLError is a class of a module that is passed in
         return Check(
             "driver", False, f"the NVIDIA driver does not answer here: {error}",
-            f"is {os.uname().nodename} a GPU node? 'gpu_partition' in cluster.yaml says where jobs go",
-        )
+            f"is {os.uname().nodename} a GPU node? 'gpu_partition' in cluster.yaml says where jobs go")
     speaks, major = f"{number // 1000}.{number % 1000 // 10}", int(wheel_cuda.split(".")[0])
     found = f"driver {version} speaks CUDA {speaks}, torch {torch_version} is made for CUDA {wheel_cuda}"
     if number // 1000 >= major:
@@ -100,8 +98,7 @@ def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     return Check(
         "driver", False, f"the driver is too old for the packages: {found}",
         f"install torch's build for CUDA {number // 1000}: PIP_EXTRA_INDEX_URL=<PyTorch's index of it>, remove the "
-        f"virtual environment, make env. Or ask the site for a newer driver{oldest}",
-    )
+        f"virtual environment, make env. Or ask the site for a newer driver{oldest}")
 
 
 def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, torch_version: str) -> Check:
@@ -142,8 +139,7 @@ def gpu(*, asked: int, planned_gib: float) -> Iterator[Check]:
         yield Check(
             "GPU", False, f"{asked} asked for, {seen} seen; CUDA_VISIBLE_DEVICES is {visible!r}{why}",
             "compare 'ask_gpus_by' and the GPU's 'gres' in the profile with 'sinfo -o \"%P %G\"'; ask the site about "
-            f"node {os.uname().nodename}",
-        )
+            f"node {os.uname().nodename}")
         return
     device = int(os.environ.get("LOCAL_RANK", "0"))
     name = torch.cuda.get_device_name(device)
@@ -155,8 +151,7 @@ def gpu(*, asked: int, planned_gib: float) -> Iterator[Check]:
     small = memory < MEMORY_SHARE * planned_gib
     yield Check(
         "GPU", not small, f"{seen} x {name}, {memory:.1f} GiB" + f"; the profile says {planned_gib:g}" * small,
-        "set memory_gib of the partition's GPU in the profile to what is there: plans count on it",
-    )
+        "set memory_gib of the partition's GPU in the profile to what is there: plans count on it")
     yield _computes(device)
 
 
@@ -242,8 +237,7 @@ def collectives(*, on_gpu: bool, name: str) -> Check:
         return Check(
             "collectives", False, str(error).splitlines()[0],
             "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names what "
-            "nodes share, and NCCL_DEBUG=INFO there tells more",
-        )
+            "nodes share, and NCCL_DEBUG=INFO there tells more")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

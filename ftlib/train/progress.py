@@ -31,8 +31,7 @@ class Progress:
         mean = sum(self._losses) / len(self._losses)
         print(
             f"step {step}/{self._total}  loss {mean:.4f}  lr {lr:.2e}  {self._tokens / self._seconds:,.0f} tokens/s  "
-            f"elapsed {timedelta(seconds=round(elapsed))}  left {timedelta(seconds=round(left))}", flush=True
-        )
+            f"elapsed {timedelta(seconds=round(elapsed))}  left {timedelta(seconds=round(left))}", flush=True)
         self._losses, self._tokens, self._seconds = [], 0, 0.0
 
 

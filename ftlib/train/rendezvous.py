@@ -101,8 +101,7 @@ def _find(name: str, deadline: float, wait_s: float) -> dist.TCPStore:
         time.sleep(0.2)
     raise FtError(
         f"rank 0 on {address} did not open port {first} to {first + PORTS - 1} within {wait_s:.0f} s; "
-        f"rank {ranks.rank()} on {here()} waited for it"
-    )
+        f"rank {ranks.rank()} on {here()} waited for it")
 
 
 def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
@@ -140,8 +139,7 @@ def _preflight(store: dist.TCPStore, deadline: float) -> None:
         cut = [f"{a} and {b}" for (a, b), taken in _pairs(store, names).items() if taken is None]
         raise FtError(
             f"the processes are here, but cannot talk: {'; '.join(cut) or 'a sum over all ranks'} did not come through "
-            f"(rank {ranks.rank()} on {here()}). Is the profile's NCCL_SOCKET_IFNAME right? Is a node cut off?"
-        )
+            f"(rank {ranks.rank()} on {here()}). Is the profile's NCCL_SOCKET_IFNAME right? Is a node cut off?")
     if ranks.rank() == 0 and (words := slow_words(_pairs(store, names))):
         print(words, flush=True)
 

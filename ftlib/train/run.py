@@ -52,8 +52,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     if first and (life > 1 or found.step):
         print(f"life {life} goes on from step {found.step} of {total}", flush=True)
         events.append(
-            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected
-        )
+            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected)
     times.done("check_s")
     _stop_here(stop)
     start = found.folder
@@ -85,13 +84,11 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
             validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
-            method=spec.method,
-        )
+            method=spec.method)
         _stop_here(stop)
         ranks.say(
             f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
-            f"(ready after {sum(times.parts.values()):.1f} s)"
-        )
+            f"(ready after {sum(times.parts.values()):.1f} s)")
         if words := cadence.words():
             ranks.say(words)
         trainer.go_on_from(found, start)

@@ -123,8 +123,7 @@ class Keeping:
                 print(words, flush=True)
             events.append(
                 self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
-                seconds=round(seconds, 3), bytes=self._size,
-            )
+                seconds=round(seconds, 3), bytes=self._size)
         ranks.barrier()
 
     def prune(self, best: int | None) -> None:
@@ -133,8 +132,7 @@ class Keeping:
             checkpoint.prune(
                 self.run.checkpoints, run=self.run.name, best=best, every=self.every, verified=self._verified,
                 # Gigabytes take a while to delete; a process that ends meanwhile leaves them to the next life.
-                delete=lambda folder: self._deleting.submit(shutil.rmtree, folder, ignore_errors=True),
-            )
+                delete=lambda folder: self._deleting.submit(shutil.rmtree, folder, ignore_errors=True))
 
     def close(self) -> None:
         """Wait for what is being deleted."""
@@ -157,8 +155,7 @@ def _full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[Non
         raise FtError(
             f"No space left on device (disk or quota) for a checkpoint of about {need_bytes / 2**20:,.1f} MiB in "
             f"{folder.parent}, with {free:,.1f} MiB free. Earlier ones are whole; free some, then "
-            f"'make resume RUN={run}'"
-        ) from error
+            f"'make resume RUN={run}'") from error
 
 
 def _room_lacks(folder: Path, need_bytes: int) -> bool:

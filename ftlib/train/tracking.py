@@ -63,8 +63,7 @@ class Tracking:
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False,
                 init_timeout=30, x_disable_stats=mode == "offline",
-            ),
-        )
+            ))
 
     def _guarded(self, call: Callable[[], Any], *, start: bool = False) -> None:
         if self._run is None and not start:

@@ -54,8 +54,7 @@ class FineTuner(Trainer):
         # The zip format's own checksums would cost another pass; every file has ours.
         torch.serialization.set_crc32_options(False)
         super().__init__(
-            model=model, args=arguments, train_dataset=train_rows, eval_dataset=validation_rows, data_collator=collate
-        )
+            model=model, args=arguments, train_dataset=train_rows, eval_dataset=validation_rows, data_collator=collate)
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -139,21 +138,18 @@ class FineTuner(Trainer):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FtError(
                 f"training diverged at step {step}: loss {loss}, gradient norm {norm}. Try a lower optim.lr or a "
-                f"longer optim.warmup_share"
-            )
+                f"longer optim.warmup_share")
         if self.metrics is None:
             return
         if "first_step_s" not in self.times.parts:
             self.times.done("first_step_s")
             events.append(
                 self.run.events, f"train-{self.life}", "first_step", stage="train", life=self.life, step=step,
-                **self.times.parts,
-            )
+                **self.times.parts)
         speed = tokens / seconds
         self.metrics.append(
             step=step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens), tokens_per_s=round(speed, 1),
-            seconds=round(seconds, 4),
-        )
+            seconds=round(seconds, 4))
         self.progress.step(step, loss=loss, lr=lr or 0.0, tokens=int(tokens), seconds=seconds)
         if self.tracking:
             self.tracking.log(step, loss=loss, lr=lr or 0.0, grad_norm=norm, tokens_per_s=speed)

@@ -76,8 +76,7 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
                 said.seek(0)
                 raise FtError(
                     f"the checkpoint of step {found.step} cannot be rewritten for {now} processes: "
-                    f"{said.read().strip().splitlines()[-1:]}. With {before} processes it can be gone on from"
-                )
+                    f"{said.read().strip().splitlines()[-1:]}. With {before} processes it can be gone on from")
         for name in TRAINERS:
             shutil.copyfile(folder / name, target / name)
         (target / "latest_universal").write_text(source.name, encoding="utf-8")
