@@ -41,8 +41,7 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     datasets = Path(provenance["cache"]) / "datasets"
     folder = datasets / digest
     meta = _whole(folder)
-    reused = meta is not None
-    if meta is None:
+    if not (reused := meta is not None):
         try:
             datasets.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -51,8 +50,9 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
         temporary = atomic.temporary_beside(folder)
         try:
             print(f"reading {named}", flush=True)
+            rows = sources.read(spec.data, source, test_pairs=spec.evaluate.pairs)
             meta = {"digest": digest, "source": named, "data_digest": data_digest}
-            meta |= {"tokenizer": provenance["model_path"]} | _build(temporary, spec, source, tokenizer, stop)
+            meta |= {"tokenizer": provenance["model_path"]} | _build(temporary, spec, rows, tokenizer, stop)
             atomic.write_json(temporary / "meta.json", meta)
             if folder.exists() and _whole(folder) is None:
                 atomic.discard_folder(folder)
@@ -100,17 +100,14 @@ def _whole(folder: Path) -> dict[str, Any] | None:
 
 
 def _build(
-    folder: Path, spec: RunSpec, source: Path | list[sources.Row] | None, tokenizer: tokenizing.Tokenizer,
-    stop: StopFlag,
+    folder: Path, spec: RunSpec, rows: sources.Sources, tokenizer: tokenizing.Tokenizer, stop: StopFlag
 ) -> dict[str, Any]:
     """Write the parts of a dataset into `folder`; returns their counts."""
-    rows = sources.read(spec.data, source, test_pairs=spec.evaluate.pairs)
     counted = {"training": rows.train, "validation": rows.validation, "test": rows.test}
     print(", ".join(f"{len(part):,} {name}" for name, part in counted.items()), "examples", flush=True)
     counts: dict[str, Any] = {}
     for part, chosen in (("train", rows.train), ("validation", rows.validation)):
-        documents = tokenizing.Documents(spec.data.seq_len)
-        _encode(part, chosen, documents, spec, tokenizer, stop)
+        documents, _ = _encode(part, chosen, spec, tokenizer, stop)
         counts[part] = meta = packing.write(
             folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
             packed=not spec.method.prompted)
@@ -118,8 +115,7 @@ def _build(
         print(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
             f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True)
-    documents = tokenizing.Documents(spec.data.seq_len)
-    kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)
+    documents, kept = _encode("test", [row for _, row in rows.test], spec, tokenizer, stop)
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
         for group, row in itertools.compress(rows.test, kept):
             file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
@@ -127,11 +123,10 @@ def _build(
 
 
 def _encode(
-    part: str, rows: Sequence[sources.Row], documents: tokenizing.Documents, spec: RunSpec,
-    tokenizer: tokenizing.Tokenizer, stop: StopFlag,
-) -> list[bool]:
-    """Encode rows into `documents` block by block, with progress; for each row, whether it was short enough."""
-    kept: list[bool] = []
+    part: str, rows: Sequence[sources.Row], spec: RunSpec, tokenizer: tokenizing.Tokenizer, stop: StopFlag
+) -> tuple[tokenizing.Documents, list[bool]]:
+    """Rows as documents, block by block, with progress; for each row, whether it was short enough."""
+    documents, kept = tokenizing.Documents(spec.data.seq_len), []
     began = spoken = time.monotonic()
     for start in range(0, len(rows), BLOCK):
         stop.check()
@@ -148,7 +143,7 @@ def _encode(
         raise InputError(f"all {len(rows):,} {part} examples are {longer}; use a longer one or shorter examples")
     if documents.dropped_too_long:
         print(f"{part}: dropped {documents.dropped_too_long:,} examples {longer}", flush=True)
-    return kept
+    return documents, kept
 
 
 def _question(row: sources.Row, group: str, template: str) -> dict[str, Any]:

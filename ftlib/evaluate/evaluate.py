@@ -53,20 +53,19 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
         if todo := [batch for batch in batches if not set(batch) <= set(answers[subject.name])]:
             stop.check()
             for batch in _answer(subject, todo, questions, speaking, tokenizer, run, stop):
-                _append(store, batch)
+                with store.open("a", encoding="utf-8") as file:  # A killed life may have left half a line.
+                    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in batch]
+                    file.write("\n" * (file.tell() > 0) + "".join(lines))
                 answers[subject.name] |= {answer["index"]: answer for answer in batch}
-    groups: dict[str, dict[int, Any]] = {}
-    for i, question in questions.items():
-        groups.setdefault(question["group"], {})[i] = question
     by_group: dict[str, dict[str, Any]] = {}
-    for group, its in groups.items():
-        asked = list(its.values())
+    for group in dict.fromkeys(question["group"] for question in questions.values()):
+        its = [i for i, question in questions.items() if question["group"] == group]
+        asked = [questions[i] for i in its]
         by_group[group] = {name: scoring.scores(asked, [given[i] for i in its]) for name, given in answers.items()}
         by_group[group]["copy"] = scoring.scores(asked, scoring.copies(asked))
     evaluation = by_group.pop(HELD_OUT) | by_group
-    shown = sorted(speaking)[:SAMPLES]
-    samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in shown]
-    atomic.write_json(folder / "samples.json", samples)
+    shown = [(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)[:SAMPLES]]
+    atomic.write_json(folder / "samples.json", [_sample(*one) for one in shown])
     atomic.write_json(run.evaluation_file, evaluation)
     return evaluation
 
@@ -177,12 +176,6 @@ def _answer(
         print(f"{subject.name}: answered {done} of {total} questions, {left:.0f} s left", flush=True)
     del model, answerer
     gc.collect()
-
-
-def _append(store: Path, answers: list[dict[str, Any]]) -> None:
-    cut = store.exists() and store.stat().st_size > 0 and not store.read_bytes().endswith(b"\n")
-    with store.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut + "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
 
 
 def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:
