@@ -135,18 +135,13 @@ def check_quantised(model: torch.nn.Module, expected: set[str]) -> int:
 
 def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
     """`model` with a fresh, trainable fp32 LoRA adapter drawn by `seed`, in which the rows of `tokens` are trained."""
-    if method.targets == "all-linear":
-        targets: str | list[str] = method.targets
-    else:
+    targets = method.targets if method.targets == "all-linear" else list(method.targets)
+    if targets != "all-linear":
         names = linear_names(model.config)
         lasts = {name.rsplit(".", 1)[-1] for name in names}
-        wrong = [
-            unknown("method.targets", target, lasts)
-            for target in method.targets
-            if not any(f".{name}".endswith(f".{target}") for name in names)]
-        if wrong:
-            raise InputError(wrong)
-        targets = list(method.targets)
+        absent = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        if absent:
+            raise InputError([unknown("method.targets", target, lasts) for target in absent])
     transformers.set_seed(seed)
     config = LoraConfig(
         r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=targets,

@@ -41,7 +41,7 @@ def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WA
         os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address)
     deadline, timeout = time.monotonic() + wait_s, timedelta(seconds=COLLECTIVE_S)
     store = _serve(name) if ranks.rank() == 0 else _find(name, deadline, wait_s)
-    ranks.use(store)
+    ranks.store = store
     _roll_call(store, deadline, wait_s)
     group = {"rank": ranks.rank(), "world_size": ranks.world_size(), "timeout": timeout}
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **group)

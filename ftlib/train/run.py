@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from ftlib import atomic, events
 from ftlib.data.dataset import PackedRows
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
@@ -54,7 +54,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         events.append(
             run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected)
     times.done("check_s")
-    _stop_here(stop)
+    ranks.check(stop)
     start = found.folder
     if spec.zero.stage and start and found.world_size != ranks.world_size():
         start = zero.converted(run, found, stop)
@@ -72,7 +72,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             methods.load(model, Path(provenance["init_adapter"]), trainable=True)
             ranks.say(f"the adapter begins as {provenance['init_adapter']}")
         times.done("load_s")
-        _stop_here(stop)
+        ranks.check(stop)
         metrics = tracking = None
         if first:
             metrics, tracking = MetricsWriter(run.metrics_file, life), Tracking(run, spec.tracking)
@@ -85,7 +85,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
             validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
             method=spec.method)
-        _stop_here(stop)
+        ranks.check(stop)
         ranks.say(
             f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
             f"(ready after {sum(times.parts.values()):.1f} s)")
@@ -98,12 +98,6 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     done = trainer.state.global_step
     early = "" if done == total else f" of {total}, stopped early,"
     return f"trained {done} steps{early}{_final_loss(run)}"
-
-
-def _stop_here(stop: StopFlag) -> None:
-    """Nothing is trained yet, so there is nothing to save."""
-    if cause := ranks.agreed_stop(stop):
-        raise Interrupted(cause)
 
 
 def _final_loss(run: RunDir) -> str:

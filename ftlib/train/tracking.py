@@ -44,13 +44,13 @@ class Tracking:
         # wandb's own process inherits the blocked signals: Slurm signals every process of a step, and without
         # this a warning that we survive would kill it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR2})
-        try:
-            self._run = self._init(self._spec.mode)
-        except Exception as error:
-            print(f"wandb {self._spec.mode}: {error}", flush=True)
-            if self._spec.mode == "online":
-                print("wandb: going on offline; 'wandb sync' sends it later", flush=True)
-                self._guarded(lambda: setattr(self, "_run", self._init("offline")), start=True)
+        for mode in dict.fromkeys((self._spec.mode, "offline")):
+            try:
+                self._run = self._init(mode)
+                return
+            except Exception as error:
+                then = "going on offline; 'wandb sync' sends it later" if mode == "online" else "metrics.jsonl has all"
+                print(f"wandb {mode}: {error}; {then}", flush=True)
 
     def _init(self, mode: str) -> Any:
         import wandb
@@ -62,14 +62,12 @@ class Tracking:
             config=run.spec().model_dump(mode="json"),
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False,
-                init_timeout=30, x_disable_stats=mode == "offline",
-            ))
+                init_timeout=30, x_disable_stats=mode == "offline"))
 
-    def _guarded(self, call: Callable[[], Any], *, start: bool = False) -> None:
-        if self._run is None and not start:
-            return
+    def _guarded(self, call: Callable[[], Any]) -> None:
         try:
-            call()
+            if self._run is not None:
+                call()
         except Exception as error:
             self._run = None
             print(f"wandb: {error}; going on without it, metrics.jsonl has every step", flush=True)

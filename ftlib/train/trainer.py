@@ -216,8 +216,7 @@ class FineTuner(Trainer):
         self.model.eval()
         loss = targets = 0.0
         for turn in range(math.ceil(len(starts) / world)):
-            if cause := ranks.agreed_stop(self.stop):
-                raise Interrupted(cause)
+            ranks.check(self.stop)
             # A rank that has run out of batches does the last one again, not counted: all make the same calls.
             mine = turn * world + ranks.rank()
             start = starts[min(mine, len(starts) - 1)]
