@@ -95,12 +95,11 @@ def _rank(row: Row, seed: int, purpose: str = "") -> int:
 
 def _chosen(rows: list[Row], data: DataSpec) -> list[Row]:
     """As many rows as `data.share` and `data.limit` leave, chosen by the seed, in their old order."""
-    count = math.ceil(len(rows) * (data.share or 1))
-    count = min(count, data.limit or count)
+    count = min(math.ceil(len(rows) * (data.share or 1)), data.limit or len(rows))
     if count >= len(rows):
         return rows
-    ranks = [(_rank(row, data.seed, "limit"), index) for index, row in enumerate(rows)]
-    return [rows[index] for _, index in sorted(sorted(ranks)[:count], key=lambda pair: pair[1])]
+    first = sorted(range(len(rows)), key=lambda index: _rank(rows[index], data.seed, "limit"))[:count]
+    return [rows[index] for index in sorted(first)]
 
 
 def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:

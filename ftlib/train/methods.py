@@ -43,11 +43,11 @@ def attach(base: PreTrainedModel, spec: RunSpec, model_path: str) -> torch.nn.Mo
         parameter.requires_grad_(name in chosen)
         if name in chosen and not spec.zero.stage:  # DeepSpeed keeps fp32 masters of its own.
             parameter.data = parameter.data.float()
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in base.parameters()]
-    trained = sum(size for size, own in sizes if own)
-    if not trained:
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in base.named_parameters()}
+    if not chosen:
         raise FtError(f"method.train_layers: {', '.join(method.train_layers)} matches none of the model's weights")
-    ranks.say(f"{method.kind}: {trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
+    trained = sum(sizes[name] for name in chosen)
+    ranks.say(f"{method.kind}: {trained:,} of {sum(sizes.values()):,} parameters are trained")
     return base
 
 
@@ -130,7 +130,6 @@ def put_prompt(model: Any, folder: Path) -> list[int]:
     """Give `model` the soft prompt in `folder` (peft's files) as tokens; returns their ids, to stand before a text.
     So they have positions and masks like all others: peft itself drops the position ids of a padded batch."""
     embedding = model.get_input_embeddings()
-    rows = load_file(folder / ADAPTER[1])["prompt_embeddings"]
+    rows, first = load_file(folder / ADAPTER[1])["prompt_embeddings"], embedding.weight.shape[0]
     model.set_input_embeddings(_WithPrompt(embedding, rows))
-    first = embedding.weight.shape[0]
     return list(range(first, first + len(rows)))

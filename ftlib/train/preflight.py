@@ -50,11 +50,9 @@ def packages() -> Check:
     for name in PACKAGES:
         try:
             place = str(metadata.distribution(name).locate_file(""))
+            strays += [f"{name} of {place}"] if os.path.commonpath([place, sys.prefix]) != sys.prefix else []
         except metadata.PackageNotFoundError:
             missing.append(name)
-            continue
-        if os.path.commonpath([place, sys.prefix]) != sys.prefix:
-            strays.append(f"{name} of {place}")
     if site.ENABLE_USER_SITE and (user := site.getusersitepackages()) in sys.path:
         strays.append(f"anything in {user}")
     if missing:
@@ -163,8 +161,8 @@ def _computes(device: int) -> Check:
         there = (left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16)).float().cpu()
         off = float((there - left @ right).abs().max())
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        return Check("CUDA", False, line, f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"')
+        mend = f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"'
+        return Check("CUDA", False, str(error).partition("\n")[0], mend)
     words = f"a product in bf16 is {off:.2g} off the CPU's"
     # Rounding to bf16 moves the largest of these sums by 0.3.
     return Check("CUDA", off < 1, words, "the GPU computes wrongly: exclude its node")
@@ -235,7 +233,7 @@ def collectives(*, on_gpu: bool, name: str) -> Check:
         right = bool((values == ranks.world_size()).all())
     except (FtError, RuntimeError) as error:
         return Check(
-            "collectives", False, str(error).splitlines()[0],
+            "collectives", False, str(error).partition("\n")[0],
             "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names what "
             "nodes share, and NCCL_DEBUG=INFO there tells more")
     finally:

@@ -35,8 +35,7 @@ def place(
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wish = {
-        "format": FORMAT,
-        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "format": FORMAT, "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "weights": {path.name: _identity(path) for path in files},
         "quant": [method.quant_type, method.double_quant, str(dtype)],
         # Kernels of another version or device may round otherwise.
@@ -90,4 +89,5 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
         print(f"4-bit weights kept for the next life: {size / 2**30:.2f} GiB, {seconds:.1f} s", flush=True)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        print(f"the 4-bit weights could not be kept in {folder.parent}: {str(error).splitlines()[0]}", flush=True)
+        words = " ".join(str(error).split())[:200]
+        print(f"the 4-bit weights could not be kept in {folder.parent}: {words}", flush=True)
