@@ -22,7 +22,7 @@ from peft import AutoPeftModelForCausalLM  # noqa: E402
 
 from ftlib.data.dataset import PackedRows  # noqa: E402
 from ftlib.export import run as exporting  # noqa: E402
-from ftlib.export.equality import compare, logits_of  # noqa: E402
+from ftlib.export.run import compare, logits_of  # noqa: E402
 from ftlib.export.weights import merge  # noqa: E402
 from ftlib.train.methods import load_trained  # noqa: E402
 from ftlib.train.model import load_base  # noqa: E402

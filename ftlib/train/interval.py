@@ -85,7 +85,8 @@ class Cadence:
         if self._every is not None or not self._save_s:
             return None
         # Kills that come before a life's first save show that the interval is too long, whatever the mean says.
-        return interval_s(self._mean_save_s(), self._between_h()) / 2**self._past.barren
+        save_s, _, between_h = self._known()
+        return interval_s(save_s, between_h) / 2**self._past.barren
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`; asked once after each step."""
@@ -108,16 +109,13 @@ class Cadence:
         if interval is None or (self._told and 0.75 <= interval / self._told <= 1.25):
             return None
         self._told = interval
+        save_s, hours, between_h = self._known()
         halved = f", halved {past.barren} times for kills before a first save" if past.barren else ""
         return (
-            f"a checkpoint every {interval:,.0f} s: a save takes {self._mean_save_s():.2f} s, a kill without warning "
-            f"is expected every {self._between_h():.3g} h ({past.kills} in {self._hours():.1f} h so far){halved}")
+            f"a checkpoint every {interval:,.0f} s: a save takes {save_s:.2f} s, a kill without warning is expected "
+            f"every {between_h:.3g} h ({past.kills} in {hours:.1f} h so far){halved}")
 
-    def _mean_save_s(self) -> float:
-        return max(1e-3, sum(self._save_s) / len(self._save_s))
-
-    def _hours(self) -> float:
-        return self._past.hours + (self._clock() - self._began) / 3600
-
-    def _between_h(self) -> float:
-        return mean_between_kills_h(self._prior_h, self._hours(), self._past.kills)
+    def _known(self) -> tuple[float, float, float]:
+        """Seconds a save takes; hours run; hours between kills."""
+        save_s, hours = sum(self._save_s) / len(self._save_s), self._past.hours + (self._clock() - self._began) / 3600
+        return max(1e-3, save_s), hours, mean_between_kills_h(self._prior_h, hours, self._past.kills)
