@@ -30,12 +30,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from submitit.core.submission import process_job
 from submitit.core.utils import DelayedSubmission
 
-from benchmarks.lives import environment, prepared_run, print_or_dump
+from benchmarks.lives import environment, prepared_run, print_or_dump, print_table
 from ftlib import checkpoint, events
 from ftlib.rundir import RunDir
 from jobs import wish as wishes
@@ -129,7 +127,7 @@ class Ours:
     """A run of this project."""
 
     def __init__(self, folder: Path, settings: str) -> None:
-        self.run = prepared_run(folder, settings, kill_every_h=24 * SCALE_H)
+        self.run = prepared_run(folder / "a-run", settings, kill_every_h=24 * SCALE_H)
 
     def start(self, life: int) -> int:
         from jobs import stage
@@ -227,13 +225,11 @@ class Peer:
             per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
             learning_rate=spec.optim.lr, lr_scheduler_type=spec.optim.schedule, optim=spec.optim.name,
             save_strategy="steps", save_steps=self.save_steps, save_total_limit=2, logging_steps=50,
-            remove_unused_columns=False, disable_tqdm=True, report_to="none", seed=spec.train.seed,
-        )  # fmt: skip
+            remove_unused_columns=False, disable_tqdm=True, report_to="none", seed=spec.train.seed)  # fmt: skip
         rows = PackedRows(Path(self.run.prepared()["dataset"]) / "train")
         trainer = Trainer(
             model=attach_adapter(base, spec.method, spec.train.seed), args=arguments, train_dataset=rows,
-            callbacks=[Note()],
-        )  # fmt: skip
+            callbacks=[Note()])  # fmt: skip
         trainer.train(resume_from_checkpoint=self._latest())
 
     def _latest(self) -> str | None:
@@ -295,27 +291,21 @@ def measure(folder: Path, kills: list[Kill]) -> dict[str, Any]:
         kept, lost = contender.kept(), lost_on_warning(kills, *contender.lives())
         found[name] = {
             "steps": kept, "of_allowed": kept / allowed, "seconds": trial.clock, "lost_on_warning": sum(lost),
-            "warned": len(lost), "steps_per_s": kept / trial.clock,
-        }  # fmt: skip
+            "warned": len(lost), "steps_per_s": kept / trial.clock}  # fmt: skip
     return found
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['kills']} kills, {found['announced']} of them announced", box=None)
-    for column in ("", "steps kept", "of allowed", "steps/s", "steps lost on a warning"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row(f"allowed (a save every {found['allowed_every']} steps)", str(found["allowed"]), "1.00", "", "")
+    rows = [(f"allowed (a save every {found['allowed_every']} steps)", str(found["allowed"]), "1.00", "", "")]
     for name, words in (("ours", "this project"), ("peer", f"submitit + Trainer, every {found['peer_every']} steps")):
         one = found[name]
-        table.add_row(
-            words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['steps_per_s']:.2f}",
-            f"{one['lost_on_warning']} in {one['warned']}",
-        )  # fmt: skip
-    Console(width=100).print(table)
+        rows.append((words, str(one["steps"]), f"{one['of_allowed']:.2f}", f"{one['steps_per_s']:.2f}",
+                     f"{one['lost_on_warning']} in {one['warned']}"))  # fmt: skip
+    title = f"{found['kills']} kills, {found['announced']} of them announced"
+    print_table(title, ("", "steps kept", "of allowed", "steps/s", "steps lost on a warning"), rows)
     print(
         f"measured: a save {found['save_s']:.3f} s, a start {found['start_s']:.2f} s, a step {found['step_s']:.3f} s; "
-        f"goal: at least {GOAL} of allowed, more than the peer, 0 lost on a warning"
-    )
+        f"goal: at least {GOAL} of allowed, more than the peer, 0 lost on a warning")
 
 
 def main() -> None:

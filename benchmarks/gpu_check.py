@@ -20,14 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+from benchmarks.lives import CHECKOUT, sha
+from benchmarks.methods import make_run, process
+
 STEPS, HALF = 20, 10
 # Recipe: the twin whose tokenizer serves, and what the recipe's data is offline.
 LARGE = {
-    "llama2-7b": ("tiny-llama3", ""),
-    "codellama-13b": ("tiny-llama3", "data.pairs=4000"),
-    "falcon-7b": ("tiny-falcon", "data.hub=null data.path=samples/oasst_trees.jsonl data.held_out=0.2"),
-}
+    "llama2-7b": ("tiny-llama3", ""), "codellama-13b": ("tiny-llama3", "data.pairs=4000"),
+    "falcon-7b": ("tiny-falcon", "data.hub=null data.path=samples/oasst_trees.jsonl data.held_out=0.2")}
 # Published peaks in bf16 without sparsity, TFLOP/s (the makers' data sheets).
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "L4": 121}
 LIMITS = {"codellama-13b": {"limit_gib": 32, "litgpt_gib": 22.6}}
@@ -65,7 +65,6 @@ def write_model(recipe: str, folder: Path, twin: str) -> None:
 
 def large(recipe: str, gpu: str, root: Path) -> dict[str, Any]:
     """Steps, speed, memory and the resume of one recipe."""
-    from benchmarks.methods import make_run, process, sha
     from ftlib import checkpoint
     from ftlib.metrics import read_metrics
     from ftlib.plan import shapes, throughput
@@ -90,15 +89,11 @@ def large(recipe: str, gpu: str, root: Path) -> dict[str, Any]:
     tflops = next((peak for name, peak in PEAK_TFLOPS.items() if name in gpu), None)
     used = speed * throughput.flops_per_token(shape, run.spec()) / 1e12
     spec = run.spec()
+    equal = len({sha(checkpoint.folder_for(one.checkpoints, STEPS)) for one in (run, halved)}) == 1
     return {
-        "method": f"{spec.method.kind}, {spec.method.bits} bits",
-        "steps": STEPS,
-        "tokens_per_s": round(speed, 1),
-        "flop_share": round(used / tflops, 4) if tflops else None,
-        "peak_gib": round(peak / 1024, 2),
-        "planned_gib": run.plan()["gpu_needed_gib"],
-        "resume_equal": sha(run, STEPS) == sha(halved, STEPS),
-    }
+        "method": f"{spec.method.kind}, {spec.method.bits} bits", "steps": STEPS, "tokens_per_s": round(speed, 1),
+        "flop_share": round(used / tflops, 4) if tflops else None, "peak_gib": round(peak / 1024, 2),
+        "planned_gib": run.plan()["gpu_needed_gib"], "resume_equal": equal}
 
 
 def main() -> None:

@@ -29,14 +29,11 @@ from ftlib import events
 from ftlib.checkpoint import digest
 from ftlib.rundir import RunDir
 
-ONE, TWO = FLAVOURS
+ONE, TWO = list(FLAVOURS)[:2]
 SHARED, SHARE = "DDP, 1 node x 2 ranks", "resources.gpus_per_node=2"
 # Each with a place where the run stands when it comes; all in one run.
 KILLS = (
-    ("preemption with grace", "a step"),
-    ("time limit", "accumulation"),
-    ("SIGKILL of a worker", "checkpoint write"),
-)
+    ("preemption with grace", "a step"), ("time limit", "accumulation"), ("SIGKILL of a worker", "checkpoint write"))
 # The build, too, on a machine with other work.
 WAIT_S = 3600
 
@@ -146,10 +143,8 @@ def markdown(made: Campaign, log: str, minutes: float) -> str:
         f"Written by `make test-image` in {minutes:.0f} minutes, on {os.cpu_count()} cores under a load of "
         f"{os.getloadavg()[2]:.0f}. The build, a job in front of the second run's chain, said: {ready[1]}. Its own "
         f"test said: {tested[1]}.",
-        "",
-        "| run | ranks | image of each training life | merged weights | adapter | equal to outside |",
-        "|---|---|---|---|---|---|",
-    ]
+        "", "| run | ranks | image of each training life | merged weights | adapter | equal to outside |",
+        "|---|---|---|---|---|---|"]
     for row in made.rows:
         files = (row.run.export / "merged/model.safetensors", row.run.export / "adapter/adapter_model.safetensors")
         hashes = [digest(file)[:12] if file.exists() else "missing" for file in files]

@@ -1,7 +1,5 @@
 """How long the login node's commands take, beside importing the Trainer and beside a bare sbatch.
-
-Whole processes, started in turn (A B C A B C …), so that a machine whose speed drifts slows them alike.
-"""
+Whole processes, started in turn (A B C A B C …), so that a machine whose speed drifts slows them alike."""
 
 from __future__ import annotations
 
@@ -12,13 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-CHECKOUT = Path(__file__).resolve().parent.parent
-CONF = Path("/tmp/ftlib-slurm/slurm.conf")
+from benchmarks.lives import CHECKOUT, CONF, print_table, spread
 
 
 def commands() -> dict[str, list[str]]:
@@ -26,11 +19,9 @@ def commands() -> dict[str, list[str]]:
     jobs = [sys.executable, "-m", "jobs"]
     found = {
         "submit --dry-run": [*jobs, "submit", "--model", "llama2-7b", "--cluster", "a100", "--dry-run"],
-        "plan": [*jobs, "plan", "--model", "llama2-7b", "--cluster", "a100"],
-        "status": [*jobs, "status"],
+        "plan": [*jobs, "plan", "--model", "llama2-7b", "--cluster", "a100"], "status": [*jobs, "status"],
         "python -c pass": [sys.executable, "-c", "pass"],
-        "from transformers import Trainer": [sys.executable, "-c", "from transformers import Trainer"],
-    }
+        "from transformers import Trainer": [sys.executable, "-c", "from transformers import Trainer"]}
     if shutil.which("sbatch") and CONF.exists():
         found["bare sbatch"] = ["sbatch", "--output=/dev/null", "--wrap", "true"]
     return found
@@ -56,13 +47,9 @@ def main() -> None:
         for name, command in timed.items():
             taken[name].append(seconds(command))
     trainer = statistics.median(taken["from transformers import Trainer"])
-    table = Table(title=f"Median of {runs} runs, whole process", box=None)
-    for column in ("command", "seconds", "least", "most", "share of importing the Trainer"):
-        table.add_column(column, justify="left" if column == "command" else "right")
-    for name, values in taken.items():
-        middle = statistics.median(values)
-        table.add_row(name, f"{middle:.3f}", f"{min(values):.3f}", f"{max(values):.3f}", f"{middle / trainer:.3f}")
-    Console(width=100).print(table)
+    columns = ("command", "seconds", "least", "most", "share of importing the Trainer")
+    rows = [(name, *spread(values, 3), f"{statistics.median(values) / trainer:.3f}") for name, values in taken.items()]
+    print_table(f"Median of {runs} runs, whole process", columns, rows)
     if "bare sbatch" not in timed:
         print("bare sbatch: not measured; `make cluster` starts a Slurm to measure it on")
 

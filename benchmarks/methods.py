@@ -8,9 +8,6 @@ Each life is a process of its own, so that peak memory is that life's and a resu
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import io
 import json
 import os
 import resource
@@ -21,17 +18,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.lives import CHECKOUT, prepared_run, print_table, sha
+from ftlib import checkpoint
+from ftlib.rundir import RunDir
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 STEPS, HALF = 8, 4
 SHORT = f"train.steps={STEPS} train.global_batch=4 train.micro_batch=2 tracking.mode=disabled evaluate.pairs=4 "
 ADAPTERS = "method.train_layers=[] method.dropout=0.1 "
 # A recipe and its SET for each method.
 METHODS = {
-    "qlora": ("tiny-llama3", ADAPTERS + "method.kind=qlora"),
-    "lora": ("tiny-llama3", ADAPTERS + "method.kind=lora"),
+    "qlora": ("tiny-llama3", ADAPTERS + "method.kind=qlora"), "lora": ("tiny-llama3", ADAPTERS + "method.kind=lora"),
     "lora, 8-bit base": ("tiny-llama3", ADAPTERS + "method.kind=lora method.base_bits=8"),
     "rslora and dora": ("tiny-llama3", ADAPTERS + "method.kind=lora method.rslora=true method.dora=true"),
     "qlora, new tokens": ("tiny-llama3", ADAPTERS + "method.kind=qlora tokens.add=[Instruction,Response]"),
@@ -40,49 +36,18 @@ METHODS = {
     "prompt, random": ("tiny-llama3", "method.train_layers=[] method.kind=prompt method.prompt_tokens=8"),
     "prompt, from text": (
         "tiny-llama3",
-        "method.train_layers=[] method.kind=prompt method.prompt_tokens=8 method.prompt_text='Answer the request'",
-    ),
+        "method.train_layers=[] method.kind=prompt method.prompt_tokens=8 method.prompt_text='Answer the request'"),
     "two-stage": ("tiny-llama3", ADAPTERS + "method.kind=two-stage method.prompt_tokens=8 method.prompt_share=0.5"),
-    "falcon, qlora": ("tiny-falcon", ""),
-}
+    "falcon, qlora": ("tiny-falcon", "")}
 TWINS = ("tiny", "tiny-codellama", "tiny-alpaca", "tiny-llama3", "tiny-falcon")
 
 
-def make_run(folder: Path, cache: Path, recipe: str, settings: str) -> Any:
-    """A prepared run in `folder` (a run of the same name elsewhere is the same run)."""
-    from ftlib.data.prepare import prepare
-    from ftlib.rundir import RunDir
-    from ftlib.stop import StopFlag
-    from jobs import wish as wishes
-
-    wish = wishes.make(model=recipe, data=None, cluster="local", settings=settings)
-    run = RunDir(folder)
-    run.checkpoints.mkdir(parents=True)
-    for name, values in wishes.files_of(wish, folder.name).items():
-        (folder / name).write_text(json.dumps(values))
-    run.provenance_file.write_text(json.dumps({**run.provenance(), "cache": str(cache)}))
+def make_run(folder: Path, cache: Path, recipe: str, settings: str) -> RunDir:
+    """A prepared run in `folder`, whose training on a CPU has one thread."""
+    run = prepared_run(folder, settings, recipe=recipe, cache=cache)
     if run.plan()["device"] == "cpu":
         run.plan_file.write_text(json.dumps({**run.plan(), "threads": 1}))
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare(run, StopFlag())
     return run
-
-
-def sha(run: Any, step: int) -> str:
-    """Of all weights' bytes and all of the optimizer's state (its file may share tensors in another way)."""
-    import torch
-
-    from ftlib import checkpoint
-
-    folder = checkpoint.folder_for(run.checkpoints, step)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))))
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
-    for number, values in sorted(state["state"].items()):
-        for name, value in sorted(values.items()):
-            if torch.is_tensor(value):
-                value = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            digest.update(repr((number, name, value)).encode())
-    return digest.hexdigest()
 
 
 def life(folder: Path, number: int, stop_after: int | None) -> None:
@@ -91,7 +56,6 @@ def life(folder: Path, number: int, stop_after: int | None) -> None:
 
     from ftlib.errors import Interrupted
     from ftlib.metrics import MetricsWriter
-    from ftlib.rundir import RunDir
     from ftlib.stop import StopFlag
     from ftlib.train.run import train
 
@@ -122,7 +86,8 @@ def measure(root: Path, name: str, recipe: str, settings: str, *, halves: bool) 
         halved = make_run(root / "halved" / "a-run", root / "cache", recipe, SHORT + settings)
         process(halved.path, 1, HALF)
         process(halved.path, 2, None)
-        equal = "yes" if sha(whole, STEPS) == sha(halved, STEPS) else "NO"
+        ends = [checkpoint.folder_for(run.checkpoints, STEPS) for run in (whole, halved)]
+        equal = "yes" if sha(ends[0]) == sha(ends[1]) else "NO"
     speeds = [row["tokens_per_s"] for row in read_metrics(whole.metrics_file) if "loss" in row][2:]
     return [name, recipe, equal, f"{peak:,.0f}", f"{statistics.median(speeds):,.0f}"]
 
@@ -145,20 +110,15 @@ def main() -> None:
     said = options.parse_args()
     if said.life:
         return life(Path(said.life[0]), int(said.life[1]), int(said.life[2]) or None)
-    table = Table(title=f"{STEPS} steps, one thread; halves: stopped after step {HALF}, resumed", box=None)
-    for column in ("method", "recipe", "halves equal the whole", "peak MiB", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("method", "recipe") else "right")
     rows = [(name, *how, True) for name, how in METHODS.items()] + [("as it is", name, "", False) for name in TWINS]
-    unequal = False
+    found = []
     for name, recipe, settings, halves in rows:
-        if said.only not in f"{name} {recipe}":
-            continue
-        with tempfile.TemporaryDirectory() as root:
-            row = measure(Path(root), name, recipe, settings, halves=halves)
-        unequal |= row[2] == "NO"
-        table.add_row(*row)
-    Console(width=110).print(table)
-    if unequal:
+        if said.only in f"{name} {recipe}":
+            with tempfile.TemporaryDirectory() as root:
+                found.append(measure(Path(root), name, recipe, settings, halves=halves))
+    columns = ("method", "recipe", "halves equal the whole", "peak MiB", "tokens/s")
+    print_table(f"{STEPS} steps, one thread; halves: stopped after step {HALF}, resumed", columns, found, left=2)
+    if any(row[2] == "NO" for row in found):
         raise SystemExit("a resumed run is not equal to the uninterrupted one")
 
 

@@ -1,8 +1,6 @@
 """From the signal to the first new step, without Slurm's own delay, beside bare Python that imports and loads.
-
-A training of the tiny recipe is warned with SIGUSR2, saves, ends, and its next life is started at once; in turn with
-it a bare process imports the same libraries and loads the same model, quantised, with its adapter.
-"""
+A training of the tiny recipe is warned with SIGUSR2, saves, ends, and its next life is started at once; in turn with it
+a bare process imports the same libraries and loads the same model, quantised, with its adapter."""
 
 from __future__ import annotations
 
@@ -17,10 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.lives import environment, first_step, prepared_run, print_or_dump, start, steps_done
+from benchmarks.lives import environment, first_step, prepared_run, print_or_dump, print_table, start, steps_done
 from ftlib.rundir import RunDir
 from jobs import wish as wishes
 
@@ -93,24 +88,15 @@ def summary(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 PARTS = {
-    "stop_s": "signal → saved and ended",
-    "imports_s": "process started → libraries imported",
-    "check_s": "data mapped, checkpoint verified",
-    "load_s": "base model and adapter loaded",
-    "optimizer_s": "tracking, Trainer, optimizer restored",
-    "first_step_s": "first new step",
-    "ours_s": "signal → first new step",
-    "bare_s": "bare python: imports + load",
-}
+    "stop_s": "signal → saved and ended", "imports_s": "process started → libraries imported",
+    "check_s": "data mapped, checkpoint verified", "load_s": "base model and adapter loaded",
+    "optimizer_s": "tracking, Trainer, optimizer restored", "first_step_s": "first new step",
+    "ours_s": "signal → first new step", "bare_s": "bare python: imports + load"}
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table(title=f"Median of {found['rounds']} interruptions", box=None)
-    for column in ("part", "seconds", "share of bare"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for key, words in PARTS.items():
-        table.add_row(words, f"{found[key]:.2f}", f"{found[key] / found['bare_s']:.2f}")
-    Console(width=100).print(table)
+    rows = [(words, f"{found[key]:.2f}", f"{found[key] / found['bare_s']:.2f}") for key, words in PARTS.items()]
+    print_table(f"Median of {found['rounds']} interruptions", ("part", "seconds", "share of bare"), rows)
     print(f"ratio, median within the rounds: {found['ratio']:.2f} (goal: at most {GOAL})")
 
 
@@ -122,7 +108,7 @@ def main() -> None:
     said = options.parse_args()
     wishes.RUNS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wishes.RUNS, prefix=".bench-") as folder:
-        run = prepared_run(Path(folder), f"train.steps=100000 data.pairs=600 {said.settings}")
+        run = prepared_run(Path(folder) / "a-run", f"train.steps=100000 data.pairs=600 {said.settings}")
         found = summary(rounds(run, said.rounds))
     print_or_dump(found, said.json, show)
 

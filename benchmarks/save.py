@@ -1,8 +1,6 @@
 """What a save costs: a training's checkpoint of about 1 GiB, beside a bare, fsynced write of the same bytes.
-
-A real training of the tiny model with an adapter so wide that its state has that size. Each of its saves is followed
-by the bare write of as many bytes, file by file, so that a disk whose speed drifts serves both alike.
-"""
+A real training of the tiny model with an adapter so wide that its state has that size. Each of its saves is followed by
+the bare write of as many bytes, file by file, so that a disk whose speed drifts serves both alike."""
 
 from __future__ import annotations
 
@@ -17,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.lives import prepared_run, print_or_dump
-from ftlib import checkpoint
+from benchmarks.lives import CHECKOUT, prepared_run, print_or_dump, print_table, spread
+from ftlib import atomic, checkpoint
 from ftlib.stop import StopFlag
 from jobs import wish as wishes
 
@@ -35,7 +31,7 @@ def rank_for(gib: float) -> int:
     """The adapter's rank at which the tiny model's training state has about `gib`."""
     from ftlib.plan import shapes
 
-    config = json.loads((wishes.CHECKOUT / "models" / "tiny-base" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((CHECKOUT / "models" / "tiny-base" / "config.json").read_text(encoding="utf-8"))
     return int(gib * 2**30 / STATE_BYTES_PER_PARAMETER / shapes.from_config(config, "tiny-base").lora_params(1))
 
 
@@ -63,9 +59,7 @@ def bare_write(folder: Path, sizes: list[int], block: memoryview) -> float:
             while left:
                 left -= file.write(block[: min(left, len(block))])
             os.fsync(file.fileno())
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    atomic.fsync(folder)
     taken = time.perf_counter() - began
     shutil.rmtree(folder)
     return taken
@@ -78,9 +72,8 @@ def measure(folder: Path, gib: float, saves: int) -> list[dict[str, Any]]:
 
     settings = (
         f"method.rank={rank_for(gib)} train.steps={saves + WARM} train.global_batch=1 train.save_every_steps=1 "
-        "data.pairs=64 tracking.mode=disabled optim.warmup_share=0"
-    )
-    run = prepared_run(folder, settings)
+        "data.pairs=64 tracking.mode=disabled optim.warmup_share=0")
+    run = prepared_run(folder / "a-run", settings)
     block, rows = memoryview(os.urandom(64 << 20)), []
     save = FineTuner.save
 
@@ -115,29 +108,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ratio = statistics.median(row["save_s"] / row["bare_s"] for row in rows)
     gib = rows[0]["bytes"] / 2**30
     return {
-        "gib": gib,
-        "saves": len(rows),
-        "save_s": save,
-        "bare_s": bare,
-        "ratio": ratio,
-        "goal": GOAL,
-        "noisy": noisy,
-        "rows": rows,
-    }
+        "gib": gib, "saves": len(rows), "save_s": save, "bare_s": bare, "ratio": ratio, "goal": GOAL, "noisy": noisy,
+        "rows": rows}
 
 
 def show(found: dict[str, Any]) -> None:
-    table = Table(title=f"A save of {found['gib']:.2f} GiB, median of {found['saves']}", box=None)
-    for column in ("", "seconds", "least", "most"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, key in (("bare, fsynced write", "bare_s"), ("committed checkpoint, every file hashed", "save_s")):
-        values = [row[key] for row in found["rows"]]
-        table.add_row(name, f"{found[key]:.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
-    Console(width=100).print(table)
+    names = (("bare, fsynced write", "bare_s"), ("committed checkpoint, every file hashed", "save_s"))
+    rows = [(name, *spread([row[key] for row in found["rows"]])) for name, key in names]
+    print_table(f"A save of {found['gib']:.2f} GiB, median of {found['saves']}", ("", "seconds", "least", "most"), rows)
     print(
         f"ratio, median of the pairs: {found['ratio']:.2f} (goal: at most {GOAL}); {found['noisy']} other pairs "
-        "began while others kept the machine busy (left out, unless all did)"
-    )
+        "began while others kept the machine busy (left out, unless all did)")
 
 
 def main() -> None:

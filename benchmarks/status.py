@@ -1,8 +1,6 @@
 """`make status` of thousands of tasks on the local Slurm, beside a bare squeue and sacct of the same jobs.
-
 Array tasks are queued and held, and run folders made that name them, as a sweep of so many points would: by default
-1,250 runs of four stages. Whole processes, in turn (A B C A B C …); status is asked anew each time.
-"""
+1,250 runs of four stages. Whole processes, in turn (A B C A B C …); status is asked anew each time."""
 
 from __future__ import annotations
 
@@ -18,15 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.lives import CONF, print_table, spread
 from ftlib.rundir import STAGES
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import wish as wishes
 
-CONF = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf"
 GOAL_S = 1.0
 PER_ARRAY = 1000  # the local Slurm's MaxArraySize allows no more
 # The command line on another runs folder than the checkout's.
@@ -44,17 +39,13 @@ def status(runs: Path, *words: str) -> list[str]:
     return [sys.executable, "-c", ELSEWHERE, str(runs), "status", *words]
 
 
-def make_runs(
-    runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf: Path, sweep: str | None = None
-) -> list[str]:
+def make_runs(runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf: Path,
+              sweep: str | None = None) -> list[str]:
     """`count` run folders, each PER_ARRAY of them queued as the tasks of one of `arrays` (stage -> array).
-
-    sweep: the one that they are points of. Returns their names.
-    """
+    sweep: the one that they are points of. Returns their names."""
     wish = wishes.make(
         model="tiny", data=None, cluster="local-slurm",
-        settings=f"tracking.mode=disabled cluster.scheduler.slurm_conf={conf}",
-    )  # fmt: skip
+        settings=f"tracking.mode=disabled cluster.scheduler.slurm_conf={conf}")  # fmt: skip
     names = [f"tiny-{number:08x}" for number in range(count)]
     for index, name in enumerate(names):
         files = wishes.files_of(wish, name, sweep=sweep)
@@ -72,7 +63,8 @@ def make_runs(
     if sweep:
         spec = SweepSpec.model_validate({"grid": {"train.seed": list(range(count))}})
         points = {name: {"train.seed": seed} for seed, name in enumerate(names)}
-        SweepDir(runs / FOLDER / sweep).write(Sweep(spec, {"SWEEP": sweep}, points, wish.profile, wish.cache))
+        made = Sweep(spec=spec, said={"SWEEP": sweep}, points=points, profile=wish.profile, cache=wish.cache)
+        SweepDir(runs / FOLDER / sweep).write(made)
     return names
 
 
@@ -127,8 +119,7 @@ def measure(count: int, rounds: int) -> None:
                 "bare squeue": ["squeue", "--me", "--array", "--noheader", "--format=%i %T %r %k %S"],
                 "bare sacct": ["sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State"],
                 "status, runs one by one": status(place / "one by one/runs"),
-                "status, runs of a sweep": status(place / "as a sweep/runs"),
-            }
+                "status, runs of a sweep": status(place / "as a sweep/runs")}
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
             for round_ in range(rounds + 1):
                 for name, command in commands.items():
@@ -139,14 +130,10 @@ def measure(count: int, rounds: int) -> None:
     finally:
         subprocess.run(["scancel", "--me", "--name=ftlib-bench-status"], check=False)
     asked = len([name for name in commands if "status" in name]) * (rounds + 1)
-    table = Table(title=f"{4 * count:,} tasks, {count:,} runs: median of {rounds} rounds", box=None)
-    for column in ("command", "seconds", "least", "most", "of it CPU"):
-        table.add_column(column, justify="left" if column == "command" else "right")
-    for name, values in taken.items():
-        wall, cpu = zip(*values, strict=True)
-        figures = (statistics.median(wall), min(wall), max(wall), statistics.median(cpu))
-        table.add_row(name, *(f"{figure:.3f}" for figure in figures))
-    Console(width=100).print(table)
+    rows = [(name, *spread([wall for wall, _ in values], 3), spread([cpu for _, cpu in values], 3)[0])
+            for name, values in taken.items()]  # fmt: skip
+    title = f"{4 * count:,} tasks, {count:,} runs: median of {rounds} rounds"
+    print_table(title, ("command", "seconds", "least", "most", "of it CPU"), rows)
     bare = [a + b for (a, _), (b, _) in zip(taken["bare squeue"], taken["bare sacct"], strict=True)]
     for name in ("status, runs one by one", "status, runs of a sweep"):
         ratio = statistics.median(wall / other for (wall, _), other in zip(taken[name], bare, strict=True))

@@ -18,11 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks.lives import CHECKOUT, CONF, print_table, spread
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-CONF = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf"
 ENV = {**os.environ, "SLURM_CONF": str(CONF)}
 POINTS, LOOP = 1000, 20
 SUBMITIT = """
@@ -47,8 +44,7 @@ def submit(checkout: Path) -> tuple[float, int]:
     words = ("sweep", "--sweep", "bench", "--cluster", "local-slurm", "--set", site)
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", *words], cwd=checkout, env=ENV, text=True, capture_output=True, check=True
-    )
+        [sys.executable, "-m", "jobs", *words], cwd=checkout, env=ENV, text=True, capture_output=True, check=True)
     taken = time.perf_counter() - began
     (place,) = (checkout / "runs" / "sweeps").iterdir()
     assert f"train {POINTS}" in done.stdout, done.stdout
@@ -58,8 +54,7 @@ def submit(checkout: Path) -> tuple[float, int]:
 def loop(folder: Path) -> float:
     """Seconds of LOOP calls of submitit's submit, its import not counted."""
     done = subprocess.run(
-        [sys.executable, "-c", SUBMITIT, str(folder), str(LOOP)], env=ENV, text=True, capture_output=True, check=True
-    )
+        [sys.executable, "-c", SUBMITIT, str(folder), str(LOOP)], env=ENV, text=True, capture_output=True, check=True)
     return float(done.stdout)
 
 
@@ -68,8 +63,7 @@ def report(checkout: Path) -> float:
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "jobs", "report", "--sweep", "bench"], cwd=checkout, env=ENV, stdout=subprocess.DEVNULL,
-        check=True,
-    )  # fmt: skip
+        check=True)  # fmt: skip
     return time.perf_counter() - began
 
 
@@ -122,16 +116,12 @@ def main() -> None:
         finally:
             say("scancel", "--user", str(os.getuid()))
             say("scontrol", "update", "NodeName=n[1-3]", "State=resume")
-    table = Table(title=f"Medians of {times}, whole processes", box=None)
-    for column in ("what", "seconds", "least", "most"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for what, values in {
+    taken = {
         f"make sweep, {POINTS:,} points, run folders included": ours,
         f"a loop of submitit.submit, {LOOP} jobs, times {POINTS // LOOP}": theirs,
-        f"make report, {POINTS:,} points": reports,
-    }.items():
-        table.add_row(what, f"{statistics.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
-    Console(width=100).print(table)
+        f"make report, {POINTS:,} points": reports}
+    rows = [(what, *spread(values)) for what, values in taken.items()]
+    print_table(f"Medians of {times}, whole processes", ("what", "seconds", "least", "most"), rows)
     print(f"submitit's loop / ours: {statistics.median(theirs) / statistics.median(ours):.1f}; sbatch calls: {calls} "
           f"(prepare, train, export, evaluate, each ⌈n / MaxArraySize⌉)")  # fmt: skip
 

@@ -9,7 +9,6 @@ bytes in the same folder, right after.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -20,14 +19,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.methods import CHECKOUT, make_run
+from benchmarks.lives import CHECKOUT, print_table, sha
+from benchmarks.methods import make_run
 from benchmarks.save import bare_write
-from ftlib import checkpoint, events
+from ftlib import atomic, checkpoint, events
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
 
@@ -35,8 +31,7 @@ STEPS, HALF = 25, 5
 FLAVOURS = {"ZeRO 2": 2, "ZeRO 3": 3, "DDP": 0}
 SHORT = (
     f"train.steps={STEPS} train.global_batch=4 train.micro_batch=1 data.template=brief data.seq_len=128 data.pairs=200 "
-    "train.gradient_checkpointing=false optim.weight_decay=0.1 tracking.mode=disabled"
-)
+    "train.gradient_checkpointing=false optim.weight_decay=0.1 tracking.mode=disabled")
 SAVES = 5
 
 
@@ -56,56 +51,32 @@ def live(run: RunDir, life: int, world: int, stop_after: int = 0) -> None:
         raise SystemExit(f"{' '.join(command)}\n{said[0][-3000:]}")
 
 
-def sha(run: RunDir) -> str:
-    """Of all tensors in the last checkpoint: weights, and the optimizer's state, each rank's own."""
-    import torch
-    from safetensors.torch import load_file
-
-    digest = hashlib.sha256()
-
-    def walk(value: Any) -> None:
-        if torch.is_tensor(value):
-            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                walk(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                walk(item)
-
-    folder = checkpoint.committed(run.checkpoints)[0]
-    for path in sorted([*folder.rglob("*optim*.pt"), *folder.rglob("*.safetensors")]):
-        walk(load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False))
-    return digest.hexdigest()
-
-
 def losses(run: RunDir) -> list[float]:
     """Of every step."""
     return [row["loss"] for row in read_metrics(run.metrics_file) if "loss" in row]
 
 
-def halves(root: Path) -> Table:
+def halves(root: Path) -> None:
     """For each kind and number of processes: are resumed halves the whole; how far are losses after a resize."""
-    table = Table(title=f"{STEPS} steps in fp32, stopped after step {HALF}", box=None)
-    for column in ("", "processes", "halves equal the whole", "resumed with", "largest difference of a loss"):
-        table.add_column(column, justify="left" if column in ("", "processes", "resumed with") else "right")
+    rows = []
     for flavour, stage in FLAVOURS.items():
         for world in (1, 2):
             place = root / f"{stage}-{world}"
             runs = {
                 name: make_run(place / name / "a-run", root / "cache", "tiny-zero3", f"{SHORT} zero.stage={stage}")
-                for name in ("whole", "halved")
-            }
+                for name in ("whole", "halved")}
             live(runs["whole"], 1, world)
             live(runs["halved"], 1, world, HALF)
             shutil.copytree(runs["halved"].path, place / "resized" / "a-run")
             runs["resized"] = RunDir(place / "resized" / "a-run")
             live(runs["halved"], 2, world)
             live(runs["resized"], 2, 3 - world)
-            equal = sha(runs["whole"]) == sha(runs["halved"]) and losses(runs["whole"]) == losses(runs["halved"])
-            far = max(abs(a - b) for a, b in zip(losses(runs["whole"]), losses(runs["resized"]), strict=True))
-            table.add_row(flavour, str(world), "yes" if equal else "NO", str(3 - world), f"{far:.1e}")
-    return table
+            ends = [(sha(checkpoint.committed(run.checkpoints)[0]), losses(run)) for run in runs.values()]
+            equal = ends[0] == ends[1]
+            far = max(abs(a - b) for a, b in zip(ends[0][1], ends[2][1], strict=True))
+            rows.append((flavour, str(world), "yes" if equal else "NO", str(3 - world), f"{far:.1e}"))
+    columns = ("", "processes", "halves equal the whole", "resumed with", "largest difference of a loss")
+    print_table(f"{STEPS} steps in fp32, stopped after step {HALF}", columns, rows, left=2)
 
 
 def write_base(folder: Path, gib: float) -> None:
@@ -120,23 +91,20 @@ def write_base(folder: Path, gib: float) -> None:
         LlamaConfig(
             vocab_size=config["vocab_size"], hidden_size=hidden, intermediate_size=4 * hidden // 2,
             num_hidden_layers=layers, num_attention_heads=12, tie_word_embeddings=True,
-            bos_token_id=config.get("bos_token_id"), eos_token_id=config.get("eos_token_id"),
-        )
+            bos_token_id=config.get("bos_token_id"), eos_token_id=config.get("eos_token_id"))
     ).save_pretrained(folder)  # fmt: skip
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / file, folder / file)
 
 
-def cost(root: Path, gib: float) -> Table:
+def cost(root: Path, gib: float) -> None:
     """Seconds a GiB of saves by two processes, and of a consolidation in fp32, beside bare writes."""
     import deepspeed.utils.zero_to_fp32  # noqa: F401 - seconds, which are no part of a consolidation
 
     from ftlib.export.weights import write_consolidated
     from ftlib.stop import StopFlag
 
-    table = Table(title=f"Two processes, about {gib:g} GiB of state; medians, seconds a GiB", box=None)
-    for column in ("", "GiB", "s/GiB", "bare write s/GiB", "ratio"):
-        table.add_column(column, justify="left" if not column else "right")
+    rows = []
     write_base(root / "base", gib)
     block = memoryview(os.urandom(64 << 20))
     for flavour, stage in list(FLAVOURS.items())[:2]:
@@ -145,17 +113,15 @@ def cost(root: Path, gib: float) -> Table:
         live(run, 1, 2)
         saves = [event["seconds"] for event in events.read(run.events) if event["event"] == "checkpoint"][1:]
         newest = checkpoint.committed(run.checkpoints)[0]
-        table.add_row(f"{flavour}, a save", *_beside(root, newest, statistics.median(saves), block))
+        rows.append((f"{flavour}, a save", *_beside(root, newest, statistics.median(saves), block)))
         began = time.perf_counter()
         merged = root / f"merged-{stage}"
         write_consolidated(run.spec(), str(root / "base"), newest, merged, StopFlag())
-        for path in merged.iterdir():
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        table.add_row(f"{flavour}, consolidation", *_beside(root, merged, time.perf_counter() - began, block))
+        atomic.fsync_tree(merged)
+        rows.append((f"{flavour}, consolidation", *_beside(root, merged, time.perf_counter() - began, block)))
         shutil.rmtree(run.path)
-    return table
+    columns = ("", "GiB", "s/GiB", "bare write s/GiB", "ratio")
+    print_table(f"Two processes, about {gib:g} GiB of state; medians, seconds a GiB", columns, rows)
 
 
 def _beside(root: Path, folder: Path, seconds: float, block: memoryview) -> list[str]:
@@ -173,7 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for name, measure in (("halves", lambda: halves(Path(root))), ("cost", lambda: cost(Path(root), said.gib))):
             if said.only in (None, name):
-                Console(width=110).print(measure())
+                measure()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Writing that is whole or not there: temporary beside the target, fsync, one rename."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -95,5 +93,4 @@ def require_space(folder: Path, need_bytes: int, purpose: str) -> None:
     if free < need_bytes:
         raise InputError(
             f"no space left for {purpose}: {need_bytes / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free at "
-            f"{there}. Free some, or use another folder, and submit again; nothing is lost"
-        )
+            f"{there}. Free some, or use another folder, and submit again; nothing is lost")

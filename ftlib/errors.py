@@ -6,8 +6,6 @@ FtError                 1   something went wrong that is nobody's input
 └── Interrupted        75   saved on request: run me again
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 
@@ -45,14 +43,18 @@ class Interrupted(FtError):
         self.cause, self.step = cause, step
         super().__init__(f"interrupted ({cause})" + ("" if step is None else f", saved at step {step}"))
 
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, int | None]]:
+    def __reduce__(self) -> "tuple[type[Interrupted], tuple[str, int | None]]":
         return Interrupted, (self.cause, self.step)
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """The valid name that `name` may be meant for, else the empty string."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), "")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """' Did you mean X?' for the closest valid name, else the empty string."""
-    hits = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" Did you mean {hits[0]}?" if hits else ""
+    return f" Did you mean {found}?" if (found := closest(name, valid)) else ""
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:

@@ -1,7 +1,5 @@
 """What happened to a run: append-only JSON lines, one file per writer, merged by time when read."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json
@@ -14,10 +12,8 @@ from typing import Any, Literal
 from ftlib.outcome import names
 
 Name = Literal[
-    "intended",
-    "submitted", "started", "resumed", "first_step", "checkpoint",
-    "interrupted", "requeued", "completed", "failed", "cancelled", "moved",
-]
+    "intended", "submitted", "started", "resumed", "first_step", "checkpoint",
+    "interrupted", "requeued", "completed", "failed", "cancelled", "moved"]
 
 
 def submit_writer() -> str:
@@ -43,9 +39,7 @@ def append_all(folder: Path, writer: str, events: Sequence[tuple[Name, dict[str,
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All events, oldest first. A line cut short by a crash is left out.
-
-    A writer's own lines keep their order, even where its clock was set back between them.
-    """
+    A writer's own lines keep their order, even where its clock was set back between them."""
     found = []
     for name in names(folder):
         if not name.endswith(".jsonl"):

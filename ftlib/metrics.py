@@ -10,8 +10,6 @@ gpu.jsonl and gpu-RANK.jsonl, a row per sample of one GPU:
     {"time", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os
@@ -32,8 +30,10 @@ class MetricsWriter:
     def __init__(self, path: Path, life: int) -> None:
         self._life = life
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        if not _ends_with_newline(path):  # A killed life may leave half a row; ours must not join it.
-            self._file.write("\n")
+        with path.open("rb") as file:  # A killed life may leave half a row; ours must not join it.
+            file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            if file.read() not in (b"", b"\n"):
+                self._file.write("\n")
 
     def append(self, **row: float | int | None) -> None:
         """Write one row; `life` and `time` are added."""
@@ -51,20 +51,10 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
 
 
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The run's rows in order of step, a step's own row before its validation row; empty without a file.
-
-    Each life replaces what earlier lives wrote from its first step on, so no step is there twice, and a row of
-    work that was lost and not yet done again is left out.
-    """
+    Each life replaces what earlier lives wrote from its first step on, so no step is there twice, and a row of work
+    that was lost and not yet done again is left out."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:

@@ -1,14 +1,11 @@
 """ClusterProfile: what a site offers, plus what its user chose. No Slurm is asked here."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import shutil
-import string
 import subprocess
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -54,14 +51,11 @@ class Scheduler(Model):
     requeue: bool = Field(True, description="Jobs may be requeued")
     max_array_size: int = Field(1001, ge=2, description="MaxArraySize of slurm.conf: tasks of one array")
     max_jobs: int | None = Field(
-        None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit"
-    )
+        None, ge=5, description="Jobs you may have in the queue at once, array tasks counted; null: no limit")
     max_points: int = Field(10_000, ge=1, description="Most points of one sweep: each is a run folder")
     poll_interval_s: float = Field(30, ge=0, description="Least time between two questions to the scheduler")
-    kill_wait_s: int = Field(30, ge=0, description="Seconds from SIGTERM to SIGKILL at the time limit")
     kill_every_h: float = Field(
-        KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning"
-    )
+        KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning")
 
 
 class Storage(Model):
@@ -79,8 +73,7 @@ class Container(Model):
     image: str | None = Field(None, description="A ready image; default: the one that make image builds")
     images: str | None = Field(None, description="Folder of the built images; default: images/ in the cache")
     base: str | None = Field(
-        None, description="What it is built on: docker://NAME:TAG, or a folder with Debian; default: env/train.def's"
-    )
+        None, description="What it is built on: docker://NAME:TAG, or a folder with Debian; default: env/train.def's")
     build: Literal["login", "job"] = Field("login", description="Built where you submit, or in a CPU job")
     binds: tuple[str, ...] = Field((), description="Folders shown inside beside the run's own, such as /blue")
 
@@ -107,8 +100,7 @@ class ClusterProfile(Model):
     container: Container | None = Field(None, description="Run in an image; null: in the virtual environment")
     compute_internet: bool = Field(True, description="Compute nodes reach the internet")
     gpu_idle_limit_min: int | None = Field(
-        None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing"
-    )
+        None, ge=2, description="Minutes after which the site ends jobs whose GPU does nothing")
 
     def partition(self, *, gpu: bool) -> Partition:
         """The partition chosen for GPU or CPU stages."""
@@ -144,22 +136,19 @@ class ClusterProfile(Model):
             return None
         return (
             f"cluster {self.name}: account is missing and jobs here need one. Put 'account: <your group>' into "
-            'cluster.yaml or say SET="cluster.account=<your group>"'
-        )
+            'cluster.yaml or say SET="cluster.account=<your group>"')
 
 
 def load(folder: Path, name: str, changes: dict[str, Any], own: Path | None = None) -> ClusterProfile:
     """The profile `name`, the person's own file over it where that speaks of this cluster, `changes` over both.
-
-    Raises InputError with every problem at once.
-    """
+    Raises InputError with every problem at once."""
     if name not in names(folder):
         raise InputError(unknown("CLUSTER", name, names(folder)))
     values: dict[str, Any] = {**read_yaml(folder / f"{name}.yaml"), "name": name}
     mine = read_yaml(own) if own and own.exists() else {}
     if mine.get("name", name) == name:
         values = override(values, {key: value for key, value in mine.items() if key != "name"})
-    profile = cast(ClusterProfile, validate(ClusterProfile, override(values, changes), f"cluster {name}"))
+    profile = validate(ClusterProfile, override(values, changes), f"cluster {name}")
     _check(profile)
     return profile
 
@@ -196,20 +185,15 @@ def _check(profile: ClusterProfile) -> None:
     for field in ("gpu_partition", "cpu_partition"):
         if getattr(profile, field) not in known:
             problems.append(unknown(f"{where}: {field}", getattr(profile, field), known))
-    texts = {
-        "qos": profile.qos,
-        "cpu_qos": profile.cpu_qos,
-        "cache": profile.cache,
-        "storage.work": profile.storage.work,
-    }
-    for field, said in texts.items():
-        text = said or ""
+    work = profile.storage.work
+    texts = {"qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": work}
+    for field, text in texts.items():
+        allowed = ("account",) if "qos" in field else ("account", "user")
         try:
-            used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-        except ValueError as error:
+            (text or "").format(**dict.fromkeys(allowed, ""))
+        except KeyError as error:
+            problems.append(unknown(f"{where}: {field}: placeholder", error.args[0], allowed))
+        except (ValueError, IndexError, AttributeError) as error:
             problems.append(f"{where}: {field}: {error} in {text!r}")
-            continue
-        allowed = {"account"} if "qos" in field else {"account", "user"}
-        problems += [unknown(f"{where}: {field}: placeholder", name, allowed) for name in used - allowed]
     if problems:
         raise InputError(problems)

@@ -1,10 +1,8 @@
 """Recipe + overrides -> RunSpec: reading YAML, applying SET=, finding the data."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -12,6 +10,8 @@ from ftlib.errors import InputError, unknown
 from ftlib.spec import RunSpec, validate
 
 CLUSTER_PREFIX = "cluster."
+# A recipe gives one of these.
+EITHER = (("data.path", "data.hub"), ("train.steps", "train.epochs"))
 
 
 def names(folder: Path) -> list[str]:
@@ -34,9 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_set(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """SET="a.b=c d.e=f" as two mappings from dotted field to value: the recipe's, and the cluster's.
-
-    Values are YAML: 3 is a number, true a boolean, [a, b] a list. Quotes work as in a shell.
-    """
+    Values are YAML: 3 is a number, true a boolean, [a, b] a list. Quotes work as in a shell."""
     recipe: dict[str, Any] = {}
     cluster: dict[str, Any] = {}
     problems = []
@@ -76,12 +74,9 @@ def override(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load(folder: Path, name: str, changes: dict[str, Any], data: str | None = None) -> RunSpec:
-    """The recipe `name` with `changes` (dotted field -> value) and the data file, validated as a whole.
-
-    Raises InputError with every problem at once.
-    """
-    return resolve(read(folder, name), name, changes, data)
+def load(folder: Path, name: str, changes: dict[str, Any]) -> RunSpec:
+    """The recipe `name` with `changes` (dotted field -> value), validated as a whole: InputError with every problem."""
+    return resolve(read(folder, name), name, changes)
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -92,26 +87,10 @@ def read(folder: Path, name: str) -> dict[str, Any]:
 
 
 def resolve(values: dict[str, Any], name: str, changes: dict[str, Any], data: str | None = None) -> RunSpec:
-    """`load` for a recipe whose `values` have been read."""
-    if data is not None:
-        changes = {**changes, "data.path": data}
-    # Saying one source replaces the recipe's other one.
-    for said, other in (("data.path", "data.hub"), ("data.hub", "data.path")):
+    """`load` for a recipe whose `values` have been read, and a data file."""
+    changes = changes if data is None else {**changes, "data.path": data}
+    # Saying one source or length replaces the recipe's other: SET="train.epochs=3" needs no word to drop the steps.
+    for said, other in EITHER + tuple(pair[::-1] for pair in EITHER):
         if changes.get(said) and other not in changes:
             changes = {**changes, other: None}
-    values = override(values, changes)
-    # Saying one length replaces the recipe's other one: SET="train.epochs=3" needs no second word to drop the steps.
-    train = values.get("train")
-    if isinstance(train, dict):
-        for said, other in (("steps", "epochs"), ("epochs", "steps")):
-            if f"train.{said}" in changes and f"train.{other}" not in changes:
-                train.pop(other, None)
-    return cast(RunSpec, validate(RunSpec, {**values, "recipe": name}, f"recipe {name}"))
-
-
-def read_spec(path: Path) -> RunSpec:
-    """A run's frozen spec.json."""
-    try:
-        return RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is no spec of this version ({str(error).splitlines()[0]})") from None
+    return validate(RunSpec, {**override(values, changes), "recipe": name}, f"recipe {name}")

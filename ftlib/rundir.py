@@ -1,7 +1,5 @@
 """RunDir: one folder per run, where every hand-over between stages is a file."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -14,11 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic
+from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
-from ftlib.outcome import done
-from ftlib.recipe import read_spec
-from ftlib.spec import RunSpec, file_digest
+from ftlib.spec import RunSpec, file_digest, read
 
 STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -53,7 +49,7 @@ class RunDir:
 
     def spec(self) -> RunSpec:
         """The run's frozen wish."""
-        return read_spec(self.spec_file)
+        return read(RunSpec, self.spec_file)
 
     def plan(self) -> dict[str, Any]:
         """The run's plan as plain data, with what earlier lives taught (a smaller micro-batch) over it."""
@@ -83,13 +79,13 @@ class RunDir:
 
     def stage_done(self, stage: str) -> bool:
         """Whether a life of the stage has ended well."""
-        return done(self.outcomes, stage)
+        return outcome.done(self.outcomes, stage)
 
     def claim(self) -> contextlib.AbstractContextManager[None]:
         """Be the only process on a login node or laptop that queues or runs stages of this run."""
         return claim(self.path, f"run {self.name}")
 
-    def siblings(self) -> list[RunDir]:
+    def siblings(self) -> "list[RunDir]":
         """Runs of the same sweep that get this one's dataset."""
         names = self.siblings_file.read_text(encoding="utf-8").split() if self.siblings_file.exists() else []
         return [RunDir(self.path.parent / name) for name in names]
@@ -98,9 +94,7 @@ class RunDir:
 @contextlib.contextmanager
 def claim(folder: Path, what: str) -> Iterator[None]:
     """Be the only process that writes `folder`, of which a message speaks as `what`.
-
-    InputError says who is writing. A claim whose process is gone on this machine is taken over.
-    """
+    InputError says who is writing. A claim whose process is gone on this machine is taken over."""
     file = folder / "writer"
     me = f"{socket.gethostname()} {os.getpid()}"
     for _ in range(2):
@@ -114,8 +108,7 @@ def claim(folder: Path, what: str) -> Iterator[None]:
                 continue
             raise InputError(
                 f"{what}: another process is writing {folder} (process {pid or '?'} on "
-                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}"
-            ) from None
+                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}") from None
         except OSError as error:
             owner = f"; it belongs to {folder.owner()}" if os.stat(folder).st_uid != os.getuid() else ""
             raise InputError(f"{what}: {folder} cannot be written ({error.strerror}{owner})") from None
@@ -161,10 +154,8 @@ def _copy(code: dict[str, Path], target: Path) -> None:
 
 def create(runs: Path, name: str, files: dict[str, Any], code: dict[str, Path] | Path) -> RunDir:
     """A new run folder with JSON `files` and a snapshot of the `code` folders: there whole, or not at all.
-
     `code` may be a `snapshot` that is there already; the run then links to it. When the folder is there already, that
-    one is the run.
-    """
+    one is the run."""
     runs.mkdir(parents=True, exist_ok=True)
     target = runs / name
     if target.exists():
@@ -192,8 +183,7 @@ def find(runs: Path, name: str) -> RunDir:
     """The run called `name` in `runs`; InputError when there is none or the name leaves the folder."""
     if not NAME.fullmatch(name):
         raise InputError(
-            f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them"
-        )
+            f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them")
     run = RunDir(runs / name)
     if not run.spec_file.exists():
         known = [run.name for run in every(runs)]

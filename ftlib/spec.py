@@ -1,17 +1,18 @@
 """RunSpec: what a person wishes for, resolved, validated and frozen. Its hash names the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from ftlib.errors import InputError, nearest
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class Model(BaseModel):
@@ -26,8 +27,7 @@ class ModelSpec(Model):
     name: str = Field(description="A folder (absolute, or inside the checkout) or a name on the Hugging Face hub")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     init_from: str | None = Field(
-        None, description="Go on from another run (its name) or an export's folder: merged weights, else an adapter"
-    )
+        None, description="Go on from another run (its name) or an export's folder: merged weights, else an adapter")
 
 
 class TokensSpec(Model):
@@ -44,13 +44,11 @@ class DataSpec(Model):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub dataset")
     split: str = Field("train", description="Split of the hub dataset")
     format: Literal["alpaca", "prompt", "messages", "oasst-trees", "oasst-messages"] | None = Field(
-        None, description="What a row of the file or hub dataset is; without it the rows themselves tell"
-    )
+        None, description="What a row of the file or hub dataset is; without it the rows themselves tell")
     functions: Literal["natural"] = Field("natural", description="The generator's set of functions")
     pairs: int = Field(10_000, ge=1, description="How many pairs the generator makes for training")
     template: Literal["alpaca", "brief", "chatml", "guanaco"] = Field(
-        "alpaca", description="How an example becomes prompt and response"
-    )
+        "alpaca", description="How an example becomes prompt and response")
     seq_len: int = Field(1024, ge=16, description="Tokens in a packed row")
     limit: int | None = Field(None, ge=1, description="Use only so many training examples")
     share: float | None = Field(None, gt=0, le=1, description="Use only this share of the training examples")
@@ -58,7 +56,7 @@ class DataSpec(Model):
     seed: int = Field(0, ge=0, description="Seed of the generator, of the split and of the choice of limit and share")
 
     @model_validator(mode="after")
-    def _one_source(self) -> DataSpec:
+    def _one_source(self) -> "DataSpec":
         if self.path and self.hub:
             raise ValueError(f"give one of path and hub; found path {self.path!r} and hub {self.hub!r}")
         if self.hub and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub):
@@ -72,11 +70,9 @@ class MethodSpec(Model):
     kind: Literal["qlora", "lora", "full", "freeze", "prompt", "two-stage"] = Field(
         "qlora",
         description="qlora: adapters on a 4-bit base; lora: on the base; full: every weight; freeze: only "
-        "train_layers; prompt: a soft prompt; two-stage: a soft prompt, then adapters with it in place",
-    )
+        "train_layers; prompt: a soft prompt; two-stage: a soft prompt, then adapters with it in place")
     base_bits: Literal[16, 8, 4] | None = Field(
-        None, description="Bits of the base's linear layers; default: 4 for qlora, else 16"
-    )
+        None, description="Bits of the base's linear layers; default: 4 for qlora, else 16")
     rank: int = Field(16, ge=1, description="Rank of the adapters")
     alpha: int = Field(32, ge=1, description="LoRA scaling: updates are multiplied by alpha / rank")
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead")
@@ -84,8 +80,7 @@ class MethodSpec(Model):
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter")
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="Linear layers with an adapter")
     train_layers: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = Field(
-        (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')"
-    )
+        (), description="freeze: patterns of what is trained, such as 28-31, 24-31.mlp, lm_head ('make layers')")
     prompt_tokens: int = Field(20, ge=1, description="Length of the soft prompt")
     prompt_text: str | None = Field(None, description="Text whose embeddings begin the soft prompt; else random rows")
     prompt_share: float = Field(0.3, gt=0, lt=1, description="two-stage: share of the steps that train the prompt")
@@ -113,8 +108,7 @@ class OptimSpec(Model):
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "paged_adamw_8bit", description="Optimizer; paged ones page only on a GPU"
-    )
+        "paged_adamw_8bit", description="Optimizer; paged ones page only on a GPU")
     lr: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up")
     warmup_share: float = Field(0.03, ge=0, lt=1, description="Share of the steps with a rising learning rate")
@@ -133,33 +127,29 @@ class TrainSpec(Model):
     log_every_steps: int = Field(10, ge=1, description="Steps between progress lines (metrics.jsonl has every step)")
     eval_every_steps: int | None = Field(None, ge=1, description="Steps between validation losses; none without it")
     save_every_steps: int | None = Field(
-        None, ge=1, description="Steps between checkpoints; without it the measured cost of a save decides"
-    )
+        None, ge=1, description="Steps between checkpoints; without it the measured cost of a save decides")
     keep_every_steps: int | None = Field(
-        None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best"
-    )
+        None, ge=1, description="Save every so many steps and keep these checkpoints; else the newest two and the best")
     stop_after_worse: int | None = Field(
-        None, ge=1, description="Stop early after so many validations in a row without a new lowest loss"
-    )
+        None, ge=1, description="Stop early after so many validations in a row without a new lowest loss")
     keep_best: bool = Field(False, description="Export the checkpoint with the lowest validation loss, not the last")
     deterministic: bool | None = Field(None, description="Bit-equal resumes; default: on a CPU yes, on a GPU no")
     seed: int = Field(0, ge=0, description="Seed of weights, order and dropout")
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainSpec:
+    def _one_length(self) -> "TrainSpec":
         if (self.steps is None) == (self.epochs is None):
             found = "neither" if self.steps is None else "both"
             raise ValueError(f"give exactly one of steps and epochs; found {found}")
         if self.micro_batch and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}; "
-                f"fitting micro_batch values: {divisors(self.global_batch)}"
-            )
+                f"fitting micro_batch values: {divisors(self.global_batch)}")
         if (self.stop_after_worse or self.keep_best) and not self.eval_every_steps:
             raise ValueError("stop_after_worse and keep_best need eval_every_steps")
         return self
 
-    def total_steps(self, rows: int) -> int:
+    def total_steps(self, rows: float) -> int:
         """Optimizer steps of the training on `rows` packed rows."""
         return self.steps or max(1, math.ceil((self.epochs or 0) * rows / self.global_batch))
 
@@ -169,14 +159,12 @@ class ZeroSpec(Model):
     follows from here and the plan."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        0, description="What each GPU holds only its share of: 1 the optimizer's state, 2 gradients too, 3 weights too"
-    )
+        0, description="What each GPU holds only its share of: 1 the optimizer's state, 2 gradients too, 3 weights too")
     offload: Literal["none", "cpu"] = Field(
-        "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory"
-    )
+        "none", description="cpu: master weights, gradients and the optimizer's state lie in host memory")
 
     @model_validator(mode="after")
-    def _offload_of_what(self) -> ZeroSpec:
+    def _offload_of_what(self) -> "ZeroSpec":
         if self.offload != "none" and not self.stage:
             raise ValueError("offload needs a stage: use stage 1, 2 or 3")
         return self
@@ -186,8 +174,7 @@ class ExportSpec(Model):
     """What is written beside the adapter, and how equal it must be."""
 
     merged: bool = Field(
-        True, description="Write merged weights, loadable by plain transformers; default: no for method.kind=prompt"
-    )
+        True, description="Write merged weights, loadable by plain transformers; default: no for method.kind=prompt")
     dtype: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="Type of the merged weights")
     max_logit_diff: float = Field(
         0.05, gt=0, description="Allowed mean |difference| of logits to the trained model's, as a share of their spread"
@@ -267,16 +254,24 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def validate(kind: type[BaseModel], values: dict[str, Any], where: str) -> BaseModel:
+def validate(kind: type[M], values: dict[str, Any], where: str) -> M:
     """`values` as a `kind`, or one InputError that lists every problem with field, found, allowed and nearest name."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(kind, values, cast("dict[str, Any]", problem)) for problem in error.errors()]
+        lines = [_explain(kind, values, problem) for problem in error.errors()]
         raise InputError([f"{where}: {line}" for line in dict.fromkeys(lines)]) from None
 
 
-def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, Any]) -> str:
+def read(kind: type[M], path: Path) -> M:
+    """A frozen JSON file of the kind; InputError where it is another version's, or cannot be read."""
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no {kind.__name__} of this version ({str(error).splitlines()[0]})") from None
+
+
+def _explain(kind: type[BaseModel], values: dict[str, Any], problem: ErrorDetails) -> str:
     """One of pydantic's problems in our words."""
     loc = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("literal[", "tuple[")))]
     field = ".".join(str(part) for part in loc) or "(the whole)"
@@ -287,7 +282,10 @@ def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, A
         except (KeyError, TypeError, IndexError):
             found = None
     if problem["type"] == "extra_forbidden":
-        names = fields_at(kind, [str(part) for part in loc[:-1]])
+        inner = kind
+        for part in loc[:-1]:  # a list's index is no field
+            inner = (part in inner.model_fields and _nested(inner.model_fields[part].annotation)) or inner
+        names = list(inner.model_fields)
         everywhere = [path for path in leaves(kind) if path.rsplit(".", 1)[-1] == str(loc[-1])]
         hint = f" Did you mean {everywhere[0]}?" if everywhere else nearest(str(loc[-1]), names)
         return f"{field} is no known field (found {found!r}). Allowed: {', '.join(names)}.{hint}"
@@ -301,15 +299,6 @@ def _explain(kind: type[BaseModel], values: dict[str, Any], problem: dict[str, A
         hint = nearest(str(found), allowed.replace("'", "").replace(" or ", ", ").split(", "))
         return f"{field}: found {found!r}. Allowed: {allowed}.{hint}"
     return f"{field}: {message[0].lower() + message[1:]} (found {found!r})"
-
-
-def fields_at(kind: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the (nested) model at `path`."""
-    for part in path:
-        if part not in kind.model_fields:
-            return []
-        kind = _nested(kind.model_fields[part].annotation) or kind
-    return list(kind.model_fields)
 
 
 def leaves(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -1,7 +1,5 @@
 """What a run is doing: derived from its outcomes and events first, then from what the scheduler says."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,7 @@ SLURM_STATES: dict[str, State] = {
          "PREEMPTED"), "queued"),
     **dict.fromkeys(
         ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"), "running"),
-    **dict.fromkeys(("CANCELLED", "REVOKED"), "cancelled"),
-}  # fmt: skip
+    **dict.fromkeys(("CANCELLED", "REVOKED"), "cancelled")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ def journal(run: RunDir) -> Journal:
 
 def elsewhere(run: RunDir, known: Journal, provenance: dict[str, Any]) -> tuple[Place, str]:
     """Whether the run lies where it was made, and a person's words where it does not. A copy has no jobs of its own:
-    those in its events are the original's, and `known` forgets them.
-    """
+    those in its events are the original's, and `known` forgets them."""
     if known.home is None and provenance["run"] != run.name:
         original = provenance["run"]
         words = f"a copy of run {original} under another name; jobs and checkpoints are that run's"
@@ -101,15 +97,11 @@ def submissions(run: RunDir) -> dict[str, str]:
     return journal(run).jobs
 
 
-def stages(
-    run: RunDir | Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *, alive: bool = False
-) -> dict[str, StageState]:
-    """Every stage's state.
-
+def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
+           alive: bool = False) -> dict[str, StageState]:
+    """Every stage's state, by what its folder says first.
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground
-    process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster.
-    """
-    known = run if isinstance(run, Journal) else journal(run)
+    process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster."""
     last_said = {str(e.get("stage")): e["event"] for e in known.log if e["event"] in ("submitted", "cancelled")}
     found: dict[str, StageState] = {}
     broken = False  # an earlier stage failed or was cancelled

@@ -1,7 +1,5 @@
 """The stop flag: Slurm's warnings become a flag that the work looks at when it can stop. No torch."""
 
-from __future__ import annotations
-
 import signal
 import time
 from types import FrameType
@@ -16,7 +14,7 @@ class StopFlag:
         self.cause: str | None = None
         self.at: float | None = None  # when the signal came, by time.monotonic()
 
-    def install(self) -> StopFlag:
+    def install(self) -> "StopFlag":
         """Take over the two signals; from the main thread, before any heavy import."""
         signal.signal(signal.SIGUSR2, self._set)
         signal.signal(signal.SIGTERM, self._set)

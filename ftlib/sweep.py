@@ -1,12 +1,10 @@
 """SweepSpec: a YAML file of jobs/sweeps/ and the points it stands for. Pure; nothing is queued here."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,7 +33,7 @@ class Space(Model):
         return {"choices": value} if isinstance(value, list) else value
 
     @model_validator(mode="after")
-    def _one(self) -> Space:
+    def _one(self) -> "Space":
         said = self.model_dump(exclude_none=True)
         if len(said) != 1:
             raise ValueError(f"give exactly one of {', '.join(Space.model_fields)}; found {', '.join(said) or 'none'}")
@@ -72,12 +70,11 @@ class SweepSpec(Model):
     list: tuple[Point, ...] | None = Field(None, description="These points")
     random: RandomSpec | None = Field(None, description="Points drawn at random")
     metric: Literal["perplexity", "exact", "function", "valid_json"] = Field(
-        "perplexity", description="Score of the tuned model by which the report sorts"
-    )
+        "perplexity", description="Score of the tuned model by which the report sorts")
     at_once: int | None = Field(None, ge=1, description="Most points of the sweep in one stage at the same time")
 
     @model_validator(mode="after")
-    def _one_kind(self) -> SweepSpec:
+    def _one_kind(self) -> "SweepSpec":
         kinds = [kind for kind in ("grid", "list", "random") if getattr(self, kind) is not None]
         if len(kinds) != 1:
             raise ValueError(f"give exactly one of grid, list and random; found {' and '.join(kinds) or 'none'}")
@@ -116,13 +113,12 @@ def load(folder: Path, name: str) -> SweepSpec:
     if name not in names(folder):
         raise InputError(unknown("SWEEP", name, names(folder)))
     where = f"sweep {name}"
-    spec = cast(SweepSpec, validate(SweepSpec, read_yaml(folder / f"{name}.yaml"), where))
+    spec = validate(SweepSpec, read_yaml(folder / f"{name}.yaml"), where)
     allowed = [field for field in leaves(RunSpec) if field not in ("recipe", "description")]
     problems = [
         f"{where}: {field!r} is no field of a recipe.{_meant(field, allowed)} make schema prints them all"
         for field in spec.fields
-        if field not in allowed
-    ]
+        if field not in allowed]
     empty = [field for field, values in (spec.grid or {}).items() if not values]
     if spec.count() == 0:
         problems.append(f"{where}: expands to no point" + (f": {', '.join(empty)} has no values" if empty else ""))

@@ -1,24 +1,20 @@
 """SweepDir: where a sweep is kept, runs/sweeps/<sweep>-<recipe>-<hash>/. Its points are runs like any other."""
 
-from __future__ import annotations
-
 import contextlib
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ftlib import atomic, outcome
 from ftlib.errors import InputError, nearest
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import NAME, RunDir, claim
+from ftlib.spec import Model, read
 from ftlib.sweep import Point, SweepSpec
 
 FOLDER = "sweeps"
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(Model):
     """What sweep.json holds: the file as it was, the words it was asked with, each point, where they run."""
 
     spec: SweepSpec
@@ -47,19 +43,12 @@ class SweepDir:
 
     def read(self) -> Sweep:
         """The sweep as it was last submitted; InputError when it cannot be read."""
-        try:
-            value = json.loads(self.file.read_text(encoding="utf-8"))
-            spec, profile = SweepSpec.model_validate(value["spec"]), ClusterProfile.model_validate(value["profile"])
-            return Sweep(spec, value["said"], dict(value["points"]), profile, Path(value["cache"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.file}: is no sweep of this version ({str(error).splitlines()[0]})") from None
+        return read(Sweep, self.file)
 
     def write(self, sweep: Sweep) -> None:
         """Commit it; the folder is made."""
         self.path.mkdir(parents=True, exist_ok=True)
-        spec, profile = sweep.spec.model_dump(mode="json", exclude_none=True), sweep.profile.model_dump(mode="json")
-        value = {"spec": spec, "said": sweep.said, "profile": profile, "cache": str(sweep.cache)}
-        atomic.write_json(self.file, {**value, "points": sweep.points})
+        atomic.write_text(self.file, sweep.model_dump_json(indent=1) + "\n")
 
     def members(self) -> list[RunDir]:
         """The points' runs that are there, in the sweep's order."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,73 +12,56 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib import events, modelfiles, state
+from ftlib import events, state
 from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import batch, client, container, settle
-from ftlib.slurm import queue as slurm_queue
-from jobs import guard
-from jobs import stage as stage_module
 
 GUARD, IMAGE = "guard", "image"
+STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
 
-class StageExecutor(SlurmExecutor):
-    """submitit's executor for one stage; it can print its script where there is no srun."""
+class ModuleExecutor(SlurmExecutor):
+    """submitit's executor for a job that runs `python -m module`: its run folder holds all that a pickle would."""
+
+    def __init__(self, folder: Path, *, python: str, module: str) -> None:
+        super().__init__(folder, python=python)
+        self.module = module
 
     @classmethod
     def affinity(cls) -> int:
-        return 2
-
-    def script(self) -> str:
-        """The sbatch script, to the letter."""
-        return self._make_submission_file_text(self._submitit_command_str, "dry-run")
-
-
-class ModuleExecutor(StageExecutor):
-    """submitit's executor for a job that runs `python -m module` and needs no pickle."""
-
-    module: str
+        return 2  # a dry run prints its script where there is no srun, too
 
     @property
     def _submitit_command_str(self) -> str:
         return f"{self.python} -u -m {self.module}"
 
+    def script(self) -> str:
+        """The sbatch script, to the letter."""
+        return self._make_submission_file_text(self._submitit_command_str, "dry-run")
+
     def queue(self, what: str) -> str:
-        """Call sbatch; returns the job's id. FtError holds sbatch's words."""
+        """Call sbatch; returns the job's id."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             return str(self._submit_command(self._submitit_command_str).job_id)
         except Exception as error:
-            raise FtError(f"sbatch refused {what}: {str(error).strip().splitlines()[-1]}") from None
+            raise client.Refused(what, error) from None
 
 
 def executor(
-    profile: ClusterProfile,
-    plan: RunPlan,
-    stage: str,
-    *,
-    run: Path,
-    cache: Path,
-    comment: str,
-    after: str | None,
-    provenance: dict[str, Any] | None = None,
-) -> StageExecutor:
-    """The submitit executor of a stage of the run folder `run`; without `provenance` that folder tells it."""
-    python = profile.python or sys.executable
-    worker = container.worker(profile, plan, stage, RunDir(run).provenance() if provenance is None else provenance)
-    variables = batch.environment(
-        profile, plan, stage, run=run, cache=cache, hf=modelfiles.hf_home(cache), python=python
-    )
-    made = StageExecutor(run / "slurm" / stage, python=worker)
+    profile: ClusterProfile, plan: RunPlan, stage: str, provenance: dict[str, Any], *,
+    run: Path, comment: str, after: str | None,
+) -> ModuleExecutor:  # fmt: skip
+    """submitit's executor of a stage of the run folder `run`, whose `provenance` that is; `after`: a job's id."""
+    variables = batch.environment(profile, plan, stage, run=run, cache=Path(provenance["cache"]))
+    python = container.worker(profile, plan, stage, provenance)
+    made = ModuleExecutor(run / "slurm" / stage, python=python, module=STAGE_MODULE)
+    dependency, setup = f"afterok:{after}" if after else None, batch.setup(profile, variables, run)
     words = batch.parameters(
-        profile,
-        plan.stages[stage],
-        name=f"{run.name}.{stage}",
-        setup=batch.setup(profile, variables, run),
-        comment=comment,
-        dependency=f"afterok:{after}" if after else None,
+        profile, plan.stages[stage], name=f"{run.name}.{stage}", setup=setup, comment=comment, dependency=dependency
     )
     made.update_parameters(**words)
     return made
@@ -88,14 +70,13 @@ def executor(
 def scripts(
     profile: ClusterProfile, plan: RunPlan, *, run: Path, provenance: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """(stage, sbatch script) as they would be queued; job ids that do not exist yet are named by their stage."""
-    cache, before = Path(provenance["cache"]), None
+    """(STAGE.sbatch, script) as they would be queued; job ids that do not exist yet are named by their stage."""
+    after = None
     for stage in STAGES:
         comment = f"ftlib {run.name} {stage} <nonce>"
-        after = f"<job id of {before}>" if before else None
-        made = executor(profile, plan, stage, run=run, cache=cache, comment=comment, after=after, provenance=provenance)
-        yield stage, made.script()
-        before = stage
+        made = executor(profile, plan, stage, provenance, run=run, comment=comment, after=after)
+        yield f"{stage}.sbatch", made.script()
+        after = f"<job id of {stage}>"
 
 
 def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_guard: bool = False) -> dict[str, str]:
@@ -104,30 +85,35 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
     Returns the new jobs. Must be called under `run.claim()`. When sbatch refuses a stage, those queued before it stay
     and wait for the rest.
     """
-    plan, cache = _warned_in_time(run, RunPlan.model_validate(run.plan())), Path(run.provenance()["cache"])
+    plan = _warned_in_time(run, RunPlan.model_validate(run.plan()))
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
     exclude = ",".join(filter(None, [profile.exclude, *settle.excluded_nodes(run.path)]))
     profile = profile.model_copy(update={"exclude": exclude or None})
     queued: dict[str, str] = {}
-    before = queue_image(run, profile, by_guard=by_guard)
-    for stage in STAGES:
-        if run.stage_done(stage):
-            continue
-        if stage in active:
-            before = active[stage]
-            continue
-        nonce = _intend(run, stage)
-        comment = f"ftlib {run.name} {stage} {nonce}"
-        made = executor(profile, plan, stage, run=run.path, cache=cache, comment=comment, after=before)
-        try:
-            before = queued[stage] = made.submit(stage_module.run, str(run.path), stage).job_id
-        except Exception as error:  # submitit's errors hold sbatch's own words
-            raise _refused(run, stage, queued, error) from None
-        _submitted(run, stage, before, nonce, by_guard=by_guard)
-    if queued:
-        watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
-        _queue_guard(run, profile, plan, cache, watched)
+    try:
+        before = queue_image(run, profile, by_guard=by_guard)
+        for stage in STAGES:
+            if stage in active and not run.stage_done(stage):
+                before = active[stage]
+            elif not run.stage_done(stage):
+                before = queued[stage] = queue_stage(run, profile, plan, stage, before, by_guard=by_guard)
+        if queued:
+            watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
+            _queue_guard(run, profile, plan, watched)
+    except client.Refused as error:
+        words = f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
+        raise FtError(f"{error}. {words}") from None
     return queued
+
+
+def queue_stage(
+    run: RunDir, profile: ClusterProfile, plan: RunPlan, stage: str, after: str | None, *, by_guard: bool = False
+) -> str:
+    """Queue one stage to follow the job `after`; returns its job's id."""
+    nonce = _intend(run, stage)
+    comment = f"ftlib {run.name} {stage} {nonce}"
+    made = executor(profile, plan, stage, run.provenance(), run=run.path, comment=comment, after=after)
+    return _submitted(run, stage, made.queue(f"{stage} of {run.name}"), nonce, by_guard=by_guard)
 
 
 def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
@@ -142,37 +128,24 @@ def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str 
     """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
     from jobs import image
 
-    try:
-        job = image.job_before(profile, Path(run.provenance()["checkout"]))
-    except Exception as error:
-        raise _refused(run, IMAGE, {}, error) from None
-    if job:
-        _submitted(run, IMAGE, job, "", by_guard=by_guard)
-    return job
+    job = image.job_before(profile, Path(run.provenance()["checkout"]))
+    return _submitted(run, IMAGE, job, "", by_guard=by_guard) if job else None
 
 
-def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, cache: Path, watched: list[str]) -> None:
+def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str]) -> None:
     nonce = _intend(run, GUARD)
-    python = profile.python or sys.executable
-    variables = batch.environment(
-        profile, plan, STAGES[0], run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=python
+    variables = batch.environment(profile, plan, STAGES[0], run=run.path, cache=Path(run.provenance()["cache"]))
+    made = ModuleExecutor(
+        run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]), module=f"jobs.guard {shlex.quote(str(run.path))}"
     )
-    made = StageExecutor(run.slurm / GUARD, python=shlex.quote(python))
-    comment = f"ftlib {run.name} {GUARD} {nonce}"
     words = batch.small_parameters(
-        profile,
-        name=f"{run.name}.{GUARD}",
-        setup=batch.enter(profile, variables, run.code),
-        comment=comment,
+        profile, name=f"{run.name}.{GUARD}", setup=batch.enter(profile, variables, run.code),
+        comment=f"ftlib {run.name} {GUARD} {nonce}",
         # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
         dependency="?".join(f"afternotok:{job}" for job in watched),
-    )
+    )  # fmt: skip
     made.update_parameters(**words)
-    try:
-        job = made.submit(guard.run, str(run.path)).job_id
-    except Exception as error:
-        raise _refused(run, GUARD, {}, error) from None
-    _submitted(run, GUARD, job, nonce, by_guard=False)
+    _submitted(run, GUARD, made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
 
 
 def _intend(run: RunDir, stage: str) -> str:
@@ -182,19 +155,11 @@ def _intend(run: RunDir, stage: str) -> str:
     return nonce
 
 
-def _submitted(run: RunDir, stage: str, job: str, nonce: str, *, by_guard: bool) -> None:
+def _submitted(run: RunDir, stage: str, job: str, nonce: str, *, by_guard: bool) -> str:
     lives = len(list(run.lives.glob(f"{stage}-*")))
-    events.append(
-        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job, nonce=nonce, after_life=lives,
-        automatic=by_guard,
-    )  # fmt: skip
-
-
-def _refused(run: RunDir, stage: str, queued: dict[str, str], error: Exception) -> FtError:
-    return FtError(
-        f"sbatch refused {stage} of {run.name}: {str(error).strip().splitlines()[-1]}. "
-        f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
-    )
+    said = {"stage": stage, "job_id": job, "nonce": nonce, "after_life": lives, "automatic": by_guard}
+    events.append(run.events, events.submit_writer(), "submitted", **said)
+    return job
 
 
 def adopt(run: RunDir) -> list[str]:
@@ -205,32 +170,14 @@ def adopt(run: RunDir) -> list[str]:
     """
     log = events.read(run.events)
     answered = {event["nonce"] for event in log if event["event"] == "submitted" and "nonce" in event}
-    open_intents = {e["nonce"]: e["stage"] for e in log if e["event"] == "intended" and e["nonce"] not in answered}
-    if not open_intents:
-        return []
+    open_intents = {event["nonce"] for event in log if event["event"] == "intended"} - answered
     found = []
-    for job in client.jobs():
+    for job in client.jobs() if open_intents else ():
         words = job.comment.split(" ")
         if len(words) == 4 and words[:2] == ["ftlib", run.name] and words[3] in open_intents:
-            _place_pickle(run, words[2], job.id)
             _submitted(run, words[2], job.id, words[3], by_guard=False)
             found.append(words[2])
     return found
-
-
-def _place_pickle(run: RunDir, stage: str, job: str) -> None:
-    """Give the adopted job its task: submitit renames the pickle only after sbatch has answered, and never did."""
-    folder = run.slurm / stage
-    target = folder / f"{job}_submitted.pkl"
-    left = sorted(folder.glob("*.pkl"), key=lambda path: path.stat().st_mtime, reverse=True)
-    unnamed = [path for path in left if not path.name.endswith(("_submitted.pkl", "_result.pkl"))]
-    if not target.exists() and unnamed:
-        os.replace(unnamed[0], target)
-
-
-def scheduler_view(job_ids: list[str]) -> dict[str, tuple[str, str]]:
-    """Job id -> (state, reason) of those that Slurm knows."""
-    return {number: (job.state, job.reason) for number, job in slurm_queue.ask(job_ids).jobs.items() if job.state}
 
 
 def cancel(run: RunDir, job_ids: dict[str, str]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import re
 import shlex
 import shutil
 import subprocess
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
-from ftlib.errors import InputError
+from ftlib.errors import InputError, Unavailable, nearest
 from ftlib.profile import ClusterProfile
-from ftlib.slurm import site
+from ftlib.slurm import client
 from jobs import image
 from jobs import wish as wishes
 
@@ -18,18 +22,23 @@ from jobs import wish as wishes
 HOME_FULL = 0.97
 
 
-def require(profile: ClusterProfile, cache: Path) -> None:
-    """InputError with every fault that can be seen from here, each with its mend."""
+def require(profile: ClusterProfile, cache: Path, *, at_a_glance: bool = False) -> None:
+    """InputError with every fault that can be seen from here, each with its mend. Builds the image where that is here.
+
+    at_a_glance: nothing that asks quota, modules or Slurm.
+    """
     found = [missing] if (missing := profile.missing_account()) else []
-    found += misplaced(profile, cache) + _full_home(profile) + _modules(profile)
-    if profile.scheduler and not missing:
-        found += [f"cluster {profile.name}: {words}" for words in site.problems(profile)]
+    found += _misplaced(profile, cache)
+    if not at_a_glance:
+        found += _full_home(profile) + _modules(profile)
+        if profile.scheduler and not missing:
+            found += [f"cluster {profile.name}: {words}" for words in unknown_names(profile)]
     if found:
         raise InputError(found)
     image.ready(profile)
 
 
-def misplaced(profile: ClusterProfile, cache: Path) -> list[str]:
+def _misplaced(profile: ClusterProfile, cache: Path) -> list[str]:
     """What would fill a home folder that the profile calls small."""
     if profile.storage.home_gib is None:
         return []
@@ -59,12 +68,9 @@ def _home_share() -> float | None:
     home = Path.home()
     try:
         device = subprocess.run(["df", "-P", home], capture_output=True, text=True, timeout=30).stdout.splitlines()[-1]
-        counted = (
-            subprocess.run(["quota", "-w"], capture_output=True, text=True, timeout=30)
-            if shutil.which("quota")
-            else None
-        )
-        for row in (line.split() for line in (counted.stdout if counted else "").splitlines()):
+        quota = ["quota", "-w"] if shutil.which("quota") else ["true"]
+        counted = subprocess.run(quota, capture_output=True, text=True, timeout=30).stdout
+        for row in map(str.split, counted.splitlines()):
             if len(row) > 3 and row[0] == device.split()[0]:
                 used, soft, hard = (float(word.rstrip("*")) for word in row[1:4])
                 if soft or hard:
@@ -88,3 +94,49 @@ def _modules(profile: ClusterProfile) -> list[str]:
                 "'modules' in cluster.yaml"
             )
     return found
+
+
+def unknown_names(profile: ClusterProfile) -> list[str]:
+    """A line for each name of the profile that this cluster does not know, with those it knows. Two questions."""
+    client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
+    return _account(profile) + _partitions(profile)
+
+
+def _account(profile: ClusterProfile) -> list[str]:
+    """What accounting allows this person; nothing where it does not tell."""
+    asked = ("sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", "format=account,qos")
+    try:
+        rows = [line.split("|") for line in client.call(*asked).splitlines()]
+    except Unavailable:
+        return []
+    allowed: dict[str, set[str]] = defaultdict(set)
+    for account, qos in (row for row in rows if len(row) == 2):
+        allowed[account] |= set(filter(None, qos.split(",")))
+    if not allowed or profile.account is None:
+        return []
+    if profile.account not in allowed:
+        return [_unknown("account", profile.account, allowed)]
+    known = allowed[profile.account]
+    wanted = {profile.resolved_qos(gpu=True), profile.resolved_qos(gpu=False)} - {None}
+    return [_unknown("qos", str(qos), known) for qos in sorted(map(str, wanted - known))] if known else []
+
+
+def _partitions(profile: ClusterProfile) -> list[str]:
+    gres: dict[str, set[str]] = defaultdict(set)
+    for line in client.call("sinfo", "-h", "-o", "%R|%G").splitlines():
+        name, _, offered = line.partition("|")
+        # gpu:a100:2(S:0-1) or gpu:2
+        gres[name] |= set(re.findall(r"gpu:([A-Za-z_][\w.-]*):\d", offered))
+    asked = {"gpu_partition": profile.gpu_partition, "cpu_partition": profile.cpu_partition}
+    found = [_unknown(field, name, gres) for field, name in asked.items() if name not in gres]
+    gpu = profile.partition(gpu=True).gpu
+    known = gres.get(profile.gpu_partition)
+    if gpu and gpu.gres and known is not None and gpu.gres not in known:
+        found.append(_unknown(f"GPU name in {profile.gpu_partition}", gpu.gres, known))
+    return found
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    there = f"It knows: {', '.join(names) or '(none)'}.{nearest(name, names)}"
+    return f"{what}: Slurm does not know {name!r} for you here. {there} Put the right one into cluster.yaml"

@@ -1,16 +1,154 @@
-"""The feeder: a job of seconds that queues what is missing of a sweep, within its limits and the guard's rules.
-
-python -m jobs.feeder runs/sweeps/<sweep>
+"""Queue what the points of a sweep need and its site has room for. The feeder is a job of seconds that does so again,
+when an array had bad ends or there is room: python -m jobs.feeder runs/sweeps/<sweep>
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from ftlib.errors import FtError
+from ftlib import events, state
+from ftlib.errors import FtError, InputError
+from ftlib.plan.plan import RunPlan
+from ftlib.rundir import RunDir
+from ftlib.slurm import batch, client
 from ftlib.sweepdir import SweepDir
-from jobs import arrays, guard
+from jobs import guard, image
+from jobs.arrays import Arrays, Fed, record
+from jobs.chain import ModuleExecutor
+from jobs.points import Need, active, fitting, need_of, share_datasets, threaded
+
+FEEDER = "feeder"
+# When nothing of the sweep is queued, nothing can call the feeder: it looks again after so long.
+LOOK_AGAIN_MIN = 10
+
+
+def feed(sweep: SweepDir, *, by: str) -> Fed:
+    """Queue what is missing and fits; see `points.need_of` for `by`. Must be called under `sweep.claim()`."""
+    kept = sweep.read()
+    profile = kept.profile
+    assert profile.scheduler
+    client.use(profile.scheduler.slurm_conf)
+    queue = client.jobs()
+    _adopt(sweep, queue)
+    runs = sweep.members()
+    view = {job.id: job for job in queue}
+    used = sum(active(view, job.id) for job in queue)
+    journals = threaded(state.journal, runs)
+    forgotten = {job for known in journals for job in known.jobs.values()} - view.keys()
+    view |= {job.id: job for job in client.accounted(sorted(forgotten))}
+    fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
+    for run, known in zip(runs, journals, strict=True):
+        found = need_of(run, known, view, by=by, told=told)
+        if isinstance(found, Need):
+            needs.append(found)
+        else:
+            fed.told.setdefault(found, []).append(run.name)
+    most = profile.scheduler.max_jobs
+    now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
+    fed.waiting = len(needs) - len(now)
+    feeding = Arrays(sweep, profile, fed, kept.spec.at_once, kept.cache)
+    feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
+    for known in journals:
+        for stage, job in known.jobs.items():
+            if active(view, job):
+                feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
+    with contextlib.ExitStack() as held:
+        seen = {run.path: known.log for run, known in zip(runs, journals, strict=True)}
+        mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
+        if len(mine) < len(now):
+            fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
+        client.cancel(job for need in mine for job in need.behind)
+        refused = feeding.queue(share_datasets(sweep, mine, view))
+    _queue_feeder(feeding, queue, RunPlan.model_validate(runs[0].plan()))
+    if refused:
+        raise refused
+    return fed
+
+
+def _claimed(need: Need, known: list[dict[str, Any]], held: contextlib.ExitStack, *, by: str) -> bool:
+    """Whether the point is ours to queue: nobody else is at it, or was since its events were those `known`."""
+    run = RunDir(need.run)
+    if by == "feeder":
+        guard.wait_for_the_login_node(run.path)
+    try:
+        held.enter_context(run.claim())
+    except InputError:
+        return False
+    return _submissions(events.read(run.events)) == _submissions(known)
+
+
+def _submissions(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in log if event["event"] == "submitted"]
+
+
+def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
+    """Take in arrays whose submit was killed before it wrote down their ids: the comment holds the intent's nonce."""
+    log = events.read(sweep.events)
+    answered = {event["nonce"] for event in log if event["event"] == "submitted"}
+    for nonce in [e["nonce"] for e in log if e["event"] == "intended" and e["nonce"] not in answered]:
+        mine = [(words, job.id) for job in queue if (words := job.comment.split(" "))[-1] == nonce]
+        found: dict[str, dict[str, str]] = {}  # index -> stage -> job
+        for words, job in mine:
+            found.setdefault(job.partition("_")[2], {})[words[2]] = job
+        for index, jobs in found.items():
+            run = RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2])
+            record(run, jobs, dict.fromkeys(jobs, nonce))
+            for sibling in run.siblings() if "prepare" in jobs else ():
+                record(sibling, {"prepare": jobs["prepare"]}, {"prepare": nonce}, prepared_by=run.name)
+        events.append(sweep.events, events.submit_writer(), "submitted", nonce=nonce)
+
+
+def _queue_feeder(fed: Arrays, queue: list[client.Job], plan: RunPlan) -> None:
+    """A job that runs when an array had bad ends, or when there is room for the rest; the last one goes."""
+    comment = f"ftlib {fed.sweep.name} {FEEDER}"
+    client.cancel(job.id for job in queue if job.comment == comment and state.SLURM_STATES.get(job.state) == "queued")
+    arrays = sorted(set().union(*fed.active.values()))
+    words = [f"afternotok:{array}" for array in arrays]
+    if fed.fed.waiting:
+        words += [f"afterany:{job}" for job in fed.middle or arrays]
+    if not words and not fed.fed.waiting:
+        return
+    variables = batch.environment(fed.profile, plan, "prepare", run=None, cache=fed.cache)
+    python, module = shlex.quote(variables["FT_PYTHON"]), f"jobs.feeder {shlex.quote(str(fed.sweep.path))}"
+    made = ModuleExecutor(fed.sweep.path / FEEDER, python=python, module=module)
+    setup = batch.enter(fed.profile, variables, fed.sweep.code)
+    parameters = batch.small_parameters(
+        fed.profile, name=f"{fed.sweep.name}.{FEEDER}", setup=setup, comment=comment, dependency="?".join(words) or None
+    )
+    if not words:
+        parameters["additional_parameters"]["begin"] = f"now+{LOOK_AGAIN_MIN}minutes"
+    made.update_parameters(**parameters)
+    made.queue("the feeder")
+
+
+def cancel(sweep: SweepDir) -> int:
+    """End every job of the sweep, the feeder first; returns how many points had any."""
+    profile = sweep.read().profile
+    assert profile.scheduler
+    client.use(profile.scheduler.slurm_conf)
+    queue = client.jobs()
+    mine = {job.id for job in queue if state.SLURM_STATES.get(job.state) in state.ACTIVE}
+    client.cancel(job.id for job in queue if job.id in mine and job.comment == f"ftlib {sweep.name} {FEEDER}")
+    arrays: set[str] = set()
+
+    def note(run: RunDir) -> bool:
+        jobs = {stage: job for stage, job in state.submissions(run).items() if job in mine}
+        arrays.update(job.partition("_")[0] for job in jobs.values())
+        user = os.environ.get("USER")
+        rows: list[tuple[events.Name, dict[str, object]]]
+        rows = [("cancelled", {"stage": stage, "job_id": job, "user": user}) for stage, job in jobs.items()]
+        if rows:
+            events.append_all(run.events, events.submit_writer(), rows)
+        return bool(rows)
+
+    count = sum(threaded(note, sweep.members()))
+    client.cancel(sorted(arrays, reverse=True))
+    return count
 
 
 def main(folder: str) -> int:
@@ -19,7 +157,7 @@ def main(folder: str) -> int:
     guard.wait_for_the_login_node(sweep.path)
     try:
         with sweep.claim():
-            print(arrays.feed(sweep, by="feeder").words(), flush=True)
+            print(feed(sweep, by="feeder").words(), flush=True)
     except FtError as error:
         print(f"ftlib: {error}. make sweep again queues what is missing", flush=True)
         return error.exit_code

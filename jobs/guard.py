@@ -6,25 +6,26 @@ epilogue has stopped, and never revives what its owner has cancelled.
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ftlib import events, state
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import client, policy, settle
+from ftlib.slurm import client, policy, queue, settle
+from ftlib.slurm.client import Job
 
 # Jobs of one stage that ended before a life could begin, before we stop.
 MOST_STILLBORN = 3
 # Longer than any submit takes.
 CLAIM_S = 300
-ENDED_BY_OWNER = "CANCELLED"
 FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def run(folder: str) -> None:
-    """What the guard's job runs."""
-    rundir = RunDir(Path(folder))
-    print(decide(rundir), flush=True)
+    """What the guard's job runs: `python -m jobs.guard RUN`."""
+    print(decide(RunDir(Path(folder))), flush=True)
 
 
 def decide(run: RunDir) -> str:
@@ -35,8 +36,7 @@ def decide(run: RunDir) -> str:
     profile = stored_profile(run)
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
     jobs = state.submissions(run)
-    words = why_not(run, chain.scheduler_view(list(jobs.values())))
-    if words:
+    if words := why_not(run, queue.ask(list(jobs.values())).jobs):
         return words
     wait_for_the_login_node(run.path)
     with run.claim():
@@ -47,11 +47,8 @@ def decide(run: RunDir) -> str:
     return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
 
 
-def why_not(run: RunDir, view: dict[str, tuple[str, str]]) -> str | None:
-    """Why the run's first stage that is not done must not be queued again; None when it may.
-
-    view: job id -> (Slurm's state, its reason). Settles the stage's last life where nobody has.
-    """
+def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
+    """Why the run's first stage that is not done must not be queued again; None when it may. `view`: jobs by id."""
     jobs = state.submissions(run)
     stage = next((name for name in STAGES if not run.stage_done(name)), None)
     if stage is None or stage not in jobs:
@@ -60,16 +57,15 @@ def why_not(run: RunDir, view: dict[str, tuple[str, str]]) -> str | None:
     if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
         return f"{stage} was cancelled by its owner; it stays so"
     before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), jobs.get("image"))
-    slurm = view.get(jobs[stage], ("", ""))[0]
+    slurm = view.get(jobs[stage], Job("")).state
     # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
-    by_dependency = view.get(before or "", ("COMPLETED", ""))[0] in FAILED
-    if slurm == ENDED_BY_OWNER and not by_dependency:
+    by_dependency = view.get(before or "", Job("COMPLETED")).state in FAILED
+    if slurm == "CANCELLED" and not by_dependency:
         events.append(run.events, events.submit_writer(), "cancelled", stage=stage, job_id=jobs[stage])
         return f"{stage} was cancelled by its owner; it stays so"
-    if state.SLURM_STATES.get(slurm) in ("queued", "running"):
+    if state.SLURM_STATES.get(slurm) in state.ACTIVE:
         return f"{stage} is {slurm}: nothing to do"
-    lives = len(list(run.lives.glob(f"{stage}-*")))
-    return _stop_reason(run, stage, lives, jobs[stage])
+    return _stop_reason(run, stage, len(list(run.lives.glob(f"{stage}-*"))), jobs[stage])
 
 
 def wait_for_the_login_node(folder: Path) -> None:
@@ -88,17 +84,17 @@ def wait_for_the_login_node(folder: Path) -> None:
 
 def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:
     """Why the stage must not be queued again; None when it may. Settles its last life where nobody has."""
-    log = events.read(run.events)
-    ours = [e for e in log if e.get("stage") == stage]
+    writer = events.submit_writer()
+    ours = [e for e in events.read(run.events) if e.get("stage") == stage]
     since = max((i for i, e in enumerate(ours) if e["event"] == "submitted" and not e.get("automatic")), default=0)
     tried = [e for e in ours[since:] if e["event"] == "submitted" and e.get("after_life") == lives]
     if len(tried) >= MOST_STILLBORN:
         words = f"{len(tried)} jobs in a row ended before they began"
-        events.append(run.events, events.submit_writer(), "failed", stage=stage, job_id=job, words=words)
+        events.append(run.events, writer, "failed", stage=stage, job_id=job, words=words)
         return words
     if lives == 0 or tried:
         return None
-    settle.earlier(run.path, stage, lives + 1, events.submit_writer())
+    settle.earlier(run.path, stage, lives + 1, writer)
     last = [e for e in events.read(run.events) if e.get("stage") == stage and e.get("life") == lives and "cause" in e]
     if last and last[-1]["event"] == "failed":
         return f"{stage}: {last[-1].get('words', 'it was stopped')}"
@@ -106,7 +102,9 @@ def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:
     decision = policy.decide(settle.settled_lives(run.path, stage, lives + 1), micro_batch=micro_batch)
     if decision.requeue:
         return None
-    events.append(
-        run.events, events.submit_writer(), "failed", stage=stage, life=lives, job_id=job, words=decision.words
-    )
+    events.append(run.events, writer, "failed", stage=stage, life=lives, job_id=job, words=decision.words)
     return f"{stage}: {decision.words}"
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib import atomic, recipe
+from ftlib import atomic, recipe, state
 from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import batch, client, container
 from ftlib.spec import file_digest
+from jobs import logs
 from jobs import wish as wishes
 
 BUILD_MIN = 120
@@ -35,13 +36,12 @@ UNPACKED, PACKED = 5, 1.5
 # The base, a compiler and what goes with them.
 BASE_BYTES = 2 * 2**30
 WHEELS_BYTES = 2**29
-FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
 
 
 def image(options: argparse.Namespace) -> int:
     """Build the image of a cluster's profile, here or in a job, and wait for it; nothing to do where it is there."""
     _, changes = recipe.parse_set(options.set)
-    profile = wishes.load_profile(wishes.choose_cluster(options.cluster), changes)
+    profile = wishes.load_profile(options.cluster, changes)
     if options.chosen:
         return DONE if profile.container else 1
     if profile.container is None:
@@ -53,7 +53,13 @@ def image(options: argparse.Namespace) -> int:
     if there:
         print(f"The image of these locks is there: {wanted['path']}")
     elif job := job_before(profile, wishes.CHECKOUT):
-        _wait(profile, job, Path(wanted["path"]))
+        target = Path(wanted["path"])
+        log = target.parent / "slurm" / f"{job}_0_log.out"
+        print(f"Job {job} builds the image; its log is {log}. Ctrl-C leaves it at work.", flush=True)
+        logs.follow(job, log, profile, target.exists)
+        if not target.exists():
+            words = f"job {job} ended without an image; its words are above ({log})"
+            raise FtError(f"{words}. make image goes on from there")
     return DONE
 
 
@@ -84,29 +90,18 @@ def job_before(profile: ClusterProfile, checkout: Path) -> str | None:
     target = Path(image["path"])
     comment = f"ftlib image {target.name}"
     for job in client.jobs():
-        if job.comment == comment and job.state not in FINISHED:
+        if job.comment == comment and state.SLURM_STATES.get(job.state) in state.ACTIVE:
             return job.id
-    folder = target.parent / "slurm"
-    made = SlurmExecutor(folder, python=shlex.quote(profile.python or sys.executable))
-    made.update_parameters(**batch.image_parameters(profile, checkout, comment, (BUILD_MIN, BUILD_MEM_GIB)))
-    return str(made.submit(build, profile, checkout, image).job_id)
-
-
-def _wait(profile: ClusterProfile, job: str, target: Path) -> None:
-    """Show the build's log until its job has ended; Ctrl-C leaves the job alone."""
-    log, shown = target.parent / "slurm" / f"{job}_0_log.out", 0
-    print(f"Job {job} builds the image; its log is {log}. Ctrl-C leaves it at work.", flush=True)
-    assert profile.scheduler is not None
-    while True:
-        ended = not any(j.id == job and j.state not in FINISHED for j in client.jobs())
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        print("".join(line for line in text[shown:].splitlines(True) if "submitit" not in line), end="", flush=True)
-        shown = len(text)
-        if ended:
-            break
-        time.sleep(max(profile.scheduler.poll_interval_s, 1))
-    if not target.exists():
-        raise FtError(f"job {job} ended without an image; its words are above ({log}). make image goes on from there")
+    made = SlurmExecutor(target.parent / "slurm", python=shlex.quote(profile.python or sys.executable))
+    setup = batch.enter(profile, {"PYTHONNOUSERSITE": "1"}, checkout)
+    words = batch.small_parameters(
+        profile, name="ftlib.image", setup=setup, comment=comment, time_min=BUILD_MIN, mem_gib=BUILD_MEM_GIB, cpus=4
+    )
+    made.update_parameters(**words)
+    try:
+        return str(made.submit(build, profile, checkout, image).job_id)
+    except Exception as error:
+        raise client.Refused("the image's build", error) from None
 
 
 def build(profile: ClusterProfile, checkout: Path, image: dict[str, str]) -> None:
@@ -189,14 +184,10 @@ def _apptainer(
     words += ["--mount", f'type=bind,"source={source}",destination=/mnt']
     log = target.parent / "build.log"
     child = subprocess.Popen(
-        [*words, *arguments, str(target), "train.def"],
-        cwd=env,
+        [*words, *arguments, str(target), "train.def"], cwd=env,
         env={**os.environ, "APPTAINER_TMPDIR": scratch, "APPTAINER_CACHEDIR": f"{scratch}/cache"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
     with log.open("w", encoding="utf-8", buffering=1) as file, child:
         assert child.stdout is not None
         for line in child.stdout:

@@ -9,78 +9,74 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
+from submitit import Job
 from submitit.local.local import LocalExecutor, LocalJob
 
-from ftlib import events, modelfiles, outcome
+from ftlib import events, outcome
 from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, container, settle
+from ftlib.slurm import batch, client, container, settle
+from jobs import logs
 from jobs import stage as stage_module
 
 POLL_S = 0.1
-# The exit code of a process that SIGKILL ended, as a shell says it.
-KILLED = 137
 YEAR_MIN = 525_600
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM of the foreground process: the first asks the stage to save, the second kills it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
 
 
 def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = STAGES) -> int:
     """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`."""
     plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
-    interrupt = Interrupt()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    client.use(None)  # inside an interactive job its SLURM_* would make ranks of our one process
+    # Ctrl-C, or SIGTERM: the first asks the stage to save, the second kills it.
+    caught: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: caught.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
     try:
         for number, stage in enumerate(stages, 1):
-            if run.stage_done(stage):
-                print(f"[{number}/{len(stages)}] {stage}: done before", flush=True)
-                continue
-            print(f"[{number}/{len(stages)}] {stage}", flush=True)
-            variables = batch.environment(
-                profile, plan, stage, run=run.path, cache=cache, hf=modelfiles.hf_home(cache), python=sys.executable
-            )
-            code = _stage(run, profile, stage, variables, interrupt)
-            if code != DONE:
+            done = run.stage_done(stage)
+            print(f"[{number}/{len(stages)}] {stage}{': done before' if done else ''}", flush=True)
+            variables = batch.environment(profile, plan, stage, run=run.path, cache=cache)
+            python = container.worker(profile, plan, stage, run.provenance())
+            if not done and (code := _stage(run, stage, python, variables, caught)) != DONE:
                 return code
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
     return DONE
 
 
-def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str, str], interrupt: Interrupt) -> int:
+def _stage(run: RunDir, stage: str, python: str, variables: dict[str, str], caught: list[int]) -> int:
     """Lives of one stage until one is done, wrong, or stopped by the person: the epilogue's work, in the foreground."""
     automatic = False
     while True:
         life = _next_life(run, stage)
-        job = _life(run, profile, stage, {**variables, "FT_LIFE": str(life)}, interrupt, automatic=automatic)
+        executor = LocalExecutor(run.slurm / stage, python=python)
+        executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
+        with _inherited(run.code, {**variables, "FT_LIFE": str(life)}):
+            job = executor.submit(stage_module.run, str(run.path), stage)
+        said = {"stage": stage, "job_id": job.job_id, "after_life": life - 1, "automatic": automatic}
+        events.append(run.events, events.submit_writer(), "submitted", **said)
+        _watch(run, stage, life, job, caught)
         automatic = True
         last = next((end for end in outcome.read(run.outcomes, stage) if end.life == life), None)
         if last and last.code == DONE:
             return DONE
-        if interrupt.count:
-            _cancelled(run, stage)
+        if caught:
+            user = os.environ.get("USER")
+            for missing in STAGES[STAGES.index(stage) :] if stage in STAGES else ():
+                events.append(run.events, events.submit_writer(), "cancelled", stage=missing, user=user)
             saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
-            print(f"\n{stage}: {saved}. make resume RUN={run.name} goes on from there.", flush=True)
+            again = f"make resume RUN={run.name} goes on from there" if stage in STAGES else "Start it anew"
+            print(f"\n{stage}: {saved}. {again}.", flush=True)
             return RUN_AGAIN
-        verdict = settle.end(
-            run.path, stage, life, last.code if last else KILLED, job.job_id, Path(job.paths.stdout)
-        )
+        code = last.code if last else settle.KILLED
+        verdict = settle.end(run.path, stage, life, code, job.job_id, Path(job.paths.stdout))
         if verdict.do != "requeue":
-            said = f"{last.words}\n" if last else ""
-            print(f"{said}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
+            words = f"{last.words}\n" if last else ""
+            print(f"{words}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
             return verdict.code
         print(f"{stage}: {verdict.words}", flush=True)
         time.sleep(verdict.backoff_s)
@@ -88,50 +84,25 @@ def _stage(run: RunDir, profile: ClusterProfile, stage: str, variables: dict[str
 
 def _next_life(run: RunDir, stage: str) -> int:
     for left in (run.slurm / stage).glob("*.save_tmp"):
-        left.unlink()
+        left.unlink()  # A save that a kill cut short would make submitit's next one fail.
     life = 1
-    while True:
-        try:
-            handle = os.open(run.lives / f"{stage}-{life}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            life += 1
-            continue
-        with os.fdopen(handle, "w") as file:
-            file.write(f"{os.getpid()} local {int(time.time())}\n")
-        return life
+    while (file := run.lives / f"{stage}-{life}").exists():
+        life += 1
+    file.write_text(f"{os.getpid()} local {int(time.time())}\n", encoding="utf-8")
+    return life
 
 
-def _life(
-    run: RunDir,
-    profile: ClusterProfile,
-    stage: str,
-    variables: dict[str, str],
-    interrupt: Interrupt,
-    *,
-    automatic: bool,
-) -> LocalJob[None]:
-    """Start one life, show its log as it grows, pass Ctrl-C on as a request to save, return when it has ended."""
-    folder = run.slurm / stage
-    plan = RunPlan.model_validate(run.plan())
-    executor = LocalExecutor(folder, python=container.worker(profile, plan, stage, run.provenance()))
-    executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
-    with _inherited(run.code, variables):
-        job = executor.submit(stage_module.run, str(run.path), stage)
+def _watch(run: RunDir, stage: str, life: int, job: Job[None], caught: list[int]) -> None:
+    """Show a life's log as it grows, and pass Ctrl-C on, until it has ended."""
     assert isinstance(job, LocalJob) and job._process is not None
-    life = int(variables["FT_LIFE"])
-    events.append(
-        run.events, events.submit_writer(), "submitted", stage=stage, job_id=job.job_id, after_life=life - 1,
-        automatic=automatic,
-    )  # fmt: skip
-    log = Path(job.paths.stdout)
     shown, asked = 0, 0
     while True:
         ended = job._process.poll() is not None
-        shown = _show(log, shown, last=ended)
+        shown = logs.show(Path(job.paths.stdout), shown, last=ended)
         if ended:
-            return job
-        if interrupt.count > asked:
-            asked = interrupt.count
+            return
+        if len(caught) > asked:
+            asked = len(caught)
             print("\nstopping: saving first (Ctrl-C again to kill)" if asked == 1 else "\nkilling", flush=True)
             job._process.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
             if asked > 1:
@@ -155,28 +126,9 @@ def _inherited(folder: Path, variables: dict[str, str]) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _show(log: Path, shown: int, *, last: bool) -> int:
-    """Print whole new lines of the log after byte `shown`, submitit's own left out; returns the new position."""
-    if not log.exists():
-        return shown
-    with log.open("rb") as file:
-        file.seek(shown)
-        new = file.read()
-    whole = new if last else new[: new.rfind(b"\n") + 1]
-    for line in whole.decode(errors="replace").splitlines():
-        if line and not line.startswith("submitit "):
-            print("    " + line, flush=True)
-    return shown + len(whole)
-
-
 def _kill_tasks(run: RunDir, stage: str, life: int) -> None:
     """SIGKILL the stage's own process: its controller is gone and cannot."""
     for event in events.read(run.events):
         if event["event"] == "started" and event.get("stage") == stage and event.get("life") == life:
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(event["job_id"]), signal.SIGKILL)
-
-
-def _cancelled(run: RunDir, stage: str) -> None:
-    for missing in STAGES[STAGES.index(stage) :]:
-        events.append(run.events, events.submit_writer(), "cancelled", stage=missing, user=os.environ.get("USER"))

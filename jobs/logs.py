@@ -1,16 +1,20 @@
-"""`logs`: what the newest life of a run wrote; with --follow every life after it, too, of every stage, to the end."""
+"""`logs`: what the newest life of a run wrote; with --follow every life after it, too, of every stage, to the end.
+And a log shown as it grows, for those who wait for one job."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftlib import rundir, state
 from ftlib.errors import DONE, InputError, unknown
+from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import queue, settle
 from ftlib.state import ACTIVE, Journal
@@ -20,6 +24,8 @@ from jobs.wish import RUNS
 EVERY_S = 0.5
 # How often a followed run's state is asked for; its own files tell most ends at once.
 ASK_S = 10.0
+# Results of other machines show late on a network file system.
+LATE_S = 15
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,13 @@ def newest(run: RunDir, wanted: tuple[str, ...]) -> Part | None:
     began = []
     for order, stage in enumerate(wanted):
         for path in run.lives.glob(f"{stage}-*"):
-            life, said = int(path.name.rpartition("-")[2]), path.read_text(encoding="utf-8").split()
+            said = path.read_text(encoding="utf-8").split()
             if len(said) > 2:  # else it is being written
-                began.append((int(said[2]), order, life, f"{_job(known, stage, life, said)}_0_log.out"))
+                began.append((int(said[2]), order, int(path.name.rpartition("-")[2]), said))
     if began:
-        _, order, life, name = max(began)
-        path = run.slurm / wanted[order] / name
-        start = settle.log_starts(run.path, wanted[order], life).get(name, 0)
+        _, order, life, said = max(began)
+        path = run.slurm / wanted[order] / f"{_job(known, wanted[order], life, said)}_0_log.out"
+        start = settle.log_starts(said).get(path.name, 0)
         return Part(wanted[order], life, path, start) if path.exists() else None
     logs = [path for stage in wanted for path in (run.slurm / stage).glob("*_log.out")]
     path = max(logs, key=lambda path: path.stat().st_mtime, default=Path())
@@ -127,3 +133,39 @@ def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
     guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE
     goes_on = first.state in ACTIVE or (guarded and first.state == "failed")
     return goes_on, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")
+
+
+# -- a log alone -------------------------------------------------------------------------------------------------------
+
+
+def show(log: Path, shown: int = 0, *, last: bool = False) -> int:
+    """Print whole new lines of the log after byte `shown`, submitit's own left out; returns the new position."""
+    if not log.exists():
+        return shown
+    with log.open("rb") as file:
+        file.seek(shown)
+        new = file.read()
+    whole = new if last else new[: new.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        if line and not line.startswith("submitit "):
+            print("    " + line, flush=True)
+    return shown + len(whole)
+
+
+def follow(job: str, log: Path, profile: ClusterProfile, done: Callable[[], object]) -> str:
+    """Show a job's log until `done()`, or until Slurm says that it has ended; returns Slurm's last word of it."""
+    assert profile.scheduler  # which is asked as rarely as its site wants
+    shown, told, asked, deadline = 0, "", -math.inf, math.inf
+    while not done() and time.monotonic() < deadline:
+        shown = show(log, shown)
+        if time.monotonic() - asked > max(1.0, profile.scheduler.poll_interval_s) and deadline == math.inf:
+            asked, found = time.monotonic(), queue.ask([job]).jobs[job]
+            words = (found.state or "UNKNOWN") + (f" ({found.reason})" if found.reason not in ("", "None") else "")
+            if state.SLURM_STATES.get(found.state) not in state.ACTIVE:
+                deadline = asked + (0 if found.state == "CANCELLED" else LATE_S)
+            elif words != told:
+                print(f"job {job}: {words}", flush=True)
+            told = words
+        time.sleep(1)
+    show(log, shown, last=True)
+    return told

@@ -1,8 +1,9 @@
-"""Commands that look at runs and change nothing: status, why, verify. One question to each cluster's scheduler."""
+"""Commands that look and change nothing: status, why, verify, layers. One question to each cluster's scheduler."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -19,8 +20,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ftlib import rundir, state, sweepdir
-from ftlib.errors import DONE, InputError
+from ftlib import modelfiles, recipe, rundir, state, sweepdir
+from ftlib.errors import DONE
 from ftlib.report.board import board
 from ftlib.report.plan import console
 from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
@@ -28,6 +29,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import client, queue
 from ftlib.slurm.queue import Answer
 from ftlib.state import ACTIVE, StageState
+from jobs import wish as wishes
 from jobs.wish import RUNS
 
 REDRAW_S = 2.0
@@ -46,12 +48,16 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
     by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
     found, me = [], getpass.getuser()
     for run in runs:
-        seen, provenance = _from_files(run, me)
-        found.append(seen)
+        known, provenance = state.journal(run), run.provenance()
+        place, words = state.elsewhere(run, known, provenance)
+        notes = [words] if words and not all(map(known.done, STAGES)) else []
+        if (user := provenance.get("user")) and user != me:
+            notes.append(f"it belongs to {user}")
+        found.append(seen := Seen(run, known, place, notes))
         site = provenance["profile"].get("scheduler")
         if site is None:
-            alive = seen.place != "copy" and writer(run) is not None
-            seen.stages = state.stages(seen.known, None, alive=alive)
+            alive = place != "copy" and writer(run) is not None
+            seen.stages = state.stages(known, None, alive=alive)
         else:
             by_cluster[site.get("slurm_conf")].append((seen, provenance))
     for conf, members in by_cluster.items():
@@ -76,58 +82,40 @@ def kept_answer(slurm_conf: str | None) -> Path:
     return RUNS / f".queue-{getpass.getuser()}-{which}.json"
 
 
-def _from_files(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
-    """A run as its folder tells it, and its provenance."""
-    known, provenance = state.journal(run), run.provenance()
-    place, words = state.elsewhere(run, known, provenance)
-    notes = [words] if words and not all(map(known.done, STAGES)) else []
-    if (user := provenance.get("user")) and user != me:
-        notes.append(f"it belongs to {user}")
-    return Seen(run, known, place, notes), provenance
-
-
 # -- status ------------------------------------------------------------------------------------------------------------
 
 
 def status(options: argparse.Namespace) -> int:
     """Print every sweep and run, or one; with --watch until nothing of it is queued or running."""
-    if options.run and options.sweep:
-        raise InputError("status: RUN and SWEEP exclude each other; say one of them")
-    if not options.watch:
-        rows, sweeps, seen = _rows(options)
-        print(_json(rows, sweeps, seen)) if options.json else _print(rows, sweeps, seen)
-        return DONE
-    try:
-        return _watch(options)
-    except KeyboardInterrupt:
-        return DONE
+    if options.watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(options)
+    else:
+        _tell(*_rows(options), as_json=options.json)
+    return DONE
 
 
-def _watch(options: argparse.Namespace) -> int:
+def _watch(options: argparse.Namespace) -> None:
     from rich.live import Live
 
-    out = console()
-    before = None
+    out, before = console(), None
+    drawn = out.is_terminal and not options.json
     with Live(console=out, auto_refresh=False, vertical_overflow="ellipsis") as live:
         while True:
             rows, sweeps, seen = _rows(options)
-            if out.is_terminal and not options.json:
+            if drawn:
                 # What is at work stands first: a screen has no room for all.
                 rows.sort(key=lambda one: one.state not in ACTIVE)
                 live.update(_board(rows, sweeps, seen, out.width), refresh=True)
-            elif (now := _ends(rows, sweeps)) != before:
-                before = now
-                print(_json(rows, sweeps, seen), flush=True) if options.json else _print(rows, sweeps, seen)
-            if not ({one.state for one in rows} & {*ACTIVE} or {one.state for one in sweeps} & {*ACTIVE}):
-                return DONE
+            # What is worth another line in a log: steps and losses alone would fill it.
+            now = [(one.run, one.state, one.stage, one.lives, one.words) for one in rows]
+            ends = now, [(one.sweep, one.states, one.lives) for one in sweeps]
+            if not drawn and ends != before:
+                _tell(rows, sweeps, seen, as_json=options.json)
+            before = ends
+            if not ({one.state for one in rows} | {one.state for one in sweeps}) & {*ACTIVE}:
+                return
             time.sleep(REDRAW_S)
-
-
-def _ends(rows: list[Row], sweeps: list[SweepRow]) -> list[object]:
-    """What is worth another line in a log: steps and losses alone would fill it."""
-    return [(one.run, one.state, one.stage, one.lives, one.words) for one in rows] + [
-        (one.sweep, one.states, one.lives) for one in sweeps
-    ]
 
 
 def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[Seen]]:
@@ -151,15 +139,20 @@ def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[
     return [row(one, now) for one in seen if one.run.name not in collapsed], lines, seen
 
 
-def _json(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> str:
-    answers = [one.answer for one in seen if one.answer.asked]
-    value = {
-        "asked": min((answer.asked for answer in answers), default=None),
-        "trouble": next((one.answer.trouble for one in seen if one.answer.trouble), ""),
-        "runs": [dataclasses.asdict(one) for one in rows],
-        "sweeps": [dataclasses.asdict(one) for one in sweeps],
-    }
-    return json.dumps(value, indent=1)
+def _tell(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], *, as_json: bool) -> None:
+    if as_json:
+        value = {
+            "asked": min((one.answer.asked for one in seen if one.answer.asked), default=None),
+            "trouble": next((one.answer.trouble for one in seen if one.answer.trouble), ""),
+            "runs": [dataclasses.asdict(one) for one in rows],
+            "sweeps": [dataclasses.asdict(one) for one in sweeps],
+        }
+        print(json.dumps(value, indent=1), flush=True)
+    elif rows or sweeps:
+        out = console()
+        out.print(_board(rows, sweeps, seen, out.width))
+    else:
+        print("No runs yet. `make submit` makes one.")
 
 
 def _board(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], width: int) -> RenderableType:
@@ -167,31 +160,23 @@ def _board(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen], width: int
     return board(rows, sweeps, oldest, width=width)
 
 
-def _print(rows: list[Row], sweeps: list[SweepRow], seen: list[Seen]) -> None:
-    if not rows and not sweeps:
-        print("No runs yet. `make submit` makes one.")
-        return
-    out = console()
-    out.print(_board(rows, sweeps, seen, out.width))
-
-
 # -- why, verify -------------------------------------------------------------------------------------------------------
 
 
 def why(options: argparse.Namespace) -> int:
     """Print what happened in each life of a run, and what to do now."""
-    from ftlib.report import plan, why
+    from ftlib.report.why import print_why
 
     (seen,) = see([rundir.find(RUNS, options.run)], fresh=False)
-    why.print_why(seen, plan.console())
+    print_why(seen, console())
     return DONE
 
 
 def verify(options: argparse.Namespace) -> int:
     """Check every checkpoint of a run; 1 when one is damaged."""
-    from ftlib.report import plan, why
+    from ftlib.report.why import print_verify
 
-    return DONE if why.print_verify(rundir.find(RUNS, options.run), plan.console()) else 1
+    return DONE if print_verify(rundir.find(RUNS, options.run), console()) else 1
 
 
 def writer(run: RunDir) -> int | None:
@@ -201,3 +186,44 @@ def writer(run: RunDir) -> int | None:
     except FileNotFoundError:
         return None
     return int(pid) if host == socket.gethostname() and pid.isdigit() and rundir.alive(int(pid)) else None
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def layers(options: argparse.Namespace) -> int:
+    """Print the names, shapes and sizes of all that could be trained, from the model's config alone."""
+    from rich import box
+    from rich.table import Table
+
+    from ftlib.plan import architectures
+
+    changes, cluster_changes = recipe.parse_set(options.set)
+    model = recipe.load(wishes.RECIPES, options.model, changes).model
+    cache = wishes.load_profile(options.cluster, cluster_changes).cache_dir(wishes.CHECKOUT)
+    # Nothing is fetched: whether nodes have internet does not matter here.
+    files = modelfiles.locate(model.name, model.revision, checkout=wishes.CHECKOUT, cache=cache, internet=True)
+    found = architectures.parameters(files.config, model.name)
+    rows = [
+        # The name with its range of blocks, as a pattern selects it.
+        {"name": p.name.replace(architectures.BLOCK, f"0-{p.copies - 1}" if p.copies > 1 else "0"),
+         "shape": list(p.shape), "kind": p.kind, "copies": p.copies, "parameters": p.size * p.copies}
+        for p in found
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps({"model": model.name, "parameters": rows}, indent=1))
+        return DONE
+    table = Table(title=model.name, box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("parameter", "all", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("parameters", f"{sum(p.size * p.copies for p in found):,}", justify="right")
+    for p, one in zip(found, rows, strict=True):
+        table.add_row(str(one["name"]), " × ".join(map(str, p.shape)), p.kind, f"{one['parameters']:,}")
+    out = console()
+    out.print(table)
+    linear = ", ".join(sorted({p.layer.rpartition(".")[2] for p in found if p.kind == "linear"}))
+    out.print(f"Adapters can go on the linear layers: method.targets=[{linear}] or all-linear.", markup=False)
+    if not any(p.kind == "head" for p in found):
+        out.print("The head is the embedding itself (tied): no layer of its own.")
+    return DONE

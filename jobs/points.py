@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm.client import Job
 from ftlib.state import ACTIVE, Journal
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
 
-View = dict[str, tuple[str, str]]  # job id -> (Slurm's state, its reason)
+X = TypeVar("X")
+Y = TypeVar("Y")
+View = Mapping[str, Job]  # Slurm's jobs by their ids
+
+
+def threaded(call: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
+    """`call` of each item, in threads: a shared filesystem answers each process slowly, and many at once."""
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(call, items))
 
 
 def active(view: View, job: str) -> bool:
     """Whether the job is queued or running."""
-    return state.SLURM_STATES.get(view.get(job, ("", ""))[0]) in ACTIVE
+    return state.SLURM_STATES.get(view.get(job, Job("")).state) in ACTIVE
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,6 @@ class Chunk:
 def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
     """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
 
-    known: what its folder says.
-
     by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
     are kept in `told`, for a dataset's one job is many points').
     """
@@ -87,15 +95,12 @@ def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path
     before = [name for name in STAGES[:position] if found[name].state in ACTIVE]
     waits = found[before[-1]].job_id if before else None
     return Need(
-        run.path,
-        tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
-        RunPlan.model_validate(run.plan()),
-        f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
-        prepare=waits if before == ["prepare"] else None,
-        before=waits if before != ["prepare"] else None,
+        run.path, tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
+        RunPlan.model_validate(run.plan()), f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
+        prepare=waits if before == ["prepare"] else None, before=waits if before != ["prepare"] else None,
         behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),
         automatic=by == "feeder" and job is not None,
-    )
+    )  # fmt: skip
 
 
 def fitting(needs: Sequence[Need], free: float) -> list[Need]:

@@ -1,21 +1,23 @@
-"""Commands that act on runs that exist: cancel and resume; and starting one, which resume and submit share."""
+"""Commands that act on runs that exist: cancel and resume (with other nodes, too); starting one, as submit does."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
-from typing import cast
+from pathlib import Path
 
-from ftlib import atomic, events, recipe, rundir, state
+from ftlib import atomic, events, modelfiles, recipe, rundir, state
 from ftlib.errors import DONE, FtError, InputError
+from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.slurm import client
-from ftlib.spec import validate
+from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
 from jobs.look import kept_answer, look, see, writer
-from jobs.wish import RUNS, stored_profile
+from jobs.wish import CHECKOUT, RUNS, stored_profile
 
 
 def start(run: RunDir, profile: ClusterProfile) -> int:
@@ -34,12 +36,16 @@ def start(run: RunDir, profile: ClusterProfile) -> int:
         client.use(profile.scheduler.slurm_conf)
         for stage in chain.adopt(run):
             print(f"Found the job of {stage} that an interrupted submit had queued; it belongs to this run.")
-        active = {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
-        queued = chain.queue(run, profile, active)
+        queued = chain.queue(run, profile, _active(run))
     if queued:
         print("Queued: " + ", ".join(f"{stage} {job}" for stage, job in queued.items()))
     print(f"Watch it: make status RUN={run.name}   make logs RUN={run.name} FOLLOW=1")
     return DONE
+
+
+def _active(run: RunDir) -> dict[str, str]:
+    """The stages that are queued or running, and their jobs."""
+    return {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
 
 
 def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
@@ -80,9 +86,8 @@ def _settle_in(run: RunDir) -> None:
     if place == "here":
         return
     if provenance["run"] != run.name:
-        raise InputError(
-            f"run {run.name}: {words}. Give the folder its name back, or make submit … NEW=1 for another run"
-        )
+        mend = "Give the folder its name back, or make submit … NEW=1 for another run"
+        raise InputError(f"run {run.name}: {words}. {mend}")
     events.append(run.events, events.submit_writer(), "moved", to=str(run.path))
 
 
@@ -90,19 +95,15 @@ def cancel(options: argparse.Namespace) -> int:
     """End a run's jobs."""
     run = rundir.find(RUNS, options.run)
     profile = stored_profile(run)
-    found = look([run])[run.name]
     if profile.scheduler is None:
         process = writer(run)
-        if process is None:
-            print(f"{run.name}: nothing is running.")
-            return DONE
-        os.kill(process, signal.SIGTERM)
-        print(f"{run.name}: asked to save and stop.")
+        if process:
+            os.kill(process, signal.SIGTERM)
+        print(f"{run.name}: {'asked to save and stop' if process else 'nothing is running'}.")
         return DONE
     from jobs import chain
 
-    active = {name: s.job_id for name, s in found.items() if s.state in ACTIVE and s.job_id}
-    if not active:
+    if not (active := _active(run)):
         print(f"{run.name}: nothing is queued or running.")
         return DONE
     chain.cancel(run, active)
@@ -120,23 +121,54 @@ def resume(options: argparse.Namespace) -> int:
     profile = stored_profile(run)
     if changes:
         values = recipe.override(profile.model_dump(mode="json"), changes)
-        profile = cast(ClusterProfile, validate(ClusterProfile, values, f"cluster {profile.name}"))
+        profile = validate(ClusterProfile, values, f"cluster {profile.name}")
         atomic.write_json(run.provenance_file, {**run.provenance(), "profile": profile.model_dump(mode="json")})
     if options.nodes:
-        from jobs import resize
-
-        busy = [name for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id]
-        resize.resize(run, profile, options.nodes, busy)
+        resize(run, profile, options.nodes, list(_active(run)))
     return go_on(run, profile, asked=True)
+
+
+def resize(run: RunDir, profile: ClusterProfile, nodes: str, busy: list[str]) -> None:
+    """Plan the run's training for another number of nodes: the same wish, the global batch unchanged.
+
+    InputError where that cannot be; `busy`: stages with a job, which has its size already.
+    """
+    if not nodes.isdigit() or nodes == "0":
+        raise InputError(f"NODES: {nodes!r} is no number of nodes; allowed: 1 and more")
+    if run.stage_done("train"):
+        raise InputError(f"NODES: the training of {run.name} is done; there is nothing to go on with")
+    if busy:
+        raise InputError(
+            f"NODES: {', '.join(busy)} of {run.name} is queued or running with the nodes it has. "
+            f"make cancel RUN={run.name}, and once that has ended make resume RUN={run.name} NODES={nodes}"
+        )
+    spec, provenance, before = run.spec(), run.provenance(), run.plan()
+    files = modelfiles.locate(
+        provenance["model_path"], spec.model.revision, checkout=CHECKOUT, cache=Path(provenance["cache"]), internet=True
+    )
+    share = spec.train.global_batch // (int(nodes) * spec.resources.gpus_per_node)
+    # What fitted until now, as earlier lives may have taught it.
+    fitting = [rows for rows in divisors(max(1, share)) if rows <= before["micro_batch"]]
+    resources = spec.resources.model_copy(update={"nodes": int(nodes)})
+    train = spec.train.model_copy(update={"micro_batch": fitting[-1]})
+    wish = spec.model_copy(update={"resources": resources, "train": train})
+    data = provenance["data_path"]
+    size = Path(data).stat().st_size if data and Path(data).exists() else None
+    made = plan.make(wish, profile, shapes.from_config(files.config, spec.model.name), data_bytes=size)
+    with run.claim():
+        taught = {k: v for k, v in run.adjustments().items() if k not in ("micro_batch", "accumulation")}
+        if run.adjustments_file.exists():
+            atomic.write_json(run.adjustments_file, taught)
+        atomic.write_json(run.plan_file, json.loads(made.model_dump_json()))
+    print(
+        f"{run.name} goes on with {nodes} node{'s' if nodes != '1' else ''}: micro-batch {made.micro_batch} x "
+        f"accumulation {made.accumulation} x {made.world_size} GPUs, {spec.train.global_batch} rows a step as before"
+    )
 
 
 def _say_results(run: RunDir) -> None:
     print(f"Results: {run.path}")
-    for words, path in (
-        ("report", run.report_file),
-        ("scores", run.evaluation_file),
-        ("adapter", run.export / "adapter"),
-        ("merged weights", run.export / "merged"),
-    ):
+    results = {"report": run.report_file, "scores": run.evaluation_file, "adapter": run.export / "adapter"}
+    for words, path in {**results, "merged weights": run.export / "merged"}.items():
         if path.exists():
             print(f"  {words:15} {path.relative_to(run.path)}")

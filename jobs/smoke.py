@@ -25,9 +25,9 @@ from ftlib.plan.plan import TOKENS_PER_PAIR, RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
-from ftlib.slurm import client
+from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
-from jobs import environment, local, submit
+from jobs import environment, local, logs, stage, submit
 from jobs import wish as wishes
 from jobs.wish import Wish
 
@@ -37,10 +37,6 @@ STEPS, WARM = 10, 3
 ENV_MIN, SMOKE_MIN = 5, 15
 LEAST_EXAMPLES, MOST_EXAMPLES = 256, 20_000
 PREPARED_S = 600
-# Results of other machines show late on a network file system.
-LATE_S = 15
-# A job that waits is said to wait this often.
-TELL_S = 300
 
 
 def env(options: argparse.Namespace) -> int:
@@ -61,9 +57,9 @@ def env(options: argparse.Namespace) -> int:
 
 def smoke(options: argparse.Namespace) -> int:
     """Ten real steps of a recipe on a node, and what they tell of the whole run."""
-    whole = submit._wish(options)
+    whole = wishes.asked(options)
     environment.require(whole.profile, whole.cache)
-    wish = submit._wish(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
+    wish = wishes.asked(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
     trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit.space_needed(whole)}
     return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
 
@@ -87,7 +83,8 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     run = RunDir(runs / name)
     if profile.scheduler:
         client.use(profile.scheduler.slurm_conf)
-        if (job := state.submissions(run).get(STAGE)) and _job_state(job)[0] in ("queued", "running"):
+        job = state.submissions(run).get(STAGE)
+        if job and state.SLURM_STATES.get(queue.ask([job]).jobs[job].state) in state.ACTIVE:
             print(f"Job {job} is on its way already.")
             return _follow(run, job, profile)
     if run.path.exists():
@@ -100,69 +97,34 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     with run.claim():
         if profile.scheduler is None:
             return local.run_stages(run, profile, (STAGE,))
-        job = _queue(run, profile)
-    print(
-        f"Queued: job {job}, of {limit_min} minutes at most, in {stages[STAGE]['partition']}. Log: {run.slurm / STAGE}"
-    )
+        from jobs import chain
+
+        # A trial that fails is not tried again by itself.
+        once = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
+        before = chain.queue_image(run, once, by_guard=False)
+        job = chain.queue_stage(run, once, RunPlan.model_validate(run.plan()), STAGE, before)
+    where = stages[STAGE]["partition"]
+    print(f"Queued: job {job}, of {limit_min} minutes at most, in {where}. Log: {run.slurm / STAGE}")
     return _follow(run, job, profile)
 
 
-def _queue(run: RunDir, profile: ClusterProfile) -> str:
-    from jobs import chain
-    from jobs import stage as stage_module
-
-    assert profile.scheduler
-    # A trial that fails is not tried again by itself.
-    profile = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
-    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
-    comment = f"ftlib {run.name} {STAGE}"
-    after = chain.queue_image(run, profile, by_guard=False)
-    made = chain.executor(profile, plan, STAGE, run=run.path, cache=cache, comment=comment, after=after)
-    try:
-        job: str = made.submit(stage_module.run, str(run.path), STAGE).job_id
-    except Exception as error:  # submitit's errors hold sbatch's own words
-        raise FtError(f"sbatch refused the job: {str(error).strip().rpartition('error: ')[2]}") from None
-    events.append(run.events, events.submit_writer(), "submitted", stage=STAGE, job_id=job, after_life=0)
-    return job
-
-
-def _job_state(job: str) -> tuple[str, str]:
-    """(our word for its state, Slurm's words)."""
-    from jobs import chain
-
-    slurm, reason = chain.scheduler_view([job]).get(job, ("UNKNOWN", ""))
-    return state.SLURM_STATES.get(slurm, "ended"), f"{slurm} ({reason})" if reason not in ("", "None") else slurm
-
-
 def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
-    """Show the job's log as it grows; the scheduler is asked as rarely as its site wants. Returns the exit code."""
-    assert profile.scheduler
-    folder, every_s = run.slurm / STAGE, max(1.0, profile.scheduler.poll_interval_s)
-    log, shown, told, began, asked, said = folder / f"{job}_0_log.out", 0, "", time.monotonic(), -math.inf, 0.0
-    deadline = math.inf
+    """Show the job's log until it has ended; returns the exit code."""
+    folder = run.slurm / STAGE
+    log = folder / f"{job}_0_log.out"
     try:
-        while not (ends := outcome.read(run.outcomes, STAGE)) and time.monotonic() < deadline:
-            shown = local._show(log, shown, last=False)
-            if time.monotonic() - asked > every_s and deadline == math.inf:
-                asked = time.monotonic()
-                now, words = _job_state(job)
-                if now not in ("queued", "running"):
-                    deadline = asked + (0 if words.startswith("CANCELLED") else LATE_S)
-                elif words != told or (now == "queued" and asked - said > TELL_S):
-                    print(f"job {job}: {words}, {minutes((asked - began) / 60)} so far", flush=True)
-                    told, said = words, asked
-            time.sleep(1)
+        words = logs.follow(job, log, profile, lambda: outcome.read(run.outcomes, STAGE))
     except KeyboardInterrupt:
         print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")
         raise
-    local._show(log, shown, last=True)
+    ends = outcome.read(run.outcomes, STAGE)
     if ends and ends[-1].code == DONE:
         return DONE
     # What stopped the job may be another rank's affair.
     for other in sorted(folder.glob(f"{job}_*_log.out")):
         if other != log and other.stat().st_size:
             print(other.name)
-            local._show(other, 0, last=True)
+            logs.show(other, last=True)
     if ends:
         return ends[-1].code
     if not log.exists():
@@ -218,24 +180,26 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
 def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     """Data, collectives and the steps themselves; the last check, good or not."""
     from ftlib.train.preflight import Check, collectives
-    from jobs import prepare, train
 
     plan, rank, world = run.plan(), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     name = "data"
     try:
-        tell(Check(name, True, prepare.main(run, life, stop))) if rank == 0 else _await(run.prepared_file)
+        tell(Check(name, True, stage.prepare(run, life, stop))) if rank == 0 else _await(run.prepared_file)
         met = collectives(on_gpu=plan["device"] == "cuda", name=f"{run.path} {STAGE} {life}") if world > 1 else None
         if met and not tell(met):
             return met
         name = f"{STEPS} steps"
-        check = Check(name, True, train.main(run, life, stop))
+        check = Check(name, True, stage.train(run, life, stop))
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, it is what the trial was for
         if not isinstance(error, FtError):
             traceback.print_exc()
+        mend = "the words above say where"
+        if "out of memory" in str(error).lower():
+            mend = "a smaller train.micro_batch or data.seq_len, or train.gradient_checkpointing=true (make plan)"
         line = (str(error).splitlines() or [""])[0]
-        check = Check(name, False, f"{type(error).__name__}: {line}", _mend(error))
+        check = Check(name, False, f"{type(error).__name__}: {line}", mend)
     tell(check)
     return check
 
@@ -247,12 +211,6 @@ def _await(file: Path) -> None:
         if time.monotonic() > deadline:
             raise InputError(f"{os.uname().nodename} does not see {file}: is that folder shared by all nodes?")
         time.sleep(0.5)
-
-
-def _mend(error: Exception) -> str:
-    if "out of memory" in str(error).lower():
-        return "a smaller train.micro_batch, a shorter data.seq_len or train.gradient_checkpointing=true (make plan)"
-    return "the words above say where"
 
 
 def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
@@ -274,16 +232,13 @@ def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
     atomic.write_json(run.path / "smoke.json", found)
     there = f" of {whole['gpu_memory_gib']:g}" if on_gpu else " of host memory"
     plan = f"{whole['tokens_per_s']:,.0f}" if whole["tokens_per_s"] else "unknown"
-    print(f"speed   {speed:,.0f} tokens/s (plan: {plan})")
-    print(f"memory  {peak:.1f} GiB at most (plan: {planned_gib:.1f} GiB{there})")
-    print(f"start   {start_s:.0f} s to the first step; a save takes {save_s:.1f} s")
     cost = f", {found['gpu_hours']:.1f} GPU-hours" if on_gpu else ""
-    limit = asked["time_min"]
-    lives = (
-        f"; its limit of {minutes(limit)} makes {math.ceil(train_min / limit)} lives of it" if train_min > limit else ""
-    )
+    lives, limit = math.ceil(train_min / asked["time_min"]), minutes(asked["time_min"])
     print(
+        f"speed   {speed:,.0f} tokens/s (plan: {plan})\n"
+        f"memory  {peak:.1f} GiB at most (plan: {planned_gib:.1f} GiB{there})\n"
+        f"start   {start_s:.0f} s to the first step; a save takes {save_s:.1f} s\n"
         f"The whole training of {whole['steps']:,} steps would take {minutes(train_min)} at this speed{cost} (plan: "
-        f"{minutes(asked['estimate_min'])}){lives}.",
+        f"{minutes(asked['estimate_min'])}){f'; its limit of {limit} makes {lives} lives of it' if lives > 1 else ''}.",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""One life of one stage: signals first, then the work, then the outcome. What a Slurm task or a local process runs."""
+"""What a Slurm task or a local process runs: one life of one stage: signals first, then the work, then the outcome."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-
-from submitit import JobEnvironment
+from types import ModuleType
 
 from ftlib import events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
@@ -22,8 +21,6 @@ from ftlib.stop import StopFlag
 
 # On a CPU bitsandbytes looks for a faster kernel on a hub when it is imported, and warns; its own serve.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-
 # Nobody acts on it: the epilogue of a superseded life does nothing.
 SUPERSEDED = 70
 
@@ -34,7 +31,10 @@ def run(folder: str, stage: str) -> None:
     # A terminal's Ctrl-C reaches every process of the group; the foreground one decides and sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rundir = RunDir(Path(folder))
-    _assert_snapshot(rundir)
+    # The code that runs is the code that was submitted, not whatever lies in front of it on the path.
+    here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
+    if snapshot not in here.parents:
+        raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")
     life = int(os.environ["FT_LIFE"])
     rank = _set_rank()
     if rank == 0:
@@ -59,6 +59,7 @@ def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: flo
 
 def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:
     writer = f"{stage}-{life}"
+    event: events.Name
     if rank == 0:
         # Of an array's task, SLURM_JOB_ID is not what squeue and sacct call it.
         job = os.environ.get("FT_JOB") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
@@ -66,7 +67,9 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
     began = time.monotonic()
     try:
-        words = str(importlib.import_module(f"jobs.{stage}").main(rundir, life, stop))
+        works = {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}
+        work = works[stage] if stage in works else importlib.import_module(f"jobs.{stage}").main
+        words = str(work(rundir, life, stop))
         code, event = DONE, "completed"
     except Interrupted as error:
         words, code, event = str(error), error.exit_code, "interrupted"
@@ -78,17 +81,9 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         words, code, event = f"{type(error).__name__}: {error}", 1, "failed"
     if rank == 0:
         outcome.write(rundir.outcomes, outcome.Outcome(stage, life, code, words))
-        events.append(
-            rundir.events,
-            writer,
-            event,  # type: ignore[arg-type]
-            stage=stage,
-            life=life,
-            code=code,
-            words=words,
-            seconds=round(time.monotonic() - began, 1),
-            signal_s=stop.at and round(time.monotonic() - stop.at, 2),
-        )
+        now = time.monotonic()
+        took = {"seconds": round(now - began, 1), "signal_s": stop.at and round(now - stop.at, 2)}
+        events.append(rundir.events, writer, event, stage=stage, life=life, code=code, words=words, **took)
         print(f"{stage}: {words}", flush=True)
     return code
 
@@ -103,17 +98,63 @@ def _set_rank() -> int:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = str(world)
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    from submitit import JobEnvironment
+
     # The first node of the list, resolved where the task runs; a port of the job's own below the ephemeral ones.
     os.environ["MASTER_ADDR"] = JobEnvironment().hostnames[0]
     os.environ["MASTER_PORT"] = str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
     return int(os.environ["RANK"])
 
 
-def _assert_snapshot(rundir: RunDir) -> None:
-    """The code that runs is the code that was submitted, not whatever lies in front of it on the path."""
-    here, snapshot = Path(__file__).resolve(), rundir.code.resolve()
-    if snapshot not in here.parents:
-        raise RuntimeError(f"the stage would run {here}, not the snapshot in {snapshot}")
+# -- the stages; each returns words for the outcome --------------------------------------------------------------------
+
+
+def prepare(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Examples become a packed dataset that later runs reuse."""
+    from ftlib.data.prepare import prepare
+    from ftlib.sweepdir import share_prepared
+
+    prepared = prepare(run, stop)
+    # After prepared.json was written: who adds a sibling looks for it, so that none is missed.
+    share_prepared(run, run.siblings())
+    train = prepared["train"]
+    found = "found" if prepared["reused"] else "packed"
+    return f"{found} {train['examples']:,} examples in {train['rows']:,} rows, {prepared['test']:,} to test with"
+
+
+def train(run: RunDir, life: int, stop: StopFlag) -> str:
+    """The training, on every rank."""
+    return str(_loaded("ftlib.train.run", stop).train(run, life, stop))
+
+
+def export(run: RunDir, life: int, stop: StopFlag) -> str:
+    """Adapter and merged weights, and the proof that they are equal."""
+    return str(_loaded("ftlib.export.run", stop).export(run, life, stop))
+
+
+def _loaded(package: str, stop: StopFlag) -> ModuleType:
+    from ftlib.train.interruptible import interruptible
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # one rank alone must not leave
+        return interruptible(stop, lambda: importlib.import_module(package))
+    return importlib.import_module(package)
+
+
+def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
+    """How good the tuned model is beside its base: the table, and the run's report."""
+    from ftlib.evaluate.evaluate import evaluate
+    from ftlib.report.page import evaluation_table, write_report
+    from ftlib.report.plan import console
+    from ftlib.train.watch import watched
+
+    with watched(run, life, stop, "evaluate"):
+        evaluation = evaluate(run, stop)
+    console().print(evaluation_table(evaluation))
+    report = write_report(run)
+    base, tuned = evaluation["base"], evaluation["tuned"]
+    both = (score for score in ("exact", "perplexity") if base[score] is not None and tuned[score] is not None)
+    words = ", ".join(f"{score} {base[score]:.4g} -> {tuned[score]:.4g}" for score in both)
+    return f"{words} on {tuned['n']} held-out pairs; the report is {report}"
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import argparse
 import importlib.util
 import json
 import sys
+from collections.abc import Iterable
 
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
+from ftlib.plan import memory, shapes
+from ftlib.report.plan import print_plan
 from ftlib.slurm import client
-from jobs import environment, image, runs
+from jobs import environment, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -20,24 +23,24 @@ SPARE_BYTES = 200 * 2**20
 
 def plan(options: argparse.Namespace) -> int:
     """Print the plan, as a table or as JSON."""
-    wish = _wish(options)
+    wish = wishes.asked(options)
     if options.json:
         print(json.dumps({"run": wish.name, **wish.plan.model_dump(mode="json")}, indent=1))
     else:
-        _print_plan(wish, wish.name)
+        print_plan(wish.name, wish.spec, wish.plan)
     return 0
 
 
 def submit(options: argparse.Namespace) -> int:
     """Queue the wish's run, or say that it is there already."""
-    wish = _wish(options)
+    wish = wishes.asked(options)
     name = wishes.run_name(wish, new=options.new)
     if options.dry_run:
         return _dry_run(wish, name)
     check_ready(wish)
     known = (RUNS / name / "spec.json").exists()
     if not known:
-        _print_plan(wish, name)
+        print_plan(name, wish.spec, wish.plan)
         atomic.require_space(RUNS, space_needed(wish), f"run {name}")
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
@@ -48,11 +51,7 @@ def submit(options: argparse.Namespace) -> int:
 
 def check_ready(wish: Wish) -> None:
     """InputError when what every job here needs is missing: an account, the image or the training packages."""
-    if missing := wish.profile.missing_account():
-        raise InputError(missing)
-    if found := environment.misplaced(wish.profile, wish.cache):
-        raise InputError(found)
-    image.ready(wish.profile)
+    environment.require(wish.profile, wish.cache, at_a_glance=True)
     if wish.profile.container is None and wish.profile.python is None and importlib.util.find_spec("torch") is None:
         raise InputError(
             f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
@@ -60,21 +59,15 @@ def check_ready(wish: Wish) -> None:
         )
 
 
-def _wish(options: argparse.Namespace) -> Wish:
-    return wishes.make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
-
-
 def space_needed(wish: Wish) -> int:
     """Merged weights, two checkpoints and a third being written (of what is trained, with two moments), and some."""
-    from ftlib.plan import memory, shapes
-
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
     return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
 
 
 def _dry_run(wish: Wish, name: str) -> int:
-    _print_plan(wish, name)
+    print_plan(name, wish.spec, wish.plan)
     if wish.profile.scheduler is None:
         print("Without Slurm these stages run here, one after the other; there are no scripts to show.")
         return 0
@@ -84,14 +77,12 @@ def _dry_run(wish: Wish, name: str) -> int:
         print(f"\n===== DeepSpeed's configuration =====\n{json.dumps(wish.plan.zero, indent=1)}")
     client.use(wish.profile.scheduler.slurm_conf)
     provenance = wishes.files_of(wish, name)["provenance.json"]
-    for stage, script in chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance):
-        print(f"\n===== {stage}.sbatch =====")
-        print(script.rstrip())
-    print("\nDry run: nothing was queued.")
+    show(chain.scripts(wish.profile, wish.plan, run=RUNS / name, provenance=provenance))
     return 0
 
 
-def _print_plan(wish: Wish, name: str) -> None:
-    from ftlib.report.plan import print_plan
-
-    print_plan(name, wish.spec, wish.plan)
+def show(scripts: Iterable[tuple[str, str]]) -> None:
+    """Print what a dry run would queue: (name, sbatch script)."""
+    for name, script in scripts:
+        print(f"\n===== {name} =====\n{script.rstrip()}")
+    print("\nDry run: nothing was queued.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import operator
 import os
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
@@ -19,7 +20,7 @@ from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import submit
 from jobs import wish as wishes
-from jobs.points import Need, need_of, share_datasets
+from jobs.points import Need, need_of, share_datasets, threaded
 from jobs.wish import RUNS, Wish
 
 
@@ -31,8 +32,12 @@ def sweep(options: argparse.Namespace) -> int:
     known = [name for name in points if (RUNS / name / "spec.json").exists()]
     place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
     _print_summary(place.name, spec, points, len(known))
-    fields = {name: _fields(wish, spec) for name, wish in points.items()}
-    asked = Sweep(spec, {"SWEEP": options.sweep, **first.words}, fields, first.profile, first.cache)
+    # The swept fields' values as the recipe has them; those that the point leaves as they are, too.
+    values = {name: wish.spec.model_dump(mode="json") for name, wish in points.items()}
+    fields = {name: {field: functools.reduce(operator.getitem, field.split("."), of) for field in spec.fields}
+              for name, of in values.items()}  # fmt: skip
+    said = {"SWEEP": options.sweep, **first.words}
+    asked = Sweep(spec=spec, said=said, points=fields, profile=first.profile, cache=first.cache)
     before = place.read() if place.file.exists() else None
     if before and (before.spec, before.points) != (asked.spec, asked.points):
         _print_difference(before, asked)
@@ -64,11 +69,11 @@ def cancel(options: argparse.Namespace) -> int:
     site = place.read().profile.scheduler
     if site is None:
         raise InputError(f"{place.name} runs in the foreground of the terminal that began it; Ctrl-C there saves it")
-    from jobs import arrays
+    from jobs import feeder
     from jobs.look import kept_answer
 
     with place.claim():
-        count = arrays.cancel(place)
+        count = feeder.cancel(place)
     kept_answer(site.slurm_conf).unlink(missing_ok=True)
     print(f"{place.name}: cancelled {count} points." if count else f"{place.name}: nothing is queued or running.")
     if count:
@@ -109,9 +114,11 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
             model=options.model, data=options.data, cluster=options.cluster, settings=options.set, points=points
         )
 
-    count = spec.count()
-    if count > 100:  # Before thousands are made: whether there may be so many, and whether the first is right.
-        (first,) = make((_first(spec),))
+    # Before thousands are made: whether there may be so many, and whether the first is right.
+    if (count := spec.count()) > 100:
+        one: dict[str, object] = {"grid": spec.grid and {field: values[:1] for field, values in spec.grid.items()}}
+        one["random"] = spec.random and spec.random.model_copy(update={"points": 1})
+        (first,) = make(spec.model_copy(update=one).points()[:1])
         most = first.profile.scheduler.max_points if first.profile.scheduler else 10_000
         if count > most:
             hours, minutes = first.plan.gpu_hours, _minutes(first)
@@ -128,14 +135,6 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
     return found
 
 
-def _first(spec: SweepSpec) -> sweeps.Point:
-    if spec.grid is not None:
-        return {field: values[0] for field, values in spec.grid.items()}
-    return spec.points()[0] if spec.random is None else spec.model_copy(
-        update={"random": spec.random.model_copy(update={"points": 1})}
-    ).points()[0]  # fmt: skip
-
-
 def _product(spec: SweepSpec) -> str:
     if spec.grid is not None:
         return " × ".join(f"{len(values)} {field}" for field, values in spec.grid.items())
@@ -150,18 +149,6 @@ def _hash(wish: Wish) -> str:
     """Of the words that the sweep was asked with; the file's content may change and it is still the same sweep."""
     words = {**wish.words, "SET": sorted(shlex.split(wish.words.get("SET", "")))}
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _fields(wish: Wish, spec: SweepSpec) -> sweeps.Point:
-    """The swept fields' values as the recipe has them; those that the point leaves as they are, too."""
-    values = wish.spec.model_dump(mode="json")
-    found = {}
-    for field in spec.fields:
-        value = values
-        for part in field.split("."):
-            value = value[part]
-        found[field] = value
-    return found
 
 
 def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: int) -> None:
@@ -187,22 +174,17 @@ def _print_difference(before: Sweep, now: Sweep) -> None:
     for name in sorted(gone)[:5]:
         print(f"  gone: {sweeps.words(before.points[name])} (its run stays: {name})")
     for field in ("metric", "at_once"):
-        old, new = getattr(before.spec, field), getattr(now.spec, field)
-        if old != new:
+        if (old := getattr(before.spec, field)) != (new := getattr(now.spec, field)):
             print(f"  {field}: {old} -> {new}")
 
 
 def _check_known(points: dict[str, Wish], known: list[str]) -> None:
     """A run's folder must be what its name says: folders are moved and copied by hand."""
     wrong = [name for name in known if RunDir(RUNS / name).spec() != points[name].spec]
+    words = "its folder holds another run's spec.json (it was moved or copied there?)"
+    mend = "away and submit again; nothing was queued"
     if wrong:
-        raise InputError(
-            [
-                f"run {name}: its folder holds another run's spec.json (it was moved or copied there?). Move "
-                f"{RUNS / name} away and submit again; nothing was queued"
-                for name in wrong
-            ]
-        )
+        raise InputError([f"run {name}: {words}. Move {RUNS / name} {mend}" for name in wrong])
 
 
 def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
@@ -212,12 +194,8 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
     temporary.symlink_to(os.path.relpath(code, place.path))
     os.replace(temporary, place.code)
 
-    def create(item: tuple[str, Wish]) -> None:
-        name, wish = item
-        rundir.create(RUNS, name, wishes.files_of(wish, name, sweep=place.name), code)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(create, ((n, w) for n, w in points.items() if not (RUNS / n).exists())))
+    missing = [name for name in points if not (RUNS / name).exists()]
+    threaded(lambda n: rundir.create(RUNS, n, wishes.files_of(points[n], n, sweep=place.name), code), missing)
 
 
 def _go(place: SweepDir, *, by: str) -> int:
@@ -226,9 +204,9 @@ def _go(place: SweepDir, *, by: str) -> int:
         raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
     if profile.scheduler is None:
         return _run_here(place, profile)
-    from jobs import arrays
+    from jobs import feeder
 
-    print(arrays.feed(place, by=by).words())
+    print(feeder.feed(place, by=by).words())
     print(f"Watch it: make status   make report SWEEP={place.name}")
     return DONE
 
@@ -237,7 +215,7 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
     """Each point to its end, one after the other; a failed one does not stop the rest, Ctrl-C does."""
     from jobs import local
 
-    members, points, failed = place.members(), place.read().points, []
+    members, points, failed = place.members(), place.read().points, dict[str, int]()
     found = [need_of(run, state.journal(run), {}, by="resume", told={}) for run in members]
     share_datasets(place, [need for need in found if isinstance(need, Need)], {})
     for number, run in enumerate(members, 1):
@@ -250,11 +228,10 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
         if code == RUN_AGAIN:
             return code
         if code != DONE:
-            failed.append((run.name, code))
+            failed[run.name] = code
     print(f"\n{len(members) - len(failed)} of {len(members)} points are completed. make report SWEEP={place.name}")
-    for name, _ in failed:
-        print(f"  failed: make why RUN={name}")
-    return failed[0][1] if failed else DONE
+    print(*(f"  failed: make why RUN={name}\n" for name in failed), sep="", end="")
+    return next(iter(failed.values()), DONE)
 
 
 def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
@@ -271,7 +248,5 @@ def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
     for name, wish in new.items():
         needs.append(Need(RUNS / name, STAGES[wish.dataset in seen :], wish.plan, wish.dataset))
         seen.add(wish.dataset)
-    for what, script in arrays.preview(place, first.profile, needs, spec.at_once, first.cache):
-        print(f"\n===== {what} =====\n{script.rstrip()}")
-    print("\nDry run: nothing was queued.")
+    submit.show(arrays.preview(place, first.profile, needs, spec.at_once, first.cache))
     return DONE

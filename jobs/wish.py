@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import getpass
 import hashlib
@@ -10,7 +12,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -52,7 +55,6 @@ class Wish:
         """The run's name; the same wish has the same."""
         return f"{self.spec.recipe}-{self.spec.run_hash(data_digest=self.data_digest, cluster=self.profile.name)}"
 
-
     @property
     def dataset(self) -> str:
         """Sixteen hex digits from all that decides the dataset, as far as it is known before the tokenizer is read."""
@@ -63,18 +65,20 @@ class Wish:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def choose_cluster(said: str | None) -> str:
-    """The cluster said, else cluster.yaml's, else the one that scontrol reports, else local where there is no Slurm."""
-    if said:
-        return said
+def load_profile(cluster: str | None, changes: dict[str, Any]) -> ClusterProfile:
+    """The profile of `cluster`, or of the one that is meant here, measured where it is this machine itself."""
+    found = profile.load(CLUSTERS, cluster or _cluster_here(), changes, OWN_CLUSTER)
+    return found if found.scheduler else profile.measured_here(found)
+
+
+def _cluster_here() -> str:
+    """cluster.yaml's, else the one that scontrol reports, else local where there is no Slurm."""
     if own := profile.own_choice(OWN_CLUSTER):
         return own
-    reported = client.cluster_name()
-    if reported is None:
+    if (reported := client.cluster_name()) is None:
         return "local"
     for name in recipe.names(CLUSTERS):
-        values = recipe.read_yaml(CLUSTERS / f"{name}.yaml")
-        if (values.get("scheduler") or {}).get("cluster_name") == reported:
+        if (recipe.read_yaml(CLUSTERS / f"{name}.yaml").get("scheduler") or {}).get("cluster_name") == reported:
             return name
     raise InputError(
         unknown("CLUSTER", reported, recipe.names(CLUSTERS))
@@ -83,10 +87,9 @@ def choose_cluster(said: str | None) -> str:
     )
 
 
-def load_profile(cluster: str, changes: dict[str, Any]) -> ClusterProfile:
-    """The profile of `cluster`, measured where it is this machine itself."""
-    found = profile.load(CLUSTERS, cluster, changes, OWN_CLUSTER)
-    return found if found.scheduler else profile.measured_here(found)
+def asked(options: argparse.Namespace) -> Wish:
+    """The wish of a command line."""
+    return make(model=options.model, data=options.data, cluster=options.cluster, settings=options.set)
 
 
 def make(*, model: str, data: str | None, cluster: str | None, settings: str) -> Wish:
@@ -104,15 +107,11 @@ def make_all(
     problems: list[str] = []
     changes: dict[str, Any] = {}
     cluster_changes: dict[str, Any] = {}
-    values = site = None
-    try:
+    site = None
+    with _collected(problems):
         changes, cluster_changes = recipe.parse_set(settings)
-    except InputError as error:
-        problems += error.messages
-    try:
-        site = load_profile(choose_cluster(cluster), cluster_changes)
-    except InputError as error:
-        problems += error.messages
+    with _collected(problems):
+        site = load_profile(cluster, cluster_changes)
     path = Path(data).expanduser().resolve() if data else None
     try:
         values = recipe.read(RECIPES, model)
@@ -121,7 +120,7 @@ def make_all(
     words = {"MODEL": model, "DATA": str(path or ""), "CLUSTER": site.name if site else "", "SET": settings}
     said = {key: value for key, value in words.items() if value}
     found: list[Wish] = []
-    of_points: dict[str, list[dict[str, Any]]] = {}
+    of_points: dict[str, list[dict[str, Any]]] = defaultdict(list)
     once = _Once()
     for point in points:
         try:
@@ -130,13 +129,21 @@ def make_all(
                 found.append(_wish(spec, site, said, once))
         except InputError as error:
             for message in error.messages:
-                of_points.setdefault(message, []).append(point)
+                of_points[message].append(point)
     for message, having in of_points.items():
         of = f" (in {len(having)} of {len(points)} points, first {sweep.words(having[0])})" if len(points) > 1 else ""
         problems.append(message + of)
     if problems:
         raise InputError(problems)
     return found
+
+
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        problems += error.messages
 
 
 class _Once:
@@ -162,13 +169,11 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
     cache = site.cache_dir(CHECKOUT)
     path, digest, size = None, "", None
     init_adapter = planned = None
-    try:
+    with _collected(problems):
         # What only chooses among the rows decides nothing here.
         source = spec.data.model_copy(update={"limit": None, "share": None, "pairs": 1, "seq_len": 16})
         path, digest, size = once(source, lambda: _data(spec, cache, internet=site.compute_internet))
-    except InputError as error:
-        problems += error.messages
-    try:
+    with _collected(problems):
         files, shape = once(spec.model, lambda: _model(spec, site, cache))
         problems += fits.problems(spec, shape)
         if spec.model.init_from:
@@ -179,8 +184,6 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
             problems += fits.start_problems(spec, shape, start, init_adapter)
             files, shape = init or files, start or shape
         planned = plan.make(spec, site, shape, data_bytes=size)
-    except InputError as error:
-        problems += error.messages
     if problems or planned is None:
         raise InputError(problems)
     return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)
@@ -201,7 +204,6 @@ def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, s
         return None, "hub", size
     if spec.data.path is None:
         return None, "generated", None
-
     path = Path(spec.data.path).expanduser()
     found = sources.check_file(path if path.is_absolute() else CHECKOUT / path, spec.data)
     return found.path, found.digest, found.bytes
@@ -210,31 +212,17 @@ def _data(spec: RunSpec, cache: Path, *, internet: bool) -> tuple[Path | None, s
 def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, Any]:
     """The JSON files a new run folder begins with; `sweep`: the sweep that makes it."""
     provenance = {
-        "run": name,
-        "sweep": sweep,
-        "dataset": wish.dataset,
-        "cluster": wish.profile.name,
-        "profile": wish.profile.model_dump(mode="json"),
-        "checkout": str(CHECKOUT),
-        "cache": str(wish.cache),
-        "model_path": wish.model.path,
+        "run": name, "sweep": sweep, "dataset": wish.dataset, "said": wish.words,
+        "cluster": wish.profile.name, "profile": wish.profile.model_dump(mode="json"),
+        "checkout": str(CHECKOUT), "cache": str(wish.cache), "model_path": wish.model.path,
         "init_adapter": str(wish.init_adapter) if wish.init_adapter else None,
-        "data_path": str(wish.data_path) if wish.data_path else None,
-        "data_digest": wish.data_digest,
-        "said": wish.words,
-        "python": sys.executable,
-        "python_version": platform.python_version(),
-        "user": getpass.getuser(),
-        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "code": code_version(),
-        "image": container.image(wish.profile, CHECKOUT),
-        "locks": locks(),
-    }
-    return {
-        "spec.json": wish.spec.model_dump(mode="json"),
-        "plan.json": wish.plan.model_dump(mode="json"),
-        "provenance.json": provenance,
-    }
+        "data_path": str(wish.data_path) if wish.data_path else None, "data_digest": wish.data_digest,
+        "python": sys.executable, "python_version": platform.python_version(),
+        "user": getpass.getuser(), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": code_version(), "image": container.image(wish.profile, CHECKOUT), "locks": locks(),
+    }  # fmt: skip
+    spec, planned = wish.spec.model_dump(mode="json"), wish.plan.model_dump(mode="json")
+    return {"spec.json": spec, "plan.json": planned, "provenance.json": provenance}
 
 
 @functools.cache
@@ -260,12 +248,11 @@ def code_version() -> dict[str, Any]:
 
 def run_name(wish: Wish, *, new: bool) -> str:
     """The wish's run, or with `new` the next free suffix of it."""
-    if not new or not (RUNS / wish.name).exists():
-        return wish.name
-    number = 2
-    while (RUNS / f"{wish.name}-{number}").exists():
+    name, number = wish.name, 1
+    while new and (RUNS / name).exists():
         number += 1
-    return f"{wish.name}-{number}"
+        name = f"{wish.name}-{number}"
+    return name
 
 
 def stored_profile(run: rundir.RunDir) -> ClusterProfile:

@@ -4,9 +4,6 @@
 # At the time limit the batch shell gets SIGTERM, too; without this it dies before the epilogue.
 trap : TERM
 
-# A save that a kill cut short would make submitit's next one fail.
-rm -f "$FT_RUN/slurm/$FT_STAGE/"*.save_tmp
-
 # In an array one task's SLURM_JOB_ID may be the array's own.
 FT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 export FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import slurm as slurm
+from tests.seen import site as site
+from tests.sweeps import checkout as checkout
+from tests.sweeps import file as file
+from tests.sweeps import login as login
 
 # Under `make test` a test's own `make` must not take over the outer one's flags and variables.
 for _name in [name for name in os.environ if name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS") or name.startswith("OPT_")]:

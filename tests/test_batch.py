@@ -34,7 +34,7 @@ def text(case: str) -> str:
     cache = Path("/blue/lab/ada/.cache/ftlib")
     said = {"cache": str(cache), "checkout": str(CHECKOUT)}
     made = chain.scripts(profile, planned(spec(model), profile), run=RUN, provenance=said)
-    whole = "\n".join(f"===== {stage} =====\n{script}" for stage, script in made)
+    whole = "\n".join(f"===== {name} =====\n{script}" for name, script in made)
     # Neither this machine's folders nor the locks of the day.
     return whole.replace(container.lock(CHECKOUT / "env"), "LOCK").replace(str(CHECKOUT), "/checkout")
 

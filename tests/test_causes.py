@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_signals_before_the_handler_stands_and_silent_kills() -> None:
 
 
 def test_every_cause_has_words_a_budget_and_a_mend() -> None:
-    assert set(diagnose.PLAIN) == set(policy.BUDGET) == set(policy.MEND)
+    assert set(get_args(diagnose.Cause)) == set(policy.KINDS)
 
 
 # -- what is done ------------------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ def test_three_barren_lives_of_its_own_doing_stop_and_a_step_between_saves_it() 
 @pytest.mark.parametrize("cause", ["disk full", "input", "code", "idle GPU", "cancelled"])
 def test_what_another_try_would_not_mend_stops_at_once(cause: diagnose.Cause) -> None:
     decision = decide(ended(cause, progressed=True), micro_batch=8)
-    assert not decision.requeue and diagnose.PLAIN[cause] in decision.words
+    assert not decision.requeue and policy.KINDS[cause].plain in decision.words
 
 
 def test_the_wait_after_a_passing_fault_doubles_and_its_budget_ends() -> None:

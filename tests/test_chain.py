@@ -13,7 +13,7 @@ import pytest
 from ftlib import checkpoint, events, metrics
 from ftlib.rundir import STAGES, RunDir
 from tests.cluster import Slurm
-from tests.wishes import copied_checkout, jobs, run_names, status
+from tests.wishes import jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -22,12 +22,6 @@ SHORT = (
     "train.steps=80 train.save_every_steps=30 data.pairs=600 method.dropout=0.1 train.log_every_steps=10 "
     "evaluate.pairs=16 evaluate.max_new_tokens=16"
 )
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, its runs and cache its own."""
-    return copied_checkout(tmp_path_factory.mktemp("slurm"))
 
 
 def submit(checkout: Path, *words: str, settings: str = "") -> RunDir:

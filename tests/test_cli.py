@@ -16,12 +16,6 @@ from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names
 HEAVY = ("torch", "transformers", "datasets", "peft", "bitsandbytes", "numpy", "pandas")
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, its runs and cache its own."""
-    return copied_checkout(tmp_path_factory.mktemp("x"))
-
-
 def refused(checkout: Path, *words: str) -> str:
     """stderr of a command that must end with 64, without a traceback, and must have made no run."""
     done = jobs(*words, checkout=checkout)

@@ -17,7 +17,7 @@ from ftlib import atomic, events
 from ftlib.errors import InputError, Interrupted
 from ftlib.evaluate.scoring import copies, scores
 from ftlib.report.cost import stage_costs
-from ftlib.report.tables import evaluation_table
+from ftlib.report.page import evaluation_table
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from tests.tiny_llama import write_model, write_run
@@ -131,11 +131,11 @@ def exported(folder: Path, models: Path, data: Path | None = None, **changes: An
 def test_the_stage_scores_both_models_and_writes_the_report(
     odd_dir: Path, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from jobs.evaluate import main
+    from jobs import stage
 
     run = exported(odd_dir / "run", models)
     events.append(run.events, "evaluate-1", "started", stage="evaluate", life=1)
-    words = main(run, 1, StopFlag())
+    words = stage.evaluate(run, 1, StopFlag())
     evaluation = json.loads(run.evaluation_file.read_text())
     assert list(evaluation) == ["base", "tuned", "copy", "unseen"]
     assert list(evaluation["unseen"]) == ["base", "tuned", "copy"]
@@ -244,12 +244,12 @@ def test_an_adapter_alone_is_evaluated_over_its_base(tmp_path: Path, models: Pat
 
 
 def test_data_without_calls_is_judged_by_perplexity_and_shown_in_samples(tmp_path: Path, models: Path) -> None:
-    from jobs.evaluate import main
+    from jobs import stage
 
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"instruction": f"Name {n}.", "output": f"It is {n}."}) for n in range(300)))
     run = exported(tmp_path / "run", models, path)
-    main(run, 1, StopFlag())
+    stage.evaluate(run, 1, StopFlag())
     evaluation = json.loads(run.evaluation_file.read_text())
     assert list(evaluation) == ["base", "tuned", "copy"]
     assert [evaluation["tuned"][key] for key in SCORES] == [None] * 3 and evaluation["tuned"]["perplexity"] > 1

@@ -17,7 +17,7 @@ import pytest
 
 from ftlib import checkpoint, metrics
 from ftlib.rundir import RunDir
-from tests.wishes import copied_checkout, jobs, run_names, status
+from tests.wishes import jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
@@ -29,15 +29,10 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, its runs and cache its own."""
-    return copied_checkout(tmp_path_factory.mktemp("local"))
-
-
-@pytest.fixture(scope="module")
 def whole(checkout: Path) -> RunDir:
-    """A run that nothing interrupted."""
-    done = jobs("submit", "--cluster", "local", "--set", SHORT, checkout=checkout)
+    """A run that nothing interrupted, from the shell of an interactive job of two tasks."""
+    inside = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2"}
+    done = jobs("submit", "--cluster", "local", "--set", SHORT, checkout=checkout, **inside)
     assert done.returncode == 0, done.stdout + done.stderr
     (name,) = run_names(checkout)
     run = RunDir(checkout / "runs" / name)

@@ -25,7 +25,8 @@ pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the tra
 import peft  # noqa: E402
 import safetensors.torch  # noqa: E402
 
-from benchmarks.methods import HALF, METHODS, SHORT, STEPS, make_run, sha  # noqa: E402
+from benchmarks.lives import sha  # noqa: E402
+from benchmarks.methods import HALF, METHODS, SHORT, STEPS, make_run  # noqa: E402
 from ftlib import checkpoint  # noqa: E402
 from ftlib.data import tokenizing  # noqa: E402
 from ftlib.data.dataset import Order, PackedRows, collate  # noqa: E402
@@ -70,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh(root: Path, name: str, recipe: str, settings: str) -> RunDir:
     shutil.rmtree(root / name, ignore_errors=True)
-    return make_run(root / name / "a-run", root / "cache", recipe, SMALL + settings)  # type: ignore[no-any-return]
+    return make_run(root / name / "a-run", root / "cache", recipe, SMALL + settings)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,7 +82,7 @@ def test_a_method_resumes_to_the_bit_and_is_exported_and_evaluated(name: str, ro
     live(whole, 1)
     live(halved, 1, HALF)
     live(halved, 2)
-    assert sha(whole, STEPS) == sha(halved, STEPS)
+    assert len({sha(checkpoint.folder_for(run.checkpoints, STEPS)) for run in (whole, halved)}) == 1
     losses = [row["loss"] for row in read_metrics(whole.metrics_file)]
     assert losses == [row["loss"] for row in read_metrics(halved.metrics_file)] and losses[-1] < losses[0]
     export(whole, 1, StopFlag())

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from ftlib.errors import InputError
-from ftlib.slurm import site as cluster_site
 from jobs import environment
 from jobs import wish as wishes
 from tests.cluster import Slurm
@@ -184,7 +183,7 @@ def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_names_that_this_slurm_does_not_know(slurm: Slurm) -> None:
     def problems(**changes: Any) -> str:
         known = {"scheduler.slurm_conf": slurm.env["SLURM_CONF"], **changes}
-        return "\n".join(cluster_site.problems(site("local-slurm", **known)))
+        return "\n".join(environment.unknown_names(site("local-slurm", **known)))
 
     assert problems() == ""
     assert "account: Slurm does not know 'labb'" in problems(account="labb") and "Did you mean lab?" in problems(

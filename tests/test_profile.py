@@ -44,5 +44,7 @@ def test_wrong_profiles_are_told_all_at_once() -> None:
         site("a100", gpu_partition="gpuu", qos="{acount}")
     text = "\n".join(caught.value.messages)
     assert "Did you mean gpu?" in text and "Did you mean account?" in text
+    with pytest.raises(InputError, match=r"Allowed: name, gpu, .*Did you mean constraint"):
+        profile.load(CLUSTERS, "a100", {"partitions": [{"name": "gpu", "constrain": "x"}]})
     with pytest.raises(InputError, match="Did you mean hipergator"):
         site("hipergater")

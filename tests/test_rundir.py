@@ -79,7 +79,7 @@ def queued(run: RunDir, *stages: str) -> None:
 
 
 def states(run: RunDir, view: dict[str, tuple[str, str]] | None, *, alive: bool = False) -> dict[str, str]:
-    return {name: s.state for name, s in state.stages(run, view, alive=alive).items()}
+    return {name: s.state for name, s in state.stages(state.journal(run), view, alive=alive).items()}
 
 
 ALL = ("prepare", "train", "export", "evaluate")
@@ -90,7 +90,7 @@ def test_outcomes_come_before_what_the_scheduler_says(run: RunDir) -> None:
     outcome.write(run.outcomes, Outcome("prepare", 1, 0, "made"))
     view = {"1": ("FAILED", ""), "2": ("RUNNING", ""), "3": ("PENDING", "Dependency"), "4": ("PENDING", "Dependency")}
     assert list(states(run, view).values()) == ["completed", "running", "queued", "queued"]
-    assert state.overall(state.stages(run, view)) == "running"
+    assert state.overall(state.stages(state.journal(run), view)) == "running"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_end_that_slurm_knows(run: RunDir, slurm: str, ours: str) -> None:
 def test_what_stands_behind_a_failure_is_cancelled(run: RunDir) -> None:
     queued(run, *ALL)
     outcome.write(run.outcomes, Outcome("prepare", 1, 64, "bad line 3"))
-    found = state.stages(run, {"1": ("FAILED", "")})
+    found = state.stages(state.journal(run), {"1": ("FAILED", "")})
     assert [s.state for s in found.values()] == ["failed", "cancelled", "cancelled", "cancelled"]
     assert found["prepare"].words == "bad line 3" and state.overall(found) == "failed"
 

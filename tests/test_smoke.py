@@ -70,6 +70,17 @@ def test_a_smoke_run_without_slurm_ends_with_what_it_measured(tmp_path: Path) ->
     assert "checks on" in bad.stderr and "Traceback" not in bad.stderr + bad.stdout
 
 
+def test_ctrl_c_ends_a_smoke_run_in_words(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "jobs", "smoke", "--cluster", "local"]
+    log = tmp_path / "said"
+    with log.open("w") as out, subprocess.Popen(words, stdout=out, stderr=out, cwd=copied_checkout(tmp_path)) as one:
+        soon(log, "packages")
+        one.send_signal(2)
+        assert one.wait(60) == 75
+    said = log.read_text()
+    assert "Start it anew" in said and "Traceback" not in said
+
+
 def test_every_fault_of_a_wish_is_told_before_anything_is_made(tmp_path: Path) -> None:
     checkout = copied_checkout(tmp_path)
     wrong = jobs("smoke", "--cluster", "local", "--model", "tinny", "--set", "optim.lrr=1", checkout=checkout)

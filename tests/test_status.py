@@ -1,4 +1,4 @@
-"""Status and logs: what a person sees of runs and sweeps, and what Slurm is asked for it."""
+"""Status: what a person sees of runs and sweeps, and what Slurm is asked for it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import datetime
 import json
 import os
 import pty
-import re
 import shutil
-import signal
 import subprocess
-import threading
 import time
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from benchmarks.status import PER_ARRAY, make_runs, status
+from benchmarks.status import status
 from ftlib import events, metrics, outcome, state
 from ftlib.outcome import Outcome
 from ftlib.report.board import board
@@ -28,80 +24,9 @@ from ftlib.report.status import Row, SweepRow
 from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm.client import Job
 from ftlib.slurm.queue import Answer, why_waits
-from jobs import cli, logs, look, runs
+from jobs import cli, look, runs
+from tests.seen import ARRAYS, RUNNING, Site, only, shown, told, waiting
 from tests.wishes import CHECKOUT
-
-ARRAYS = [{stage: str(100 * (chunk + 1) + i) for i, stage in enumerate(STAGES)} for chunk in range(5)]
-
-
-class Site:
-    """A runs folder, and a Slurm whose squeue and sacct say what the test has put in two files, and note each call."""
-
-    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.place, self.runs = place, place / "runs"
-        (place / "bin").mkdir()
-        for name in ("squeue", "sacct"):
-            (place / name).touch()
-            shim = place / "bin" / name
-            shim.write_text(
-                f'#!/bin/sh\necho "{name} $*" >>"{place}/calls"\n. "{place}/{name}.sh"\ncat "{place}/{name}"\n'
-            )
-            shim.chmod(0o755)
-            (place / f"{name}.sh").touch()
-        (place / "calls").touch()
-        monkeypatch.setenv("PATH", f"{place}/bin:{os.environ['PATH']}")
-        for module in (look, logs, runs):
-            monkeypatch.setattr(module, "RUNS", self.runs)
-
-    def make(self, count: int = 1, **said: Any) -> list[RunDir]:
-        names = make_runs(self.runs, count, ARRAYS, conf=self.place / "slurm.conf", **said)
-        return [RunDir(self.runs / name) for name in names]
-
-    def say(
-        self, jobs: dict[str, tuple[str, str]], *, start: str = "N/A", comment: str = "ftlib x {stage} nonce-{stage}"
-    ) -> None:
-        """squeue's answer: job id -> (state, reason)."""
-        stages = {array: stage for arrays in ARRAYS for stage, array in arrays.items()}
-        rows = []
-        for job, told in jobs.items():
-            words = comment.format(stage=stages.get(job.partition("_")[0], "train"))
-            rows.append("\x1f".join([job, *told, words, start]) + "\n")
-        (self.place / "squeue").write_text("".join(rows))
-
-    def calls(self) -> list[str]:
-        """The commands since the last time."""
-        found = (self.place / "calls").read_text().splitlines()
-        (self.place / "calls").write_text("")
-        return found
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    return Site(tmp_path, monkeypatch)
-
-
-def waiting(index: int = 0, **stages: tuple[str, str]) -> dict[str, tuple[str, str]]:
-    """All four stages of a run pending, but for those said."""
-    plain = {"prepare": ("PENDING", "Priority"), **dict.fromkeys(STAGES[1:], ("PENDING", "Dependency")), **stages}
-    return {f"{ARRAYS[index // PER_ARRAY][stage]}_{index % PER_ARRAY}": told for stage, told in plain.items()}
-
-
-def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert cli.main(list(words)) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    value = json.loads(shown(capsys, "status", "--json", *words))
-    assert isinstance(value, dict)
-    return value
-
-
-def only(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    (row,) = told(capsys)["runs"]
-    assert isinstance(row, dict)
-    return row
-
 
 # -- what Slurm is asked -----------------------------------------------------------------------------------------------
 
@@ -221,9 +146,6 @@ def trained(run: RunDir, steps: int, *, life: int = 1, ago_s: float = 0, every_s
             at = now - datetime.timedelta(seconds=ago_s + (steps - step) * every_s)
             row = {"step": step, "loss": 2 / step, "tokens_per_s": 1000.0, "seconds": 1.0, "life": life}
             file.write(json.dumps({**row, "time": at.isoformat(timespec="milliseconds")}) + "\n")
-
-
-RUNNING = {"prepare": ("COMPLETED", "None"), "train": ("RUNNING", "None")}
 
 
 def test_a_training_at_work_shows_its_step_loss_speed_and_what_is_left(
@@ -363,11 +285,12 @@ def test_a_terminal_is_redrawn_and_a_pipe_gets_what_has_changed(site: Site) -> N
     assert rest.count(run.name) == 2 and "\x1b" not in rest and b"\x1b[" in seen and b"cancelled" in seen
 
 
-# -- wrong input -------------------------------------------------------------------------------------------------------
+# -- wrong input, and runs that lie or belong elsewhere ----------------------------------------------------------------
 
 
 def test_run_and_sweep_exclude_each_other(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--run", "a", "--sweep", "b"]) == 64
+    for command in ("status", "cancel"):
+        assert cli.main([command, "--run", "a", "--sweep", "b"]) == 64
     assert "exclude each other" in capsys.readouterr().err
 
 
@@ -439,114 +362,3 @@ def test_a_clock_that_jumps_neither_reorders_nor_takes_hours_back(
     assert [event["event"] for event in log][-2:] == ["started", "completed"]
     assert sum(cost.seconds for cost in stage_costs(log, run.plan(), ahead)) == 0
     assert "a clock is wrong, here or of n7" in only(capsys)["notes"][0]
-
-
-# -- logs --------------------------------------------------------------------------------------------------------------
-
-
-def life(run: RunDir, stage: str, number: int, text: str, *, at: int) -> Path:
-    """A life that has appended `text` to its stage's log."""
-    job = f"{ARRAYS[0][stage]}_0"
-    log = run.slurm / stage / f"{job}_0_log.out"
-    log.parent.mkdir(exist_ok=True)
-    size = log.stat().st_size if log.exists() else 0
-    if not (begun := run.lives / f"{stage}-{number}").exists():
-        begun.write_text(f"{job} n1 {at} {log.name}:{size}\n")
-    with log.open("a") as file:
-        file.write(text)
-    return log
-
-
-def test_logs_shows_the_newest_life_alone(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
-    (run,) = site.make()
-    site.say(waiting())
-    assert cli.main(["logs", "--run", run.name]) == 0
-    assert "no log yet. prepare is queued: jobs of higher priority" in capfd.readouterr().out
-    life(run, "prepare", 1, "preparing\n", at=100)
-    life(run, "train", 1, "first life\n", at=200)
-    path = life(run, "train", 2, "second life\n", at=300)
-    os.utime(run.slurm / "prepare" / f"{ARRAYS[0]['prepare']}_0_0_log.out")  # written last, and not the newest life
-    assert cli.main(["logs", "--run", run.name]) == 0
-    out = capfd.readouterr()
-    assert out.out == "second life\n" and out.err == f"==> train, life 2: {path}\n"
-    assert cli.main(["logs", "--run", run.name, "--stage", "prepare"]) == 0
-    assert capfd.readouterr().out == "preparing\n"
-
-
-def test_logs_follow_across_lives_and_stages_to_the_end(
-    site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logs, "EVERY_S", 0.02)
-    (run,) = site.make()
-    site.say(waiting(**RUNNING))
-    outcome.write(run.outcomes, Outcome("prepare", 1, 0, ""))
-    life(run, "train", 1, "one\n", at=100)
-    out = err = ""
-
-    def until(text: str) -> None:
-        nonlocal out, err
-        deadline = time.monotonic() + 30
-        while text not in out + err:
-            assert time.monotonic() < deadline, (text, out, err)
-            time.sleep(0.05)
-            more = capfd.readouterr()
-            out, err = out + more.out, err + more.err
-
-    follower = threading.Thread(target=cli.main, args=(["logs", "--run", run.name, "--follow"],))
-    follower.start()
-    until("one\n")
-    life(run, "train", 2, "two\n", at=200)
-    until("two\n")
-    life(run, "train", 2, "three\n", at=200)
-    for number, stage in enumerate(STAGES[1:]):
-        life(run, stage, 2, f"end of {stage}\n", at=300 + number)
-        until(f"end of {stage}\n")
-        outcome.write(run.outcomes, Outcome(stage, 2, 0, ""))
-    follower.join(30)
-    assert not follower.is_alive()
-    until(f"{run.name}: completed")
-    assert out == "one\ntwo\nthree\nend of train\nend of export\nend of evaluate\n"
-    assert re.findall(r"==> (\w+, life \d)", err) == [
-        "train, life 1",
-        "train, life 2",
-        "export, life 2",
-        "evaluate, life 2",
-    ]
-
-
-@pytest.mark.parametrize("words", [["logs", "--follow"], ["status", "--watch"]])
-def test_ctrl_c_ends_it_without_a_word(site: Site, words: list[str]) -> None:
-    (run,) = site.make()
-    site.say(waiting(**RUNNING))
-    outcome.write(run.outcomes, Outcome("prepare", 1, 0, ""))
-    life(run, "train", 1, "working\n", at=100)
-    command = [*status(site.runs)[:-1], *words, "--run", run.name]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 0 and "Traceback" not in err
-
-
-# -- why ---------------------------------------------------------------------------------------------------------------
-
-
-def test_why_shows_the_parts_of_a_restart(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    (run,) = site.make()
-    site.say(waiting(**RUNNING))
-    now = datetime.datetime.now(datetime.timezone.utc)
-    for number in (1, 2):
-        (run.lives / f"train-{number}").write_text("1 n1 1700000000 \n")
-    parts = {"imports_s": 5.0, "check_s": 0.5, "load_s": 3.0, "optimizer_s": 1.0, "first_step_s": 0.5}
-    for number, name, after_s, fields in (
-        (1, "interrupted", 0, {"signal_s": 1.5, "code": 75, "words": "interrupted (preemption), saved at step 40"}),
-        (2, "first_step", 30, {"step": 41, **parts}),
-    ):
-        at = (now + datetime.timedelta(seconds=after_s)).isoformat()
-        with (run.events / f"train-{number}.jsonl").open("a") as file:
-            file.write(json.dumps({"time": at, "event": name, "stage": "train", "life": number, **fields}) + "\n")
-    text = " ".join(shown(capsys, "why", "--run", run.name).split())
-    assert (
-        "first new step 31.5 s after the signal: saving 1.5, the queue 20.0, imports 5.0, data and checkpoint 0.5, "
-        "model 3.0, optimizer 1.0, first step 0.5"
-    ) in text

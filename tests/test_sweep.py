@@ -1,202 +1,24 @@
-"""Sweeps: what a file expands to, how the points are queued within a site's limits, and what is queued again."""
+"""Sweeps: how the points are queued within a site's limits, and what is queued again."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ftlib import events, outcome, state, sweep
-from ftlib.errors import InputError
-from ftlib.rundir import STAGES, RunDir
+from ftlib import events, outcome, state
+from ftlib.rundir import STAGES
 from ftlib.slurm import batch
-from ftlib.sweep import SweepSpec
-from ftlib.sweepdir import SweepDir, share_prepared
-from tests.array_shims import ACTIVE, Login, Queue, quick_python
-from tests.wishes import CHECKOUT, copied_checkout, jobs
-
-TASKS = STAGES[1:]
-
-# -- what a file stands for --------------------------------------------------------------------------------------------
-
-
-def spec(**fields: Any) -> SweepSpec:
-    return SweepSpec.model_validate(fields)
-
-
-def test_a_grid_is_every_combination_the_last_field_fastest() -> None:
-    grid = spec(grid={"optim.lr": [1e-4, 1e-3], "method.rank": [8, 16]})
-    assert grid.points() == (
-        {"optim.lr": 1e-4, "method.rank": 8},
-        {"optim.lr": 1e-4, "method.rank": 16},
-        {"optim.lr": 1e-3, "method.rank": 8},
-        {"optim.lr": 1e-3, "method.rank": 16},
-    )
-    assert grid.count() == 4
-
-
-def test_random_points_repeat_with_the_seed_differ_from_each_other_and_stay_inside() -> None:
-    fields = {"optim.lr": {"log": [1e-5, 1e-3]}, "method.rank": [8, 16], "train.seed": {"integers": [1, 3]},
-              "method.dropout": {"uniform": [0.0, 0.2]}}  # fmt: skip
-    drawn = [spec(random={"points": 200, "seed": seed, "fields": fields}).points() for seed in (1, 1, 2)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len({tuple(point.values()) for point in drawn[0]}) == 200
-    rates = [point["optim.lr"] for point in drawn[0]]
-    assert min(rates) >= 1e-5 and max(rates) <= 1e-3
-    # Uniform in the logarithm: half of them below the geometric middle.
-    assert 60 < sum(rate < 1e-4 for rate in rates) < 140
-    assert {point["method.rank"] for point in drawn[0]} == {8, 16}
-    assert {point["train.seed"] for point in drawn[0]} == {1, 2, 3}
-
-
-def test_a_small_space_gives_what_it_has() -> None:
-    few = spec(random={"points": 10, "fields": {"method.rank": [8, 16]}})
-    assert len(few.points()) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("grid: {method.ranks: [1]}", ["'method.ranks' is no field", "Did you mean method.rank?"]),
-        ("grid: {rank: [1], lr: [2]}", ["Did you mean method.rank?", "Did you mean optim.lr?"]),
-        ("grid: {}", ["expands to no point"]),
-        ("grid: {method.rank: []}", ["expands to no point", "method.rank has no values"]),
-        ("list: []", ["expands to no point"]),
-        ("description: nothing", ["exactly one of grid, list and random; found none"]),
-        ("{grid: {method.rank: [1]}, list: [{method.rank: 2}]}", ["found grid and list"]),
-        ("{grd: {method.rank: [1]}}", ["grd is no known field", "Did you mean grid?"]),
-        ("random: {points: 0, fields: {optim.lr: {log: [1, 2], uniform: [1, 2]}}}", ["exactly one of choices"]),
-        ("random: {points: 3, fields: {optim.lr: {log: [0, 1]}}}", ["no range of positive numbers"]),
-        ("{grid: {method.rank: [1]}, metric: los, at_once: 0}", ["metric", "at_once"]),
-        ("- a list", ["must hold fields"]),
-        ("grid: [", ["is no valid YAML"]),
-    ],
-)  # fmt: skip
-def test_a_wrong_file_is_told_whole(tmp_path: Path, text: str, words: list[str]) -> None:
-    (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(InputError) as found:
-        sweep.load(tmp_path, "mine")
-    for word in words:
-        assert word in str(found.value)
-
-
-def test_the_sweeps_that_come_with_it_are_right() -> None:
-    folder = CHECKOUT / "jobs" / "sweeps"
-    assert [sweep.load(folder, path.stem).count() for path in sorted(folder.glob("*.yaml"))] == [24, 40, 5]
+from tests.array_shims import Login, quick_python
+from tests.sweeps import TASKS, complete, fail, feeder, fresh, place, queued, seeds, strangers, swept
 
 
 def test_indices_as_slurm_says_them() -> None:
     assert batch.ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3,7,9-10"
     assert batch.ranges([5]) == "5"
-
-
-# -- the command line --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied_checkout(tmp_path_factory.mktemp("sweep"))
-
-
-@pytest.fixture
-def file(checkout: Path) -> Callable[..., str]:
-    """Writes a sweep's file; returns its name, each its own."""
-
-    def write(text: str) -> str:
-        name = f"s{len(list((checkout / 'jobs' / 'sweeps').iterdir()))}"
-        (checkout / "jobs" / "sweeps" / f"{name}.yaml").write_text(text)
-        return name
-
-    return write
-
-
-@pytest.fixture
-def login(checkout: Path, tmp_path: Path) -> Login:
-    return fresh(checkout, tmp_path)
-
-
-def fresh(checkout: Path, tmp_path: Path, **limits: str) -> Login:
-    """A login node without runs. Thousands of folders are moved away faster than removed."""
-    if (checkout / "runs").exists():
-        (checkout / "runs").rename(tmp_path / "before")
-    return Login(checkout, tmp_path, **limits)
-
-
-def seeds(count: int, more: str = "") -> str:
-    return f"grid: {{train.seed: [{', '.join(map(str, range(count)))}]}}\n{more}"
-
-
-def swept(login: Login, name: str, *words: str, settings: str = "", **environment: str) -> str:
-    wish = ("--cluster", "local-slurm", "--set", f"tracking.mode=disabled {settings}")
-    done = login.jobs("sweep", "--sweep", name, *wish, *words, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def place(login: Login) -> SweepDir:
-    (found,) = (login.checkout / "runs" / "sweeps").iterdir()
-    return SweepDir(found)
-
-
-def queued(login: Login, *states: str) -> Counter[str]:
-    """Tasks of each stage in one of the states."""
-    queue = login.queue
-    return Counter(queue.arrays[array]["comment"].split(" ")[2] for array, _ in queue.tasks(*(states or ACTIVE)))
-
-
-def run_of(login: Login, array: str, index: str) -> RunDir:
-    nonce = login.queue.arrays[array]["comment"].split(" ")[3]
-    return RunDir(place(login).runs / os.readlink(place(login).arrays / nonce / index).rpartition("/")[2])
-
-
-def complete(login: Login, *arrays: str) -> None:
-    """Let every queued task of the arrays end well."""
-    queue = login.queue
-    for array in arrays:
-        stage = queue.arrays[array]["comment"].split(" ")[2]
-        for index, now in queue.arrays[array]["tasks"].items():
-            if now in ACTIVE:
-                run = run_of(login, array, index)
-                (run.outcomes / f"{stage}-1").write_text("0 done\n")
-                if stage == "prepare":
-                    run.prepared_file.write_text("{}")
-                    share_prepared(run, run.siblings())
-                queue.arrays[array]["tasks"][index] = "COMPLETED"
-    queue.save()
-
-
-def fail(login: Login, array: str, index: str, words: str = "1 it always fails") -> RunDir:
-    """Let a task fail as its epilogue would have it, and what waits for it be cancelled."""
-    queue = login.queue
-    queue.arrays[array]["tasks"][index] = "FAILED"
-    position = list(queue.arrays).index(array)
-    for later in list(queue.arrays)[position + 1 :]:
-        if f"aftercorr:{array}" in queue.arrays[later]["dependency"]:
-            queue.arrays[later]["tasks"][index] = "CANCELLED"
-            array = later
-    queue.save()
-    return run_of(login, array, index)
-
-
-def feeder(login: Login) -> str:
-    """What the feeder's job prints; it is running while it does."""
-    queue = login.queue
-    job = queue.of("feeder")[-1]
-    queue.arrays[job]["tasks"][""] = "RUNNING"
-    queue.save()
-    done = login.python("-m", "jobs.feeder", str(place(login).path))
-    queue = login.queue
-    queue.arrays[job]["tasks"][""] = "COMPLETED"
-    queue.save()
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -258,13 +80,6 @@ def test_a_site_s_limit_is_never_exceeded_and_the_feeder_queues_the_rest(
     assert all(run.stage_done("evaluate") for run in place(login).members())
     assert queued(login, "COMPLETED")["prepare"] == 1
     assert len(login.queue.of("train")) == math.ceil(points / ((most - 2) // 3))
-
-
-def strangers(queue: Queue, count: int) -> None:
-    """So many running tasks that are not the sweep's."""
-    tasks = {str(number): "RUNNING" for number in range(count)}
-    queue.arrays["900"] = {"comment": "a stranger of mine", "dependency": "", "array": "", "script": "", "tasks": tasks}
-    queue.save()
 
 
 def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable[..., str]) -> None:
@@ -507,56 +322,3 @@ def test_a_point_that_another_process_is_queueing_is_left_to_it(login: Login, fi
     (run / "writer").write_text("elsewhere 1")
     assert "1 another process is queueing it" in swept(login, name)
     assert queued(login)["train"] == 2
-
-
-# -- the report --------------------------------------------------------------------------------------------------------
-
-
-def scored(login: Login, name: str, scores: list[float | None]) -> list[RunDir]:
-    swept(login, name)
-    members = place(login).members()
-    for run, score in zip(members, scores, strict=True):
-        if score is not None:
-            tuned = {"perplexity": score, "exact": 1 - score / 10, "function": None, "valid_json": 1.0}
-            run.evaluation_file.write_text(json.dumps({"tuned": tuned, "base": tuned}))
-            for stage in STAGES:
-                outcome.write(run.outcomes, outcome.Outcome(stage, 1, 0, "done"))
-    return members
-
-
-def test_the_report_sorts_by_the_metric_and_names_the_best(login: Login, file: Callable[..., str]) -> None:
-    name = file("grid: {optim.lr: [1.0e-4, 1.0e-3], method.rank: [8, 16]}")
-    members = scored(login, name, [1.5, 1.2, None, 1.9])
-    shutil.rmtree(members[3].path)
-    done = login.jobs("report", "--sweep", name, "--json")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert [(row["run"], row["perplexity"], row["state"]) for row in rows] == [
-        (members[1].name, 1.2, "completed"),
-        (members[0].name, 1.5, "completed"),
-        (members[2].name, None, "queued"),
-        (members[3].name, None, "gone"),
-    ]
-    assert rows[0]["optim.lr"] == 1e-4 and rows[0]["method.rank"] == 16 and "hours" in rows[0]
-    words = login.jobs("report", "--sweep", name).stdout
-    assert "method.rank=16" in words.split("The best again: ")[1]
-    text = (place(login).path / "report.csv").read_text().splitlines()
-    assert text[0].startswith("run,state,optim.lr,method.rank,perplexity") and text[1].startswith(members[1].name)
-
-
-def test_the_plot_is_png_and_svg(login: Login, file: Callable[..., str]) -> None:
-    name = file(
-        "list: [{optim.lr: 1.0e-4, method.kind: lora}, {optim.lr: 2.0e-3, method.kind: qlora}, {optim.lr: 1.0e-3}]"
-    )
-    scored(login, name, [1.5, 1.2, 1.3])
-    assert login.jobs("report", "--sweep", name).returncode == 0
-    png, svg = (place(login).path / f"report.{kind}" for kind in ("png", "svg"))
-    assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 10_000
-    assert "optim.lr" in svg.read_text() or svg.read_text().count("<path") > 20
-
-
-def test_status_of_a_point_is_like_any_run_s(login: Login, file: Callable[..., str]) -> None:
-    swept(login, file(seeds(3)))
-    run = place(login).members()[2]
-    done = jobs("status", "--json", "--run", run.name, checkout=login.checkout, **login.env)
-    assert done.returncode == 0 and state.submissions(run)["train"] in done.stdout, done.stderr

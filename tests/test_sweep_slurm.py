@@ -120,7 +120,7 @@ def test_six_tiny_models_preempted_in_training_share_one_dataset(slurm: Slurm, t
     swept.until(lambda: any(len(metrics.read_metrics(run.metrics_file)) > 2 for run in runs), 240, "training")
     swept.preempt()
     swept.end(500)
-    assert ended(runs, "evaluate") == 6, [state.stages(run, {}) for run in runs]
+    assert ended(runs, "evaluate") == 6, [state.stages(state.journal(run), {}) for run in runs]
     for run in runs:
         assert [row["step"] for row in metrics.read_metrics(run.metrics_file)] == list(range(1, 21))
         assert (run.export / "merged" / "config.json").exists() and run.report_file.exists()

@@ -13,18 +13,13 @@ from ftlib import recipe
 from ftlib.rundir import RunDir
 from tests.cluster import Slurm
 from tests.test_chain import finished, log
-from tests.wishes import RECIPES, copied_checkout, jobs, run_names, status
+from tests.wishes import RECIPES, jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = pytest.mark.slow
 
 TWINS = [name for name in recipe.names(RECIPES) if name.startswith("tiny-")]
 SAMPLE = {"local": "tiny-falcon", "local-slurm": "tiny-llama3"}
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied_checkout(tmp_path_factory.mktemp("twins"))
 
 
 def twins(cluster: str) -> list[object]:

@@ -13,7 +13,7 @@ from ftlib.errors import InputError
 from ftlib.plan import plan, shapes, zero
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
-from jobs import resize
+from jobs import runs
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, site, spec
 
 LLAMA_70B = shapes.from_config(shapes.KNOWN["meta-llama/Llama-2-70b-hf"], "llama")
@@ -131,7 +131,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_a_resize_keeps_the_global_batch_and_what_earlier_lives_taught(run: RunDir) -> None:
-    resize.resize(run, site("local-slurm"), "1", [])
+    runs.resize(run, site("local-slurm"), "1", [])
     after = run.plan()
     assert (after["world_size"], after["micro_batch"], after["accumulation"]) == (1, 2, 4)
     assert after["stages"]["train"]["nodes"] == 1 and after["zero"]["train_batch_size"] == 8
@@ -150,5 +150,5 @@ def test_a_resize_keeps_the_global_batch_and_what_earlier_lives_taught(run: RunD
 def test_a_resize_that_cannot_be_changes_nothing(run: RunDir, nodes: str, busy: list[str], said: str) -> None:
     before = run.plan_file.read_text(), run.adjustments_file.read_text()
     with pytest.raises(InputError, match=said):
-        resize.resize(run, site("local-slurm"), nodes, busy)
+        runs.resize(run, site("local-slurm"), nodes, busy)
     assert before == (run.plan_file.read_text(), run.adjustments_file.read_text())

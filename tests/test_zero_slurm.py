@@ -11,7 +11,7 @@ from ftlib import events, metrics
 from ftlib.rundir import RunDir
 from tests.cluster import Slurm
 from tests.test_chain import finished, log, steps, until
-from tests.wishes import copied_checkout, jobs, run_names, status
+from tests.wishes import jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -21,11 +21,6 @@ SHORT = (
     f"train.steps={STEPS} resources.gpus_per_node=2 train.micro_batch=1 data.template=brief data.seq_len=128 "
     "data.pairs=200 evaluate.pairs=8 evaluate.max_new_tokens=8 cluster.qos=group-b cluster.cpu_qos=group"
 )
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copied_checkout(tmp_path_factory.mktemp("zero"))
 
 
 def submitted(checkout: Path, slurm: Slurm, twin: str) -> RunDir:

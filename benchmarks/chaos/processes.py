@@ -64,7 +64,7 @@ def workers(run: Path, stage: str, life: int) -> list[Worker]:
         said = _environment(pid)
         if said.get("FT_RUN") != str(run) or said.get("FT_STAGE") != stage or said.get("FT_LIFE") != str(life):
             continue
-        if "SLURM_PROCID" in said and "submitit.core._submit" in _command(pid) and _is_task(pid):
+        if "SLURM_PROCID" in said and "jobs.stage" in _command(pid) and _is_task(pid):
             found.append(Worker(pid, int(said["SLURM_PROCID"]), life, said.get("SLURMD_NODENAME", "")))
     return sorted(found, key=lambda worker: worker.rank)
 

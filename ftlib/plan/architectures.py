@@ -1,10 +1,6 @@
 """What the layers of a decoder are called and how large they are, from its config.json: no torch, no weights.
-
 Names and shapes come from a table, architectures.json, that `python models/make_architectures.py` takes from
-transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size.
-"""
-
-from __future__ import annotations
+transformers' own models. A shape in the table is made of `dimensions`, so one entry serves models of every size."""
 
 import json
 import math
@@ -14,14 +10,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from ftlib.errors import InputError, nearest, unknown
+from ftlib.errors import InputError, closest, unknown
 
 TABLE = Path(__file__).with_name("architectures.json")
 Kind = Literal["embedding", "linear", "norm", "head"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 BLOCK = "{i}"
+_RANGE = re.compile(r"\d+(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class Parameter:
 @cache
 def table() -> dict[str, Any]:
     """The table: `families` by model_type, and `models`, the configs of models whose files need not be at hand."""
-    found = json.loads(TABLE.read_text(encoding="utf-8"))
-    assert isinstance(found, dict)
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return found
 
 
@@ -62,8 +57,7 @@ def family(config: dict[str, Any], where: str) -> dict[str, Any]:
     kind, known = config.get("model_type", "llama"), table()["families"]
     if kind not in known:
         raise InputError(unknown(f"model.name: the layers of {where} are not known: model_type", kind, known))
-    found = known[kind]
-    assert isinstance(found, dict)
+    found: dict[str, Any] = known[kind]
     return found
 
 
@@ -80,8 +74,7 @@ def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
     needed += [] if falcon else ["intermediate_size"]
     if missing := [key for key in needed if type(config.get(key)) is not int or config[key] < 1]:
         raise InputError(
-            f"model.name: {where} describes a {config.get('model_type', 'model')!r} without {', '.join(missing)}"
-        )
+            f"model.name: {where} describes a {config.get('model_type', 'model')!r} without {', '.join(missing)}")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
@@ -95,47 +88,30 @@ def dimensions(config: dict[str, Any], where: str) -> dict[str, int]:
         intermediate = config.get("ffn_hidden_size") or 4 * hidden
     attention, kv = heads * head_dim, kv_heads * head_dim
     return {
-        "hidden": hidden,
-        "intermediate": intermediate,
-        "vocab": config["vocab_size"],
-        "attention": attention,
-        "kv": kv,
-        "qkv": attention + 2 * kv,
-        "head_dim": head_dim,
-    }
+        "hidden": hidden, "intermediate": intermediate, "vocab": config["vocab_size"], "attention": attention, "kv": kv,
+        "qkv": attention + 2 * kv, "head_dim": head_dim}
 
 
 def parameters(config: dict[str, Any], where: str) -> tuple[Parameter, ...]:
     """Every parameter of the model that a config describes, in its own order. A head that is tied is not among them.
-
-    Raises InputError for an unknown model_type or a config that lacks a number.
-    """
+    Raises InputError for an unknown model_type or a config that lacks a number."""
     entry, sizes = family(config, where), dimensions(config, where)
-    blocks = config["num_hidden_layers"]
     return tuple(
-        Parameter(
-            row["name"],
-            tuple(sizes[part] for part in row["shape"]),
-            row["kind"],
-            blocks if BLOCK in row["name"] else 1,
-        )
+        Parameter(row["name"], tuple(sizes[part] for part in row["shape"]), row["kind"],
+                  config["num_hidden_layers"] if BLOCK in row["name"] else 1)
         for row in entry["parameters"]
         if all(flag(config, name, where) for name in row.get("if", ()))
-        and not any(flag(config, name, where) for name in row.get("unless", ()))
-    )
+        and not any(flag(config, name, where) for name in row.get("unless", ())))
 
 
 def matches(pattern: str, name: str) -> bool:
     """Whether the dotted parts of `pattern` stand one after another in a parameter's `name`.
-
     A part is a word with * and ?, or an index or range of blocks: 31, 24-31. So "layers.31", "24-31.mlp", "q_proj",
-    "lm_head" and "24-31" are patterns.
-    """
+    "lm_head" and "24-31" are patterns."""
     parts, words = pattern.split("."), name.split(".")
     return any(
         all(map(_part_matches, parts, words[start : start + len(parts)]))
-        for start in range(len(words) - len(parts) + 1)
-    )
+        for start in range(len(words) - len(parts) + 1))
 
 
 def select(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
@@ -156,14 +132,14 @@ def pattern_problems(field: str, patterns: Sequence[str], found: Sequence[Parame
         parts = pattern.split(".")
         numbers = [part for part in parts if _RANGE.fullmatch(part)]
         strange = [part for part in parts if not select([part], names) and part not in numbers]
-        hint = f" Did you mean {'.'.join(near)}?" if (near := _mended(parts, words)) != parts else ""
+        near = [part if part in words or part in numbers else closest(part, words) or part for part in parts]
+        hint = f" Did you mean {'.'.join(near)}?" if near != parts else ""
         why = f"; {', '.join(strange)} is no part of any" if strange else ""
         if any(int(part.split("-")[0]) >= blocks for part in numbers):
             why += f"; blocks are 0-{blocks - 1}"
         problems.append(
             f"{field}: {pattern!r} matches no parameter{why}. Parts of names: {', '.join(words)}.{hint} "
-            "'make layers' prints them all"
-        )
+            "'make layers' prints them all")
     return problems
 
 
@@ -171,11 +147,12 @@ def target_problems(field: str, targets: Sequence[str], found: Sequence[Paramete
     """One line for each adapter target that is the (last part of the) name of no linear layer."""
     layers = [parameter.layer for parameter in found if parameter.kind == "linear"]
     lasts = {layer.rpartition(".")[2] for layer in layers}
-    return [
-        unknown(field, target, lasts)
-        for target in targets
-        if not any(f".{layer}".endswith(f".{target}") for layer in layers)
-    ]
+    return [unknown(field, target, lasts) for target in targets if not any(ends_with(one, target) for one in layers)]
+
+
+def ends_with(layer: str, target: str) -> bool:
+    """Whether the last dotted parts of a layer's name are an adapter's target."""
+    return f".{layer}".endswith(f".{target}")
 
 
 def _part_matches(part: str, word: str) -> bool:
@@ -183,15 +160,3 @@ def _part_matches(part: str, word: str) -> bool:
         first, _, last = part.partition("-")
         return word.isdigit() and int(first) <= int(word) <= int(last or first)
     return fnmatchcase(word, part)
-
-
-def _mended(parts: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The parts with each unknown word replaced by its nearest known one."""
-    mended = []
-    for part in parts:
-        near = "" if part in words or _RANGE.fullmatch(part) else nearest(part, words)
-        mended.append(near.removeprefix(" Did you mean ").removesuffix("?") or part)
-    return mended
-
-
-_RANGE = re.compile(r"\d+(-\d+)?")

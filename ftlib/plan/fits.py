@@ -1,7 +1,5 @@
 """Whether a method fits the model: what can be refused before a job is queued. No torch, no weights."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -11,12 +9,8 @@ from ftlib.spec import RunSpec
 
 # Fields of method that other kinds would leave unused, in silence.
 ONLY_FOR = {
-    "train_layers": ("freeze",),
-    "prompt_text": ("prompt", "two-stage"),
-    "prompt_lr": ("two-stage",),
-    "rslora": ("qlora", "lora", "two-stage"),
-    "dora": ("qlora", "lora", "two-stage"),
-}
+    "train_layers": ("freeze",), "prompt_text": ("prompt", "two-stage"), "prompt_lr": ("two-stage",),
+    "rslora": ("qlora", "lora", "two-stage"), "dora": ("qlora", "lora", "two-stage")}
 # DeepSpeed shares out the state of these; others (bitsandbytes) keep theirs in blocks that a shard would cut.
 ZERO_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # The kinds of a method that have weights of the base itself trained.
@@ -29,8 +23,7 @@ def problems(spec: RunSpec, shape: ModelShape) -> list[str]:
     found = [
         f"method.{name}: has no effect with method.kind={kind}; it is for {', '.join(kinds)}"
         for name, kinds in ONLY_FOR.items()
-        if getattr(method, name) and kind not in kinds
-    ]
+        if getattr(method, name) and kind not in kinds]
     if kind == "freeze" and not method.train_layers:
         found.append("method.train_layers: is missing; freeze trains these layers, such as [24-31, lm_head]")
     found += architectures.pattern_problems("method.train_layers", method.train_layers, shape.parameters)
@@ -49,8 +42,7 @@ def problems(spec: RunSpec, shape: ModelShape) -> list[str]:
     elif spec.tokens.add and not _trains_rows(spec, shape):
         found.append(
             f"tokens.add: method.kind={kind} would not train the new tokens' rows; use qlora, lora, full, or freeze "
-            "with the embedding among method.train_layers"
-        )
+            "with the embedding among method.train_layers")
     return found
 
 
@@ -61,8 +53,7 @@ def _zero_problems(spec: RunSpec) -> list[str]:
         bits = f" on a {spec.method.bits}-bit base" if spec.method.bits < 16 else ""
         found.append(
             f"{field} is for method.kind=full; found {kind}{bits}, whose state is small: leave zero out and name the "
-            "GPUs (resources.gpus_per_node, resources.nodes), each then holds a copy"
-        )
+            "GPUs (resources.gpus_per_node, resources.nodes), each then holds a copy")
     if spec.optim.name not in ZERO_OPTIMIZERS:
         found.append(f"optim.name: {spec.optim.name} does not go with {field}; allowed: {', '.join(ZERO_OPTIMIZERS)}")
     if spec.tokens.add:
@@ -93,8 +84,7 @@ def start_problems(spec: RunSpec, shape: ModelShape, start: ModelShape | None, a
     return [
         f"{field} does not fit {spec.model.name} with this method: {name} is {found.get(name, 'missing')}, needed "
         f"{expected.get(name, 'none')}"
-        for name in wrong[:1]
-    ]
+        for name in wrong[:1]]
 
 
 def _own_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -109,15 +99,12 @@ def _adapter_shapes(spec: RunSpec, shape: ModelShape) -> dict[str, tuple[int, ..
     if method.kind == "prompt":
         return {"prompt_embeddings": (method.prompt_tokens, shape.hidden)}
     found: dict[str, tuple[int, ...]] = {}
-    for name, (columns, rows) in zip(shape.linear_names, shape.linears, strict=True):
-        if method.targets == "all-linear" or any(f".{name}".endswith(f".{target}") for target in method.targets):
-            for i in range(shape.layers):
-                place = f"base_model.model.{name.replace(architectures.BLOCK, str(i))}"
-                found |= {
-                    f"{place}.lora_A.weight": (method.rank, columns),
-                    f"{place}.lora_B.weight": (rows, method.rank),
-                }
-                found |= {f"{place}.lora_magnitude_vector": (rows,)} if method.dora else {}
+    for parameter in shape.adapted(method.targets):
+        rows, columns = parameter.shape
+        for name in parameter.names:
+            place = f"base_model.model.{name.rpartition('.')[0]}"
+            found |= {f"{place}.lora_A.weight": (method.rank, columns), f"{place}.lora_B.weight": (rows, method.rank)}
+            found |= {f"{place}.lora_magnitude_vector": (rows,)} if method.dora else {}
     return found
 
 

@@ -1,7 +1,5 @@
 """How much memory training and export need. Formulas, so estimates; each says where it is from."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -25,11 +23,10 @@ class GpuMemory:
     weights_gib: float
     trained_gib: float
     activations_gib: float
-    reserved_gib: float = CUDA_RESERVED_GIB
 
     @property
     def total_gib(self) -> float:
-        return self.weights_gib + self.trained_gib + self.activations_gib + self.reserved_gib
+        return self.weights_gib + self.trained_gib + self.activations_gib + CUDA_RESERVED_GIB
 
 
 def training(shape: ModelShape, spec: RunSpec, micro_batch: int, world_size: int = 1) -> GpuMemory:
@@ -44,11 +41,10 @@ def training(shape: ModelShape, spec: RunSpec, micro_batch: int, world_size: int
     own = own_params(shape, spec)
     # fp32 weight and gradient of each trained parameter, and the optimizer's two moments.
     state = 4 + 4 + OPTIMIZER_BYTES.get(spec.optim.name, ADAM_FP32_BYTES)
-    return GpuMemory(
-        weights_gib=max(0, weights - 2 * own) / GIB,  # What is trained of the base itself lies in fp32 alone.
-        trained_gib=(own + added_params(shape, spec)) * state / GIB,
-        activations_gib=activations,
-    )
+    trained = (own + added_params(shape, spec)) * state / GIB
+    # What is trained of the base itself lies in fp32 alone.
+    weights_gib = max(0, weights - 2 * own) / GIB
+    return GpuMemory(weights_gib=weights_gib, trained_gib=trained, activations_gib=activations)
 
 
 def own_params(shape: ModelShape, spec: RunSpec) -> int:
@@ -82,7 +78,7 @@ def activation_bytes(shape: ModelShape, spec: RunSpec, micro_batch: int) -> floa
     block = 2 * (8 * h + 4 * i + (4 * h + i if spec.method.dropout and spec.method.adapts else 0)) * tokens
     kept = 2 * h * tokens * shape.layers + block if spec.train.gradient_checkpointing else block * shape.layers
     logits = (2 + 4 + 4) * shape.vocab * tokens
-    dequantised = 2 * max(a * b for a, b in shape.linears)
+    dequantised = 2 * max(p.size for p in shape.linears)
     return kept + logits + dequantised
 
 

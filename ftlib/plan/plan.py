@@ -1,7 +1,5 @@
 """RunPlan: RunSpec and ClusterProfile become each stage's resources, memory, time and cost. Pure."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 
@@ -10,7 +8,7 @@ from pydantic import Field
 from ftlib.errors import InputError
 from ftlib.plan import memory, throughput, zero
 from ftlib.plan.shapes import ModelShape
-from ftlib.profile import ClusterProfile, Partition
+from ftlib.profile import ClusterProfile, Gpu, Partition
 from ftlib.spec import Model, RunSpec, divisors
 
 # A GPU's memory is planned to this share; the rest is for what the formulas do not see.
@@ -65,62 +63,50 @@ class RunPlan(Model):
 def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None) -> RunPlan:
     """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file, None for the generator."""
     gpu_side, cpu_side = profile.partition(gpu=True), profile.partition(gpu=False)
-    gpu = gpu_side.gpu
-    on_gpu = gpu is not None and not gpu.simulated
-    nodes, per_node = spec.resources.nodes, spec.resources.gpus_per_node
-    _check_fits_node(profile, gpu_side, nodes, per_node)
+    gpu = None if gpu_side.gpu is None or gpu_side.gpu.simulated else gpu_side.gpu  # what really computes, if any
+    train, nodes, per_node = spec.train, spec.resources.nodes, spec.resources.gpus_per_node
     world_size = nodes * per_node
-    per_rank = _rows_per_rank(spec, world_size)
-    gpu_memory_gib = gpu.memory_gib if gpu and on_gpu else None
-    micro_batch = spec.train.micro_batch or _micro_batch(spec, shape, per_rank, world_size, gpu_memory_gib)
-    if per_rank % micro_batch:
-        raise InputError(
-            f"train.micro_batch: {micro_batch} does not divide a rank's {per_rank} rows; allowed: {divisors(per_rank)}"
-        )
-    needed = memory.training(shape, spec, micro_batch, world_size).total_gib if on_gpu else None
-    if gpu and on_gpu and needed is not None and needed > gpu.memory_gib:
+    _check_cut(spec, profile, gpu_side)
+    per_rank = train.global_batch // world_size
+    micro_batch = train.micro_batch or _micro_batch(spec, shape, per_rank, world_size, gpu)
+    needed = memory.training(shape, spec, micro_batch, world_size).total_gib if gpu else None
+    if gpu and needed and needed > gpu.memory_gib:
         raise InputError(_does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
     threads = max(1, min(4, gpu_side.cpus_per_node // per_node))
-    steps, tokens = _length(spec, data_bytes)
+    # Estimates, the data not being read yet.
+    a_pair = TOKENS_PER_PAIR[spec.data.template]
+    tokens = spec.data.pairs * a_pair if data_bytes is None else data_bytes / BYTES_PER_TOKEN
+    tokens = min(tokens, spec.data.limit * a_pair if spec.data.limit else math.inf) * (spec.data.share or 1)
+    steps = train.total_steps(max(1.0, tokens / spec.data.seq_len))
     speed: float | None = None
-    if not on_gpu or (gpu and gpu.bf16_tflops):
-        tflops = gpu.bf16_tflops if gpu and on_gpu else None
+    if gpu is None or gpu.bf16_tflops:
+        tflops = gpu.bf16_tflops if gpu else None
         speed = throughput.tokens_per_s(shape, spec, tflops=tflops, world_size=world_size, threads=threads)
-    train_min = steps * spec.train.global_batch * spec.data.seq_len / speed / 60 if speed else None
+    train_min = steps * train.global_batch * spec.data.seq_len / speed / 60 if speed else None
 
     load_min = STAGE_START_MIN + 2 * shape.params / 0.5e9 / 60
     cpus = max(1, min(4, cpu_side.cpus_per_node))
     load_gib = memory.load_host_gib(shape)
-    gpu_cpus = threads if not on_gpu else max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
+    gpu_cpus = threads if gpu is None else max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
 
-    def stage(
-        name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1, gpus: int = 1,
-        limit: int | None = None, warning_s: float = 0,
-    ) -> StagePlan:  # fmt: skip
+    def stage(name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1,
+              gpus: int = 1, limit: int | None = None, warning_s: float = 0) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
             way = ". Try more resources.nodes, or zero.offload=none" if spec.zero.offload != "none" else ""
             raise InputError(
                 f"{spec.recipe} does not fit: {name} needs {mem_gib:.0f} GiB of host memory, a node of {side.name!r} "
-                f"offers {side.mem_gib_per_node:.0f} GiB{way}"
-            )
+                f"offers {side.mem_gib_per_node:.0f} GiB{way}")
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
         return StagePlan(
-            partition=side.name,
-            qos=profile.resolved_qos(gpu=gpu),
-            nodes=nodes,
-            tasks_per_node=tasks,
-            gpus_per_node=tasks * gpus if gpu and side.gpu else 0,
-            cpus_per_task=gpu_cpus if gpu else cpus,
-            mem_gib=math.ceil(mem_gib),
-            time_min=min(wanted, side.max_time_min),
-            estimate_min=minutes,
-            warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)),
-        )
+            partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
+            gpus_per_node=tasks * gpus if gpu and side.gpu else 0, cpus_per_task=gpu_cpus if gpu else cpus,
+            mem_gib=math.ceil(mem_gib), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
+            warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
 
-    evaluation = throughput.evaluation_min(shape, spec, on_gpu=on_gpu)
-    judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu and on_gpu else 1
+    evaluation = throughput.evaluation_min(shape, spec, on_gpu=gpu is not None)
+    judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu else 1
     host_gib = memory.train_host_gib(shape, spec, nodes=nodes, per_node=per_node)
     train_total = load_min + train_min if train_min else None
     # One step, and one save.
@@ -134,59 +120,48 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     }  # fmt: skip
     stages = {name: stage(name, **wanted) for name, wanted in asked.items()}
     hours = None
-    if on_gpu and train_min is not None:
+    if gpu and train_min is not None:
         # A started GPU is paid for while weights load, too.
         hours = ((train_min + load_min) * world_size + (evaluation + 2 * load_min) * judging) / 60
-    cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": per_rank // micro_batch}
-    cut["world_size"] = world_size
-    sharing = zero.config(spec, **cut, on_gpu=on_gpu) if spec.zero.stage else None
-    deterministic = spec.train.deterministic if spec.train.deterministic is not None else not on_gpu
+    accumulation = per_rank // micro_batch
+    cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
+    rule = f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
+    notes = [rule] if gpu and speed is not None else []
+    notes += ["the number of steps is an estimate until the data is packed"] if train.epochs else []
     return RunPlan(
-        cluster=profile.name,
-        device="cuda" if on_gpu else "cpu",
-        **cut,
-        threads=threads,
-        deterministic=deterministic,
-        steps=steps,
-        gpu=gpu.type if gpu else None,
-        gpu_needed_gib=needed,
-        gpu_memory_gib=gpu_memory_gib,
-        tokens_per_s=speed,
-        gpu_hours=hours,
-        zero=sharing,
-        stages=stages,
-        notes=_notes(spec, profile, assumed=on_gpu and speed is not None),
-    )
+        cluster=profile.name, device="cuda" if gpu else "cpu", **cut, threads=threads,
+        deterministic=gpu is None if train.deterministic is None else train.deterministic, steps=steps,
+        gpu=gpu.type if gpu else None, gpu_needed_gib=needed, gpu_memory_gib=gpu.memory_gib if gpu else None,
+        tokens_per_s=speed, gpu_hours=hours, stages=stages,
+        zero=zero.config(spec, **cut, on_gpu=gpu is not None) if spec.zero.stage else None,
+        notes=(*notes, *filter(None, [profile.missing_account()])))
 
 
-def _check_fits_node(profile: ClusterProfile, side: Partition, nodes: int, per_node: int) -> None:
-    problems = []
+def _check_cut(spec: RunSpec, profile: ClusterProfile, side: Partition) -> None:
+    """InputError where the GPUs asked for are not there, or cannot share the rows of a step."""
+    per_node, world_size = spec.resources.gpus_per_node, spec.resources.nodes * spec.resources.gpus_per_node
+    rows, micro_batch, problems = spec.train.global_batch, spec.train.micro_batch, []
     if side.gpu and per_node > side.gpus_per_node:
         problems.append(
-            f"resources.gpus_per_node: {per_node} asked for, a node of {side.name!r} has {side.gpus_per_node}"
-        )
-    if profile.scheduler is None and (nodes > 1 or per_node > max(1, side.gpus_per_node)):
-        problems.append(f"resources: without Slurm one process trains; found nodes {nodes}, gpus_per_node {per_node}")
+            f"resources.gpus_per_node: {per_node} asked for, a node of {side.name!r} has {side.gpus_per_node}")
+    if profile.scheduler is None and (spec.resources.nodes > 1 or per_node > max(1, side.gpus_per_node)):
+        problems.append(f"resources: without Slurm one process trains; found nodes {spec.resources.nodes}, "
+                        f"gpus_per_node {per_node}")  # fmt: skip
+    if rows % world_size:
+        problems.append(f"train.global_batch: {rows} rows cannot be shared by {world_size} GPUs; use a multiple of "
+                        f"{world_size}, or a number of GPUs among {divisors(rows)}")  # fmt: skip
+    elif micro_batch and (rows // world_size) % micro_batch:
+        problems.append(f"train.micro_batch: {micro_batch} does not divide a rank's {rows // world_size} rows; "
+                        f"allowed: {divisors(rows // world_size)}")  # fmt: skip
     if problems:
         raise InputError(problems)
 
 
-def _rows_per_rank(spec: RunSpec, world_size: int) -> int:
-    if spec.train.global_batch % world_size:
-        raise InputError(
-            f"train.global_batch: {spec.train.global_batch} rows cannot be shared by {world_size} GPUs; "
-            f"use a multiple of {world_size}, or a number of GPUs among {divisors(spec.train.global_batch)}"
-        )
-    return spec.train.global_batch // world_size
-
-
-def _micro_batch(
-    spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu_memory_gib: float | None
-) -> int:
+def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu: Gpu | None) -> int:
     """The smallest divisor of the rank's rows with enough tokens, or the largest that fits the memory."""
     best = 1
     for rows in divisors(per_rank):
-        if gpu_memory_gib and memory.training(shape, spec, rows, world_size).total_gib > FILL * gpu_memory_gib:
+        if gpu and memory.training(shape, spec, rows, world_size).total_gib > FILL * gpu.memory_gib:
             break
         best = rows
         if rows * spec.data.seq_len >= MICRO_BATCH_TOKENS:
@@ -203,35 +178,4 @@ def _does_not_fit(spec: RunSpec, gpu: str, needed: float, there: float, micro_ba
     mends += ["method.kind=qlora"] if spec.method.bits > 4 and not spec.zero.stage else []
     return (
         f"{spec.recipe} does not fit: {needed:.1f} GiB estimated for micro-batch {micro_batch}, one {gpu} has "
-        f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition"
-    )
-
-
-def _length(spec: RunSpec, data_bytes: int | None) -> tuple[int, float]:
-    """Optimizer steps and tokens of the data; both estimates, the data not being read yet."""
-    if data_bytes is None:
-        pairs = min(spec.data.pairs, spec.data.limit or spec.data.pairs)
-        tokens = float(pairs * TOKENS_PER_PAIR[spec.data.template])
-    else:
-        tokens = data_bytes / BYTES_PER_TOKEN
-        if spec.data.limit:
-            tokens = min(tokens, spec.data.limit * TOKENS_PER_PAIR[spec.data.template])
-    tokens *= spec.data.share or 1
-    if spec.train.steps:
-        return spec.train.steps, tokens
-    assert spec.train.epochs is not None
-    rows = max(1.0, tokens / spec.data.seq_len)
-    return max(1, math.ceil(spec.train.epochs * rows / spec.train.global_batch)), tokens
-
-
-def _notes(spec: RunSpec, profile: ClusterProfile, *, assumed: bool) -> tuple[str, ...]:
-    notes = []
-    if assumed:
-        notes.append(
-            f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
-        )
-    if spec.train.epochs:
-        notes.append("the number of steps is an estimate until the data is packed")
-    if missing := profile.missing_account():
-        notes.append(missing)
-    return tuple(notes)
+        f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition")

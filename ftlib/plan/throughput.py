@@ -1,7 +1,5 @@
 """How long stages take: the floor from FLOPs and peak, and a stated share of it."""
 
-from __future__ import annotations
-
 from ftlib.plan.memory import own_params
 from ftlib.plan.shapes import ModelShape
 from ftlib.spec import RunSpec

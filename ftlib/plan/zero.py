@@ -1,7 +1,5 @@
 """ZeRO (arXiv 1910.02054, section 5): DeepSpeed's configuration and each GPU's memory, from spec and plan. Pure."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ftlib.spec import RunSpec
@@ -14,40 +12,26 @@ LIVE = 500_000_000
 MASTER_BYTES, GRADIENT_BYTES = 12, 4
 
 
-def config(
-    spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool, universal: bool = False
-) -> dict[str, Any]:
+def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool,
+           universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for one training of the plan's cut. universal: it begins from a universal checkpoint.
-
-    Keys as in https://www.deepspeed.ai/docs/config-json.
-    """
+    Keys as in https://www.deepspeed.ai/docs/config-json."""
     zero: dict[str, Any] = {
-        "stage": spec.zero.stage,
-        "contiguous_gradients": True,
-        "overlap_comm": on_gpu,
-        "reduce_bucket_size": BUCKET,
-    }
+        "stage": spec.zero.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, "reduce_bucket_size": BUCKET}
     if spec.zero.stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE}
-        zero |= {"stage3_max_reuse_distance": LIVE}
+        zero |= {"stage3_prefetch_bucket_size": BUCKET}
+        zero |= {"stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE}
     else:
         zero |= {"allgather_bucket_size": BUCKET}
     if spec.zero.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_batch_size": micro_batch * accumulation * world_size,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": spec.optim.max_grad_norm,
-        "bf16": {"enabled": on_gpu},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
+        "train_batch_size": micro_batch * accumulation * world_size, "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation, "gradient_clipping": spec.optim.max_grad_norm,
+        "bf16": {"enabled": on_gpu}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": zero,
         # torch's own fused AdamW, on the CPU too: it needs no compiler on the nodes.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-        **({"checkpoint": {"load_universal": True}} if universal else {}),
-    }
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1_000_000_000,
+        **({"checkpoint": {"load_universal": True}} if universal else {})}
 
 
 def gpu_bytes(params: int, spec: RunSpec, world_size: int) -> tuple[float, float]:
@@ -70,7 +54,5 @@ def host_bytes(params: int, spec: RunSpec, nodes: int) -> float:
 
 def consolidation_bytes(params: int, spec: RunSpec) -> float:
     """Host memory to put the shards together again, in bytes, beside the page cache of the files, which are mapped.
-
-    Stage 3 is gathered tensor by tensor and written 5 GB at a time; of 1 and 2 DeepSpeed joins the whole in fp32.
-    """
+    Stage 3 is gathered tensor by tensor and written 5 GB at a time; of 1 and 2 DeepSpeed joins the whole in fp32."""
     return 2 * min(4.0 * params, 10e9) + (0.0 if spec.zero.stage == 3 else 4.0 * params)

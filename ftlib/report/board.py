@@ -1,9 +1,7 @@
 """Status on a terminal: a line a run or sweep, as many columns as it is wide, and what there is to say below."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -41,16 +39,12 @@ def board(rows: Sequence[Row], sweeps: Sequence[SweepRow], answer: Answer, *, wi
 
 def _cells(row: Row) -> dict[str, str]:
     return {
-        "run": row.run,
-        "state": row.state,
-        "stage": row.stage or "",
+        "run": row.run, "state": row.state, "stage": row.stage or "",
         "step": "" if row.step is None else f"{row.step}/{row.steps}",
         "loss": "" if row.loss is None else f"{row.loss:.3f}",
         "tokens/s": "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
-        "left": "" if row.left_s is None else minutes(row.left_s / 60),
-        "lives": str(row.lives) if row.lives else "",
-        **_spent(row),
-    }
+        "left": "" if row.left_s is None else minutes(row.left_s / 60), "lives": str(row.lives) if row.lives else "",
+        **_spent(row)}
 
 
 def _sweep_cells(row: SweepRow) -> dict[str, str]:
@@ -74,17 +68,15 @@ def _said(row: Row) -> list[str]:
     return [row.words, f"lives that ended early: {ended}" if ended else "", *row.notes]
 
 
-def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list[RenderableType]:
-    rows = list(rows)
-    columns = {name: len(name) for cells, _ in rows for name in cells}
-    for cells, _ in rows:
-        for name, text in cells.items():
-            columns[name] = max(columns[name], len(text))
-    empty = [name for name in columns if not any(cells.get(name) for cells, _ in rows)]
-    for name in [*empty, *DISPENSABLE]:
-        if name in empty or sum(columns.values()) + len(GAP) * (len(columns) - 1) > width:
+def _table(rows: Sequence[tuple[dict[str, str], list[str]]], width: int) -> list[RenderableType]:
+    columns = {}
+    for name in dict.fromkeys(name for cells, _ in rows for name in cells):
+        if size := max(len(cells.get(name, "")) for cells, _ in rows):
+            columns[name] = max(len(name), size)
+    for name in DISPENSABLE:
+        if sum(columns.values()) + len(GAP) * (len(columns) - 1) > width:
             columns.pop(name, None)
-    lines: list[RenderableType] = [Text(_line({name: name for name in columns}, columns), "bold")]
+    lines: list[RenderableType] = [Text(_line(dict(zip(columns, columns, strict=True)), columns), "bold")]
     for cells, said in rows:
         line = Text(_line(cells, columns))
         for state, colour in COLOURS.items():
@@ -96,7 +88,5 @@ def _table(rows: Iterable[tuple[dict[str, str], list[str]]], width: int) -> list
 
 
 def _line(cells: dict[str, str], columns: dict[str, int]) -> str:
-    sides = (
-        f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{size}}" for name, size in columns.items()
-    )
+    sides = (f"{cells.get(name, ''):{'<' if name in LEFT else '>'}{size}}" for name, size in columns.items())
     return GAP.join(sides).rstrip()

@@ -1,7 +1,5 @@
 """What a run cost, from its events: lives, wall time and GPU-hours of each stage."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -31,14 +29,11 @@ class StageCost:
         return self.gpus * self.lost_seconds / 3600
 
 
-def stage_costs(
-    events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime, running: Collection[str] | None = None
-) -> list[StageCost]:
-    """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a
-    stage that is `running` (of every stage without that) until `now`, which has a time zone.
-
-    Where a clock was set back, the time that it took back counts as none.
-    """
+def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime,
+                running: Collection[str] | None = None) -> list[StageCost]:
+    """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a stage
+    that is `running` (of every stage without that) until `now`, which has a time zone.
+    Where a clock was set back, the time that it took back counts as none."""
     lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for event in events:
         if "stage" in event and isinstance(event.get("life"), int):

@@ -1,7 +1,5 @@
 """A sweep's score over each swept field, drawn by matplotlib as PNG and SVG."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,7 @@ LOG_SPAN = 20
 
 def draw(stem: Path, title: str, metric: str, better: str, scored: Sequence[tuple[Point, float]]) -> list[Path]:
     """Write stem.png and stem.svg: a panel per field, with a dot per point and a ring around the best (the first).
-
-    scored: (fields, score), the best first. Returns the files; ImportError without matplotlib.
-    """
+    scored: (fields, score), the best first. Returns the files; ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     fields = list(scored[0][0])

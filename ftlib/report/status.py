@@ -1,8 +1,5 @@
 """What runs and sweeps are doing: a row each, from their folders' files and what Slurm says. Made to be printed
-(board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's).
-"""
-
-from __future__ import annotations
+(board.py) and for programs (`status --json`, whose fields are Row's and SweepRow's)."""
 
 import datetime
 import statistics
@@ -80,27 +77,22 @@ class SweepRow(Spent):
 def row(seen: Seen, now: datetime.datetime) -> Row:
     """The row of a run; `now` with a time zone."""
     known, stages, run = seen.known, seen.stages, seen.run
-    stage = next((name for name in STAGES if stages[name].state != "completed"), None)
+    stage, words = _now(seen, now)
     state = overall(stages)
     found = Row(
         run=run.name, state=state, stage=stage, lives=sum(known.lives.values()), causes=causes(known),
-        notes=[*seen.notes, *_clock(known, now)],
-        words=_words(stage, stages[stage], seen.answer, now) if stage else "",
-        stages={
-            name: {"state": s.state, "job_id": s.job_id, "lives": s.lives, "words": s.words}
-            for name, s in stages.items()
-        },
-        **vars(spent(seen, now)),
-    )  # fmt: skip
+        notes=[*seen.notes, *_clock(known, now)], words=words,
+        stages={name: vars(one) for name, one in stages.items()}, **vars(spent(seen, now)))
     try:
         plan = run.plan()
-        steps = _steps(run, plan)
+        # An estimate of the plan's until the data is packed.
+        packed = run.prepared_file.exists()
+        steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else int(plan["steps"])
     except FtError as error:
         found.notes += error.messages
         return found
-    rows = metrics.last_steps(run.metrics_file) if known.lives["train"] else []
+    found.steps, rows = steps, metrics.last_steps(run.metrics_file) if known.lives["train"] else []
     resumed = [e for e in known.log if e["event"] == "resumed" and e.get("stage") == "train"]
-    found.steps = steps
     if resumed and (not rows or resumed[-1]["life"] > rows[-1]["life"]):
         found.step = resumed[-1]["step"]
     elif rows:
@@ -123,9 +115,9 @@ def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> Swe
     for seen in members:
         for key, value in vars(spent(seen, now)).items():
             setattr(total, key, getattr(total, key) + value)
-        stage = next((name for name in STAGES if seen.stages[name].state != "completed"), None)
+        stage, said = _now(seen, now)
         if stage and seen.stages[stage].state in ("queued", "failed"):
-            words[_words(stage, seen.stages[stage], seen.answer, now)] += 1
+            words[said] += 1
     order = ("running", "queued", "failed", "cancelled", "completed")
     return SweepRow(
         sweep=name, state=next((state for state in order if states[state]), "queued"), runs=len(members),
@@ -137,13 +129,11 @@ def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> Swe
 
 def spent(seen: Seen, now: datetime.datetime) -> Spent:
     """What a run's GPUs were used for; nothing where none computes."""
-    if not any(seen.known.lives.values()):
-        return Spent()
     try:
-        plan = seen.run.plan()
+        plan = seen.run.plan() if any(seen.known.lives.values()) else {}
     except FtError:
-        return Spent()
-    if plan["device"] != "cuda":
+        plan = {}
+    if plan.get("device") != "cuda":
         return Spent()
     at_work = [name for name, stage in seen.stages.items() if stage.state == "running"]
     costs = stage_costs(seen.known.log, plan, now, at_work)
@@ -157,11 +147,16 @@ def causes(known: Journal) -> dict[str, int]:
     return dict(Counter(of_life.values()).most_common())
 
 
-def _words(name: str, stage: StageState, answer: Answer, now: datetime.datetime) -> str:
+def _now(seen: Seen, now: datetime.datetime) -> tuple[str | None, str]:
+    """The first stage that is not completed (None: all are), and why it waits or how it ended."""
+    name = next((name for name in STAGES if seen.stages[name].state != "completed"), None)
+    if name is None:
+        return None, ""
+    stage = seen.stages[name]
     if stage.state == "queued":
-        job = answer.jobs.get(stage.job_id or "")
-        return why_waits(job, now.timestamp()) if job else ""
-    return f"{name}: {stage.words}" if stage.words and stage.state != "running" else ""
+        job = seen.answer.jobs.get(stage.job_id or "")
+        return name, why_waits(job, now.timestamp()) if job else ""
+    return name, f"{name}: {stage.words}" if stage.words and stage.state != "running" else ""
 
 
 def _clock(known: Journal, now: datetime.datetime) -> list[str]:
@@ -172,13 +167,6 @@ def _clock(known: Journal, now: datetime.datetime) -> list[str]:
     return [f"an event of {last['time'][:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
 
 
-def _steps(run: RunDir, plan: dict[str, Any]) -> int:
-    """How many steps the training has; an estimate of the plan's until the data is packed."""
-    if run.prepared_file.exists():
-        return run.spec().train.total_steps(run.prepared()["train"]["rows"])
-    return int(plan["steps"])
-
-
 def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
     """Seconds a step, saves and validations included; 0 where that cannot be told."""
     if len(rows) < 2:
@@ -187,24 +175,19 @@ def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
     return wall if wall > 0 else statistics.median(row["seconds"] for row in rows)
 
 
-def _left_s(
-    seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float, training_s: float
-) -> float | None:
+def _left_s(seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: float,
+            training_s: float) -> float | None:
     """What is left of all stages, in seconds; None where a stage's time is not known.
-
-    ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is.
-    """
+    ahead: share of the training that is to be done. training_s: all of it at the measured pace; 0 where none is."""
     total = 0.0
     for name, stage in seen.stages.items():
         minutes = plan["stages"][name]["estimate_min"]
         if stage.state == "completed":
             continue
-        if name == "train" and training_s:
-            total += ahead * training_s
+        if name == "train" and (training_s or minutes is not None):
+            total += ahead * (training_s or 60 * minutes)
         elif minutes is None:
             return None
-        elif name == "train":
-            total += ahead * 60 * minutes
         else:
             began = [time_of(e) for e in seen.known.log if e["event"] == "started" and e.get("stage") == name]
             ran_s = (now - began[-1]).total_seconds() if began and stage.state == "running" else 0.0

@@ -1,7 +1,5 @@
 """A sweep's points by their score: rows, terminal table, CSV."""
 
-from __future__ import annotations
-
 import csv
 import datetime
 import io
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ftlib import atomic, events
 from ftlib.report.cost import stage_costs
@@ -72,7 +71,8 @@ def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: d
         return Row(run.name, point, "failed", scores, 0.0, 0.0, f"{run.evaluation_file} cannot be read")
     costs = stage_costs(events.read(run.events), run.plan(), now)
     gpu_hours, hours = sum(cost.gpu_hours for cost in costs), sum(cost.seconds for cost in costs) / 3600
-    words = next((s.words for s in (stages or {}).values() if s.state in ("failed", "queued") and s.words), "")
+    told = [(s.state, s.words) for s in (stages or {}).values() if s.words]
+    words = next((words for state in ("failed", "queued") for its, words in told if its == state), "")
     return Row(run.name, point, state, scores, gpu_hours, hours, words)
 
 
@@ -91,16 +91,16 @@ def print_rows(sweep: SweepDir, found: list[Row]) -> None:
     for number, row in enumerate(found[:SHOWN], 1):
         scores = [_number(row.scores[name]) for name in (metric, *others)]
         cost = f"{row.gpu_hours if with_gpu else row.hours:.2f}"
-        state = f"[{COLOURS.get(row.state, 'red')}]{row.state}[/]"
+        state = Text(row.state, COLOURS.get(row.state, "red"))
         table.add_row(str(number), *map(str, row.fields.values()), *scores, cost, state, row.run, row.words)
     out.print(table)
     if len(found) > SHOWN:
-        out.print(f"… and {len(found) - SHOWN} more; all are in {sweep.csv_file.name}", markup=False)
+        out.print(f"… and {len(found) - SHOWN} more; all are in {sweep.csv_file.name}")
     states = ", ".join(f"{count} {state}" for state, count in Counter(row.state for row in found).items())
     gpus = f"{sum(row.gpu_hours for row in found):.1f} GPU-hours, " if with_gpu else ""
-    out.print(f"{len(found)} points: {states}; {gpus}{sum(row.hours for row in found):.1f} h of work", markup=False)
+    out.print(f"{len(found)} points: {states}; {gpus}{sum(row.hours for row in found):.1f} h of work")
     if found and found[0].scores[metric] is not None:
-        out.print(f"The best again: {_again(kept, found[0])}", markup=False, soft_wrap=True)
+        out.print(f"The best again: {_again(kept, found[0])}", soft_wrap=True)
 
 
 def _again(kept: Sweep, row: Row) -> str:
@@ -112,8 +112,7 @@ def _again(kept: Sweep, row: Row) -> str:
 
 def write_csv(file: Path, found: list[Row]) -> None:
     """Every row, the best first."""
-    text = io.StringIO()
-    lines = [row.as_json() for row in found]
+    text, lines = io.StringIO(), [row.as_json() for row in found]
     writer = csv.DictWriter(text, list(lines[0]) if lines else ["run"])
     writer.writeheader()
     writer.writerows(lines)
@@ -122,8 +121,7 @@ def write_csv(file: Path, found: list[Row]) -> None:
 
 def draw(sweep: SweepDir, found: list[Row]) -> list[Path]:
     """The score over each swept field, as PNG and SVG; nothing where no point has one, or matplotlib is not there."""
-    kept = sweep.read()
-    metric = kept.spec.metric
+    metric = sweep.read().spec.metric
     scored = [(row.fields, score) for row in found if (score := row.scores[metric]) is not None]
     if not scored:
         return []
@@ -134,7 +132,7 @@ def draw(sweep: SweepDir, found: list[Row]) -> list[Path]:
         better = "more is better" if METRICS[metric] else "less is better"
         return plot.draw(sweep.path / "report", title, metric, better, scored)
     except ImportError:
-        console().print("No plot: matplotlib is not installed (it needs Python 3.11)", markup=False)
+        console().print("No plot: matplotlib is not installed (it needs Python 3.11)")
         return []
 
 

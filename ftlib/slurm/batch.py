@@ -1,49 +1,44 @@
-"""What a stage's job says to sbatch and to its shell, as submitit's parameters. Pure."""
+"""What a stage's job says to sbatch and to its shell, as submitit's parameters."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ftlib import modelfiles
 from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
-from ftlib.profile import ClusterProfile
+from ftlib.profile import ClusterProfile, Partition
 
 GUARD_MIN = 10
 TEMPLATES = "slurm_templates"
 
 
-def environment(
-    profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path, cache: Path, hf: Path, python: str
-) -> dict[str, str]:
-    """Every variable that a stage's processes rely on, said on purpose. `python` is the host's, for the epilogue."""
+def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path | None, cache: Path) -> dict[str, str]:
+    """Every variable that a stage's processes rely on, said on purpose; `run`: None where the shell finds it."""
     partition = profile.partition(gpu=plan.stages[stage].gpus_per_node > 0)
     threads = str(plan.threads)
-    said = {
-        "FT_RUN": str(run),
-        "FT_STAGE": stage,
-        "FT_PYTHON": python,
+    said = {"FT_RUN": str(run)} if run else {}
+    said |= {
+        "FT_STAGE": stage, "FT_PYTHON": profile.python or sys.executable,
         "FT_REQUEUE": "1" if profile.scheduler and profile.scheduler.requeue else "0",
         # Caches fill small home folders.
-        "HF_HOME": str(hf),
-        "XDG_CACHE_HOME": str(cache),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "HF_HOME": str(modelfiles.hf_home(cache)),
+        "XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
         "WANDB_CACHE_DIR": str(cache / "wandb"),
         # ~/.local would leak into the locked environment.
         "PYTHONNOUSERSITE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": "",
+        "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": "",
         # Another thread count sums in another order.
         "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads,
         # Threads that spin while they wait starve each other where jobs share cores.
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "true",
-    }
+    }  # fmt: skip
     if profile.scheduler and profile.scheduler.slurm_conf:
         said["SLURM_CONF"] = profile.scheduler.slurm_conf
     if plan.device == "cpu":
@@ -64,51 +59,51 @@ def parameters(
 ) -> dict[str, Any]:
     """submitit's parameters for a job that runs one stage; `setup`: its shell lines before srun."""
     partition = profile.partition(gpu=asked.gpus_per_node > 0)
-    extra: dict[str, Any] = {"kill-on-invalid-dep": "yes", "mem": f"{asked.mem_gib}G"}
+    extra: dict[str, Any] = {"mem": f"{asked.mem_gib}G"}
     extra["requeue" if profile.scheduler and profile.scheduler.requeue else "no-requeue"] = True
     if asked.gpus_per_node and partition.gpu:
-        kind = f":{partition.gpu.gres}" if partition.gpu.gres else ""
-        extra.update(
-            {"gres": f"gpu{kind}:{asked.gpus_per_node}"}
-            if partition.ask_gpus_by == "gres"
-            else {"gpus-per-node": f"{kind[1:] + ':' if kind else ''}{asked.gpus_per_node}"}
-        )
-    chosen = {
-        "account": profile.account,
-        "qos": asked.qos,
-        "constraint": partition.constraint,
-        "exclude": profile.exclude,
-        "mail_user": profile.mail_user,
-        "mail_type": "END,FAIL" if profile.mail_user else None,
-        "dependency": dependency,
-    }
-    return {
-        "job_name": name,
-        "partition": asked.partition,
-        "time": asked.time_min,
-        "nodes": asked.nodes,
-        "ntasks_per_node": asked.tasks_per_node,
-        "cpus_per_task": asked.cpus_per_task,
-        "comment": comment,
-        "signal_delay_s": min(asked.warning_s, asked.time_min * 60 // 4),
-        "stderr_to_stdout": True,
-        "wckey": None,
-        **{key: value for key, value in chosen.items() if value is not None},
-        "additional_parameters": extra,
-        "setup": setup,
-        "teardown": [f". {TEMPLATES}/epilogue.sh"],
+        kind = f"{partition.gpu.gres}:" if partition.gpu.gres else ""
+        by_gres = partition.ask_gpus_by == "gres"
+        extra["gres" if by_gres else "gpus-per-node"] = f"{'gpu:' if by_gres else ''}{kind}{asked.gpus_per_node}"
+    return _job(
+        profile, partition, extra, asked.qos, job_name=name, setup=setup, comment=comment, dependency=dependency,
+        partition=asked.partition, time=asked.time_min, nodes=asked.nodes, ntasks_per_node=asked.tasks_per_node,
+        cpus_per_task=asked.cpus_per_task, exclude=profile.exclude,
+        mail_user=profile.mail_user, mail_type="END,FAIL" if profile.mail_user else None,
+        signal_delay_s=min(asked.warning_s, asked.time_min * 60 // 4),
+        teardown=[f". {TEMPLATES}/epilogue.sh"],
         # A rank that crashes must not leave the others hanging; srun of 22.05 does not inherit cpus-per-task.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}", "--open-mode=append"],
-    }
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}", "--open-mode=append"],
+    )  # fmt: skip
+
+
+def small_parameters(
+    profile: ClusterProfile, *, name: str, setup: list[str], comment: str, dependency: str | None = None,
+    time_min: int = GUARD_MIN, mem_gib: int = 1, cpus: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """submitit's parameters for a job on one CPU node that is no stage: a guard, a feeder, an image's build."""
+    partition = profile.partition(gpu=False)
+    extra = {"mem": f"{min(mem_gib, int(partition.mem_gib_per_node))}G", "requeue": True}
+    return _job(
+        profile, partition, extra, profile.resolved_qos(gpu=False), job_name=name, setup=setup, comment=comment,
+        dependency=dependency, partition=partition.name, time=time_min, nodes=1, ntasks_per_node=1,
+        cpus_per_task=min(cpus, partition.cpus_per_node),
+    )  # fmt: skip
+
+
+def _job(
+    profile: ClusterProfile, where: Partition, extra: dict[str, Any], qos: str | None, **said: Any
+) -> dict[str, Any]:
+    said |= {"account": profile.account, "qos": qos, "constraint": where.constraint}
+    chosen = {key: value for key, value in said.items() if value is not None}
+    extra = {"kill-on-invalid-dep": "yes", **extra}
+    return {**chosen, "stderr_to_stdout": True, "wckey": None, "additional_parameters": extra}
 
 
 def array(
     parameters: dict[str, Any], folder: Path, stage: str, indices: Sequence[int], cap: int | None
 ) -> dict[str, Any]:
-    """`parameters` for an array: each task's run is linked in `folder` by its index, and its logs lie in that run.
-
-    cap: most tasks at the same time.
-    """
+    """`parameters` for an array whose tasks' runs are linked in `folder` by index; `cap`: most at once."""
     check_path(folder)
     spec = ranges(indices) + (f"%{min(cap, len(indices))}" if cap else "")
     log = f"{folder}/%a/slurm/{stage}/%A_%a"
@@ -126,53 +121,6 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
 
 
-def small_parameters(
-    profile: ClusterProfile, *, name: str, setup: list[str], comment: str, dependency: str | None
-) -> dict[str, Any]:
-    """submitit's parameters for a guard or feeder: a job of seconds that queues others."""
-    partition = profile.partition(gpu=False)
-    chosen = {
-        "account": profile.account,
-        "qos": profile.resolved_qos(gpu=False),
-        "constraint": partition.constraint,
-        "dependency": dependency,
-    }
-    return {
-        "job_name": name,
-        "partition": partition.name,
-        "time": GUARD_MIN,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": 1,
-        "comment": comment,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        **{key: value for key, value in chosen.items() if value is not None},
-        "additional_parameters": {"kill-on-invalid-dep": "yes", "mem": "1G", "requeue": True},
-        "setup": setup,
-    }
-
-
-def image_parameters(profile: ClusterProfile, checkout: Path, comment: str, asks: tuple[int, int]) -> dict[str, Any]:
-    """submitit's parameters for the job that builds the image; `asks`: its minutes and GiB of memory."""
-    partition, (minutes, mem_gib) = profile.partition(gpu=False), asks
-    chosen = {"account": profile.account, "qos": profile.resolved_qos(gpu=False), "constraint": partition.constraint}
-    return {
-        "job_name": "ftlib.image",
-        "partition": partition.name,
-        "time": minutes,
-        "nodes": 1,
-        "ntasks_per_node": 1,
-        "cpus_per_task": min(4, partition.cpus_per_node),
-        "comment": comment,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        **{key: value for key, value in chosen.items() if value is not None},
-        "additional_parameters": {"mem": f"{min(mem_gib, int(partition.mem_gib_per_node))}G", "requeue": True},
-        "setup": [*_exports(profile, {"PYTHONNOUSERSITE": "1"}), f"cd {shlex.quote(str(checkout))} || exit 1"],
-    }
-
-
 def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> list[str]:
     """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue."""
     check_path(run)
@@ -182,10 +130,7 @@ def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> li
 def array_setup(
     profile: ClusterProfile, environment: dict[str, str], runs: Path, folder: Path, *, prepared: bool
 ) -> list[str]:
-    """`setup` of an array's task, whose run in `runs` is linked in `folder` by its index.
-
-    prepared: whether Slurm's dependency does not tell that this run's dataset is there, and the task must look.
-    """
+    """`setup` of an array's task, whose run is linked in `folder` by index; `prepared`: it looks for its dataset."""
     check_path(folder)
     link = f'"$(readlink {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID")"'
     lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
@@ -207,8 +152,7 @@ def _exports(profile: ClusterProfile, environment: dict[str, str]) -> list[str]:
 
 def check_path(path: Path) -> None:
     """InputError for a path that no #SBATCH line can hold."""
-    for character, name in (("\n", "a newline"), ("\r", "a carriage return"), ("%", "a percent sign")):
-        if character in str(path):
-            raise InputError(
-                f"the run folder's path holds {name}, which sbatch cannot be told: {str(path)!r}. Move the checkout"
-            )
+    for bad, name in (("\n", "a newline"), ("\r", "a carriage return"), ("%", "a percent sign")):
+        if bad in str(path):
+            words = f"the run folder's path holds {name}, which sbatch cannot be told: {str(path)!r}"
+            raise InputError(f"{words}. Move the checkout")

@@ -26,11 +26,16 @@ class Job(NamedTuple):
     id: str = ""  # of an array's task: ARRAY_INDEX
 
 
-def use(slurm_conf: str | None) -> None:
-    """Make every later Slurm command of this process speak to one cluster, and only as we say.
+class Refused(FtError):
+    """sbatch would not queue `what`; its own words end the error that submitit raised."""
 
-    SBATCH_* would override our scripts, and a SLURM_* of an interactive job would shape ours.
-    """
+    def __init__(self, what: str, error: Exception) -> None:
+        super().__init__(f"sbatch refused {what}: {str(error).strip().splitlines()[-1].rpartition('error: ')[2]}")
+
+
+def use(slurm_conf: str | None) -> None:
+    """Make every later Slurm command of this process speak to one cluster, and only as we say."""
+    # SBATCH_* would override our scripts, and a SLURM_* of an interactive job would shape ours.
     for name in list(os.environ):
         if name.startswith(("SBATCH_", "SLURM_")) and name != "SLURM_CONF":
             del os.environ[name]
@@ -38,15 +43,15 @@ def use(slurm_conf: str | None) -> None:
         os.environ["SLURM_CONF"] = slurm_conf
 
 
-def call(*command: str) -> str:
+def call(*command: str, timeout_s: float = TIMEOUT_S) -> str:
     """A Slurm command's output, times in seconds since 1970. Unavailable when there is no such command or no answer."""
     try:
         said = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=said)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=said)
     except FileNotFoundError:
         raise Unavailable(f"{command[0]}: there is no such command here. Is this a login node?") from None
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{command[0]} did not answer in {TIMEOUT_S} s; is the scheduler busy? Try again") from None
+        raise Unavailable(f"{command[0]} did not answer in {timeout_s} s; is the scheduler busy? Try again") from None
     if done.returncode:
         raise Unavailable(f"{' '.join(command[:3])} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

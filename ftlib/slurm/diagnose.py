@@ -1,7 +1,5 @@
-"""Why a life ended: from its outcome, its exit code, accounting and the log's known signatures. Standard library only.
-
-Runs on the batch host outside any container, so nothing here may need the project's packages.
-"""
+"""Why a life ended: from its outcome, its exit code, accounting and the log's known signatures.
+Standard library only: it runs on the batch host, outside any container."""
 
 from __future__ import annotations
 
@@ -11,23 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 Cause = Literal[
-    "preemption",
-    "time limit",
-    "by hand",
-    "idle GPU",
-    "node failure",
-    "host memory",
-    "GPU memory",
-    "bad GPU",
-    "collective",
-    "disk full",
-    "input",
-    "code",
-    "container",
-    "transient",
-    "killed",
-    "cancelled",
-]
+    "preemption", "time limit", "by hand", "idle GPU", "node failure", "host memory", "GPU memory", "bad GPU",
+    "collective", "disk full", "input", "code", "container", "transient", "killed", "cancelled",
+]  # fmt: skip
 
 # What is read of a log: its end, where the reason stands.
 LOG_TAIL_BYTES = 64 * 1024
@@ -47,10 +31,7 @@ SIGNATURES: dict[Cause, tuple[str, ...]] = {
         r"CUDA error: (?:uncorrectable|hardware stack error|unknown error)",
         r"CUDA-capable device(?:s|\(s\)) (?:are|is/are) busy or unavailable",
     ),
-    "GPU memory": (
-        r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError",
-        r"CUBLAS_STATUS_ALLOC_FAILED",
-    ),
+    "GPU memory": (r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED",),
     "disk full": (r"No space left on device|Disk quota exceeded", r"\[Errno (?:28|122)\]"),
     "collective": (
         r"Watchdog caught collective operation timeout",
@@ -93,26 +74,6 @@ ACCOUNTED: dict[str, Cause] = {
     # No epilogue saw it, so the batch shell itself was killed.
     "FAILED": "killed",
 }
-
-PLAIN: dict[Cause, str] = {
-    "preemption": "another job with a higher claim took the node",
-    "time limit": "the job's time limit came near",
-    "by hand": "someone requeued it, or sent it the signal to save and begin anew",
-    "idle GPU": "the GPU did nothing for longer than the site allows",
-    "node failure": "the node failed",
-    "host memory": "the host memory that was asked for ran out",
-    "GPU memory": "the GPU's memory ran out",
-    "bad GPU": "a GPU of this node is faulty",
-    "collective": "the processes lost touch with each other",
-    "disk full": "the disk or the quota is full",
-    "input": "the input is wrong",
-    "code": "the program failed, and would again",
-    "container": "Apptainer could not start the image",
-    "transient": "the file system or network failed for a moment",
-    "killed": "the process was killed, and nothing says by whom",
-    "cancelled": "its owner cancelled it",
-}
-
 
 @dataclass(frozen=True)
 class Finding:

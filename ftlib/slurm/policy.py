@@ -6,57 +6,81 @@ three lives in a row that ended by the run's own doing without a newly committed
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlib.slurm.diagnose import PLAIN, Cause
+from ftlib.slurm.diagnose import Cause
 
-# Lives that may end for this cause since the run was last submitted by a person; None: no limit while it progresses.
-BUDGET: dict[Cause, int | None] = {
-    "preemption": None,
-    "time limit": None,
-    "by hand": None,
-    "idle GPU": 0,
-    "node failure": 10,
-    "host memory": 2,
-    "GPU memory": 6,
-    "bad GPU": 4,
-    "collective": 5,
-    "disk full": 0,
-    "input": 0,
-    "code": 0,
-    "container": 1,
-    "transient": 5,
-    "killed": 10,
-    "cancelled": 0,
-}
-# Not the run's own doing: these lives may end without a new step as often as the site likes, up to SILENT_MOST.
-FOREIGN: frozenset[Cause] = frozenset({"preemption", "time limit", "by hand", "node failure"})
 MOST_WITHOUT_PROGRESS = 3
 SILENT_MOST = 10
-BACKOFF_S = {"transient": 30, "collective": 15}
 MOST_BACKOFF_S = 600
 MEMORY_GROWTH = 1.5
 
-MEND: dict[Cause, str] = {
-    "idle GPU": "see why it waits (make logs RUN={run}), then make resume RUN={run}",
-    "host memory": 'ask for more: make submit … SET="resources.mem_gib=…", or a smaller data.limit',
-    "GPU memory": 'a shorter data.seq_len, or a GPU with more memory: SET="cluster.gpu_partition=…"',
-    "bad GPU": 'tell the site; keep away from the nodes: SET="cluster.exclude=…", then make resume RUN={run}',
-    "disk full": "make room (checkpoints and logs are under runs/), then make resume RUN={run}",
-    "input": "mend what the message names, then make resume RUN={run}, or submit again if the recipe changes",
-    "code": "the traceback: make logs RUN={run}; after the mend submit with NEW=1, for the code is another",
-    "container": "what Apptainer says (make logs RUN={run}): without user namespaces ask the site, or take the virtual "
-    'environment: make submit … SET="cluster.container=null"',
-    "collective": "look at the network settings of the profile (NCCL_*), then make resume RUN={run}",
-    "transient": "when the storage or network is well again: make resume RUN={run}",
-    "killed": "see the log's end (make logs RUN={run}), then make resume RUN={run}",
-    "node failure": "make resume RUN={run}",
-    "cancelled": "nothing; make resume RUN={run} would go on",
-    "preemption": "nothing; it goes on by itself",
-    "time limit": "nothing; it goes on by itself",
-    "by hand": "nothing; it goes on by itself",
-}
+
+@dataclass(frozen=True)
+class Kind:
+    """A cause in plain words, and what is done about it."""
+
+    plain: str
+    mend: str  # what a person does where it has stopped the run
+    budget: int | None = None  # lives that may end so since a person last submitted; None: any, while it progresses
+    foreign: bool = False  # not the run's own doing: so many barren lives stop it only after SILENT_MOST
+    backoff_s: int = 0  # before the first new try, doubled for each more
+
+
+_AGAIN = "make resume RUN={run}"
+_SAVE = f"no life lasted until its first save: ask for more time, or for a QOS that is not preempted, then {_AGAIN}"
+KINDS: dict[Cause, Kind] = {
+    "preemption": Kind("another job with a higher claim took the node", _SAVE, foreign=True),
+    "time limit": Kind("the job's time limit came near", _SAVE, foreign=True),
+    "by hand": Kind("someone requeued it, or sent it the signal to save and begin anew", _AGAIN, foreign=True),
+    "idle GPU": Kind(
+        "the GPU did nothing for longer than the site allows",
+        f"see why it waits (make logs RUN={{run}}), then {_AGAIN}", 0,
+    ),
+    "node failure": Kind("the node failed", _AGAIN, 10, foreign=True),
+    "host memory": Kind(
+        "the host memory that was asked for ran out",
+        'ask for more: make submit … SET="resources.mem_gib=…", or a smaller data.limit', 2,
+    ),
+    "GPU memory": Kind(
+        "the GPU's memory ran out",
+        'a shorter data.seq_len, or a GPU with more memory: SET="cluster.gpu_partition=…"', 6,
+    ),
+    "bad GPU": Kind(
+        "a GPU of this node is faulty",
+        f'tell the site; keep away from the nodes: SET="cluster.exclude=…", then {_AGAIN}', 4,
+    ),
+    "collective": Kind(
+        "the processes lost touch with each other",
+        f"look at the network settings of the profile (NCCL_*), then {_AGAIN}", 5, backoff_s=15,
+    ),
+    "disk full": Kind(
+        "the disk or the quota is full", f"make room (checkpoints and logs are under runs/), then {_AGAIN}", 0
+    ),
+    "input": Kind(
+        "the input is wrong", f"mend what the message names, then {_AGAIN}, or submit again if the recipe changes", 0
+    ),
+    "code": Kind(
+        "the program failed, and would again",
+        "the traceback: make logs RUN={run}; after the mend submit with NEW=1, for the code is another", 0,
+    ),
+    "container": Kind(
+        "Apptainer could not start the image",
+        "what Apptainer says (make logs RUN={run}): without user namespaces ask the site, or take the virtual "
+        'environment: make submit … SET="cluster.container=null"', 1,
+    ),
+    "transient": Kind(
+        "the file system or network failed for a moment",
+        f"when the storage or network is well again: {_AGAIN}", 5, backoff_s=30,
+    ),
+    "killed": Kind(
+        "the process was killed, and nothing says by whom",
+        f"see the log's end (make logs RUN={{run}}), then {_AGAIN}", 10,
+    ),
+    "cancelled": Kind("its owner cancelled it", f"nothing; {_AGAIN} would go on", 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,28 +104,19 @@ class Decision:
 
 
 def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
-    """What to do after the last of `lives` (oldest first, since a person last submitted the stage).
-
-    micro_batch: the present one; None where the stage does not train.
-    """
+    """What to do after the last of `lives` (oldest first, since a person submitted). `micro_batch`: where it trains."""
     cause = lives[-1].cause
-    plain = PLAIN[cause]
-    same = [life for life in lives if life.cause == cause]
-    budget = BUDGET[cause]
-    if budget is not None and len(same) > budget:
-        often = f" (for the {len(same)}. time)" if len(same) > 1 else ""
+    kind, same = KINDS[cause], sum(life.cause == cause for life in lives)
+    plain = kind.plain
+    if kind.budget is not None and same > kind.budget:
+        often = f" (for the {same}. time)" if same > 1 else ""
         return Decision(False, f"{plain}{often}; it would not help to try again")
-    barren = 0
-    for life in reversed(lives):
-        if life.progressed:
-            break
-        barren += 1
-    own = sum(life.cause not in FOREIGN for life in lives[len(lives) - barren :])
+    barren = list(itertools.takewhile(lambda life: not life.progressed, reversed(lives)))
+    own = sum(not KINDS[life.cause].foreign for life in barren)
     if own >= MOST_WITHOUT_PROGRESS:
         return Decision(False, f"{plain}; {own} lives in a row ended by the run's own doing without a new step")
-    if barren >= SILENT_MOST:
-        return Decision(False, f"{plain}; {barren} lives in a row ended before a new step could be saved")
-    backoff = min(BACKOFF_S.get(cause, 0) * 2 ** (len(same) - 1), MOST_BACKOFF_S) if cause in BACKOFF_S else 0
+    if len(barren) >= SILENT_MOST:
+        return Decision(False, f"{plain}; {len(barren)} lives in a row ended before a new step could be saved")
     if cause == "GPU memory":
         if micro_batch is None or micro_batch <= 1:
             return Decision(False, f"{plain}, and the micro-batch cannot be smaller")
@@ -111,5 +126,6 @@ def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
         return Decision(True, f"{plain}; again with {MEMORY_GROWTH:g} times as much", memory_factor=MEMORY_GROWTH)
     if cause == "bad GPU":
         return Decision(True, f"{plain}; again on another node", exclude_node=True)
+    backoff = min(kind.backoff_s * 2 ** (same - 1), MOST_BACKOFF_S)
     wait = f" in {backoff} s" if backoff else ""
     return Decision(True, f"{plain}; going on from the last checkpoint{wait}", backoff_s=backoff)
