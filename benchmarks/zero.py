@@ -101,7 +101,7 @@ def cost(root: Path, gib: float) -> None:
     """Seconds a GiB of saves by two processes, and of a consolidation in fp32, beside bare writes."""
     import deepspeed.utils.zero_to_fp32  # noqa: F401 - seconds, which are no part of a consolidation
 
-    from ftlib.export.consolidate import write_consolidated
+    from ftlib.export.weights import write_consolidated
     from ftlib.stop import StopFlag
 
     rows = []

@@ -1,8 +1,10 @@
 """Writing that is whole or not there: temporary beside the target, fsync, one rename."""
 
+import contextlib
 import json
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -74,10 +76,12 @@ def discard_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Delete what killed writers left in `folder`. Only its one writer may call this."""
+def sweep_temporaries(folder: Path, *, still_s: float = 0) -> None:
+    """Delete what killed writers left in `folder`; where others may be writing, only what was still for so long."""
     for left in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if not still_s or time.time() - left.stat().st_mtime > still_s:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def require_space(folder: Path, need_bytes: int, purpose: str) -> None:

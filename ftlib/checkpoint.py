@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection
@@ -27,14 +26,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: dict[str, Sealed] | None = None) -> Path:
-    """Give `temporary` its manifest and rename it into `checkpoints`.
-
-    sealed: what those who wrote the files hashed right then; without it all of them are hashed here. A folder of that
-    step which does not verify is replaced; one that does is kept, for it holds the same state.
-    """
-    files = sealing.seal(temporary) if sealed is None else sealed
-    listed = dict(sorted(files.items()))
+def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: Sealed | None = None) -> Path:
+    """Give `temporary` its manifest and rename it into `checkpoints`. sealed: by those who wrote the files, else all
+    are hashed here. A folder of that step which does not verify is replaced; one that does holds the same state, and is
+    kept."""
+    listed = dict(sorted((sealing.seal(temporary) if sealed is None else sealed).items()))
     atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "run": run, "step": step, "files": listed})
     target = folder_for(checkpoints, step)
     if target.exists() and problems(target, run=run):
@@ -46,20 +42,18 @@ def commit(temporary: Path, checkpoints: Path, *, run: str, step: int, sealed: d
 def problems(folder: Path, *, run: str) -> list[str]:
     """Why `folder` must not be resumed from, one line per reason; empty when every byte verifies."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return [f"{MANIFEST} has format {manifest['format']!r}; this code reads {FORMAT}"]
-        files, owner, step = sealing.entries(manifest), manifest["run"], manifest["step"]
+        manifest = sealing.manifest(folder / MANIFEST, FORMAT)
+        owner, step = manifest.get("run"), manifest.get("step")
     except FileNotFoundError:
         return [f"{MANIFEST} is missing: the save was never finished"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return [f"{MANIFEST} cannot be read: {error}"]
     found = []
     if owner != run:
         found.append(f"belongs to run {owner!r}, not to {run!r}")
     if not folder.name.removeprefix(PREFIX).isdigit() or step != step_of(folder):
         found.append(f"its manifest is of step {step}")
-    return found + sealing.damage(folder, files, MANIFEST)
+    return found + sealing.damage(folder, manifest["files"], MANIFEST)
 
 
 def committed(checkpoints: Path) -> list[Path]:
@@ -80,21 +74,12 @@ def newest(checkpoints: Path, *, run: str) -> tuple[Path | None, dict[str, list[
 
 
 def prune(
-    checkpoints: Path,
-    *,
-    run: str,
-    keep: int = 2,
-    best: int | None = None,
-    every: int | None = None,
-    verified: Collection[int] = (),
-    delete: Callable[[Path], object] = shutil.rmtree,
+    checkpoints: Path, *, run: str, keep: int = 2, best: int | None = None, every: int | None = None,
+    verified: Collection[int] = (), delete: Callable[[Path], object] = shutil.rmtree,
 ) -> None:
     """Delete all but the newest `keep` that verify, what is newer than they, step `best`, and each `every`-th step.
-
-    The caller has just committed the newest. Steps in `verified` it has verified or committed itself: they are not
-    read once more, which would cost as much as the save. `delete` is given folders that have a temporary name already,
-    so it may take its time.
-    """
+    The newest was just committed. Steps in `verified` are not read once more, which would cost as much as the save.
+    `delete` is given folders of a temporary name, so it may take its time."""
     whole = 1
     for folder in committed(checkpoints)[1:]:
         step = step_of(folder)

@@ -6,12 +6,15 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from ftlib import atomic
 
 # Blocks of one file are hashed side by side: hashlib lets go of the interpreter.
 BLOCK_BYTES = 16 << 20
@@ -21,13 +24,8 @@ FLUSH_BYTES = 128 << 20
 ALGORITHMS = ("sha256", "blake2b")
 MOST_THREADS = 4
 
-
-class Sealed(TypedDict):
-    """What a manifest says of one file."""
-
-    bytes: int
-    hash: str
-    digest: str
+# What a manifest says of each file: {"bytes", "hash" (the algorithm), "digest"}, by its relative name.
+Sealed = dict[str, dict[str, Any]]
 
 
 @functools.cache
@@ -50,21 +48,19 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 class Stream:
     """A file that only grows: what is written is never changed, so it can be hashed and flushed at once."""
 
-    def __init__(self, file: io.FileIO, hash_next: Callable[[], None], flush_now: Callable[[], None]) -> None:
-        self._file, self._hash_next, self._flush_now = file, hash_next, flush_now
-        self._size = 0
+    def __init__(self, file: io.FileIO, hash_next: Callable[[], object], flush_now: Callable[[], object]) -> None:
+        self._file, self._size, self._hash_next, self._flush_now = file, 0, hash_next, flush_now
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of `data`; what torch.save asks for."""
-        view = memoryview(data).cast("B")
-        left = view
+        view = left = memoryview(data).cast("B")
         while left:
-            count = self._file.write(left[:BLOCK_BYTES])
-            for _ in range((self._size + count) // BLOCK_BYTES - self._size // BLOCK_BYTES):
+            before, count = self._size, self._file.write(left[:BLOCK_BYTES])
+            self._size, left = before + count, left[count:]
+            if self._size // BLOCK_BYTES > before // BLOCK_BYTES:
                 self._hash_next()
-            for _ in range((self._size + count) // FLUSH_BYTES - self._size // FLUSH_BYTES):
+            if self._size // FLUSH_BYTES > before // FLUSH_BYTES:
                 self._flush_now()
-            self._size, left = self._size + count, left[count:]
         return len(view)
 
     def flush(self) -> None:
@@ -72,17 +68,14 @@ class Stream:
 
 
 class Sealer:
-    """Flushes and hashes the files of a folder beside the one who writes them.
-
-    `stream()` for a large file, which is flushed and hashed while it grows; `take()` after other files that are
-    complete; `finish()` at the end, which raises what a flush raised (OSError).
-    """
+    """Flushes and hashes a folder's files beside the one who writes them: `stream()` for a large file, while it grows;
+    `take()` after others that are complete; `finish()` at the end, which raises what a flush raised (OSError)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.algorithm = folder, fastest()
         # One more than hash: a thread that waits for storage does not compute.
         self._pool = ThreadPoolExecutor(_threads() + 1)
-        self._hashes: dict[str, tuple[Path, list[Future[bytes]]]] = {}
+        self._hashes: dict[str, list[Future[bytes]]] = {}
         self._flushes: list[Future[None]] = []
 
     @contextlib.contextmanager
@@ -90,34 +83,38 @@ class Sealer:
         """A new file to append to, under its name in the folder."""
         path = self._folder / name
         blocks: list[Future[bytes]] = []
-        self._hashes[name] = (path, blocks)
+        self._hashes[name] = blocks
 
         def hash_next() -> None:
             blocks.append(self._pool.submit(_block, path, len(blocks) * BLOCK_BYTES, self.algorithm))
 
         with path.open("wb", buffering=0) as file:
-            yield Stream(file, hash_next, lambda: self._flushes.append(self._pool.submit(_flush, path)))
+            yield Stream(file, hash_next, lambda: self._flush(path))
             if file.tell() > len(blocks) * BLOCK_BYTES or not blocks:
                 hash_next()
-        self._flushes.append(self._pool.submit(_flush, path))
+        self._flush(path)
+
+    def _flush(self, path: Path) -> None:
+        self._flushes.append(self._pool.submit(atomic.fsync, path))
 
     def take(self) -> None:
         """Begin with every file that is new in the folder; none of them may change any more."""
         for path in sorted(self._folder.rglob("*")):
             name = str(path.relative_to(self._folder))
             if name not in self._hashes and path.is_file():
-                self._flushes.append(self._pool.submit(_flush, path))
-                self._hashes[name] = (path, _submit(self._pool, path, self.algorithm))
+                self._flush(path)
+                self._hashes[name] = _submit(self._pool, path, self.algorithm)
 
-    def finish(self) -> dict[str, Sealed]:
-        """Size and checksum of every file, all of them on storage; relative name -> Sealed."""
+    def finish(self) -> Sealed:
+        """Size and checksum of every file, all of them on storage."""
         self.take()
         for flushed in self._flushes:
             flushed.result()
-        return {
-            name: {"bytes": path.stat().st_size, "hash": self.algorithm, "digest": _joined(blocks, self.algorithm)}
-            for name, (path, blocks) in self._hashes.items()
-        }
+        found: Sealed = {}
+        for name, blocks in self._hashes.items():
+            size = (self._folder / name).stat().st_size
+            found[name] = {"bytes": size, "hash": self.algorithm, "digest": _joined(blocks, self.algorithm)}
+        return found
 
     def __enter__(self) -> Sealer:
         return self
@@ -126,13 +123,13 @@ class Sealer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def seal(folder: Path) -> dict[str, Sealed]:
+def seal(folder: Path) -> Sealed:
     """Flush and hash every file of a folder."""
     with Sealer(folder) as sealer:
         return sealer.finish()
 
 
-def damage(folder: Path, listed: dict[str, Sealed], beside: str) -> list[str]:
+def damage(folder: Path, listed: Sealed, beside: str) -> list[str]:
     """How a folder differs from what its manifest lists, a line per file; `beside` is the manifest's own name."""
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {beside}
     found = [f"{name} is not in the manifest" for name in sorted(present - set(listed))]
@@ -152,19 +149,24 @@ def damage(folder: Path, listed: dict[str, Sealed], beside: str) -> list[str]:
     return found
 
 
-def entries(manifest: dict[str, Any]) -> dict[str, Sealed]:
-    """The files a manifest lists. Raises KeyError, TypeError or ValueError where it is not as we write it."""
-    found: dict[str, Sealed] = {}
-    for name, file in manifest["files"].items():
-        if file["hash"] not in ALGORITHMS or ".." in Path(name).parts or Path(name).is_absolute():
-            raise ValueError(f"{name!r} with checksum {file['hash']!r}")
-        found[name] = {"bytes": int(file["bytes"]), "hash": file["hash"], "digest": str(file["digest"])}
+def manifest(path: Path, form: int) -> dict[str, Any]:
+    """A manifest, its "files" as `Sealed`. Raises OSError; ValueError where it is not of this form."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != form:
+            raise ValueError(f"format {found['format']!r}; this code reads {form}")
+        for name, file in found["files"].items():
+            if file["hash"] not in ALGORITHMS or ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"{name!r} with checksum {file['hash']!r}")
+            if not {"bytes", "digest"} <= file.keys():
+                raise ValueError(f"{name!r} without size or digest")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     return found
 
 
 def _threads() -> int:
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_THREADS, cpus)
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _submit(pool: ThreadPoolExecutor, path: Path, algorithm: str) -> list[Future[bytes]]:
@@ -185,11 +187,3 @@ def _block(path: Path, start: int, algorithm: str) -> bytes:
             state.update(buffer[:count])
             left -= count
     return state.digest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,6 +4,8 @@ import signal
 import time
 from types import FrameType
 
+from ftlib.errors import Interrupted
+
 
 class StopFlag:
     """Set by SIGUSR2 (time limit near) or SIGTERM (preemption, cancel). Its handlers do nothing else."""
@@ -27,3 +29,8 @@ class StopFlag:
 
     def __bool__(self) -> bool:
         return self.cause is not None
+
+    def check(self) -> None:
+        """Interrupted when it is set."""
+        if self.cause is not None:
+            raise Interrupted(self.cause)

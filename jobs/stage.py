@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
@@ -146,8 +145,9 @@ def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.evaluate.evaluate import evaluate
     from ftlib.report.page import evaluation_table, write_report
     from ftlib.report.plan import console
+    from ftlib.train.watch import watched
 
-    with _watched(run, life, stop):
+    with watched(run, life, stop, "evaluate"):
         evaluation = evaluate(run, stop)
     console().print(evaluation_table(evaluation))
     report = write_report(run)
@@ -155,19 +155,6 @@ def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
     both = (score for score in ("exact", "perplexity") if base[score] is not None and tuned[score] is not None)
     words = ", ".join(f"{score} {base[score]:.4g} -> {tuned[score]:.4g}" for score in both)
     return f"{words} on {tuned['n']} held-out pairs; the report is {report}"
-
-
-def _watched(run: RunDir, life: int, stop: StopFlag) -> contextlib.AbstractContextManager[object]:
-    """The GPU's use is sampled, and an idle one ends the stage before the site does; nothing without a GPU."""
-    if run.plan()["device"] != "cuda":
-        return contextlib.nullcontext()
-    import torch
-
-    from ftlib.train.watch import GpuWatch
-
-    limit = (run.provenance().get("profile") or {}).get("gpu_idle_limit_min")
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
-    return GpuWatch(run, life, stop, uuid=uuid, stage="evaluate", limit_min=limit)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import recipe
+from ftlib import modelfiles, recipe
 from ftlib.data import hub
 from ftlib.errors import InputError
 from ftlib.spec import DataSpec
@@ -83,6 +83,24 @@ def test_the_login_node_asks_for_staging_where_nodes_have_no_internet(tmp_path: 
     assert hub.check(ALPACA, hf_home=tmp_path, internet=True)
     stage(tmp_path, 1)
     assert hub.check(ALPACA, hf_home=tmp_path, internet=False)
+    with pytest.raises(InputError, match="--revision v2"):  # Another one is no help.
+        hub.check(ALPACA.model_copy(update={"revision": "v2"}), hf_home=tmp_path, internet=False)
+
+
+def test_a_cached_model_counts_where_it_is_of_the_revision_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HOME", raising=False)
+    repository = tmp_path / "huggingface" / "hub" / "models--a--b"
+    (repository / "snapshots" / "0123abc").mkdir(parents=True)
+    (repository / "snapshots" / "0123abc" / "config.json").write_text('{"model_type": "llama"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    for revision in (None, "main", "0123abc"):
+        found = modelfiles.locate("a/b", revision, checkout=tmp_path, cache=tmp_path, internet=False)
+        assert found == modelfiles.ModelFiles("a/b", {"model_type": "llama"})
+    with pytest.raises(InputError, match="a/b' is not at hand"):
+        modelfiles.locate("a/b", "v2", checkout=tmp_path, cache=tmp_path, internet=False)
 
 
 def test_checking_imports_nothing_heavy() -> None:

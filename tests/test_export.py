@@ -22,8 +22,8 @@ from peft import AutoPeftModelForCausalLM  # noqa: E402
 
 from ftlib.data.dataset import PackedRows  # noqa: E402
 from ftlib.export import run as exporting  # noqa: E402
-from ftlib.export.equality import compare, logits_of  # noqa: E402
-from ftlib.export.merge import merge  # noqa: E402
+from ftlib.export.run import compare, logits_of  # noqa: E402
+from ftlib.export.weights import merge  # noqa: E402
 from ftlib.train.methods import load_trained  # noqa: E402
 from ftlib.train.model import load_base  # noqa: E402
 from tests.test_train import ROWS, live, torch_as_it_was, write_base, write_dataset, write_run  # noqa: E402
@@ -103,7 +103,7 @@ def test_plain_peft_loads_the_adapter(run: RunDir) -> None:
     # On the original base the adapter is nearly the trained model, and far from no adapter at all.
     near = compare(merged, logits_of(plain, CPU), rows, 8, 4, StopFlag())
     far = compare(merged, logits_of(original, CPU), rows, 8, 4, StopFlag())
-    assert near.mean_abs < 0.7 * far.mean_abs
+    assert near["mean_abs"] < 0.7 * far["mean_abs"]
 
 
 def test_another_model_fails_the_stage_and_is_not_left_there(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

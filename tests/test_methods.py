@@ -29,13 +29,12 @@ from benchmarks.lives import sha  # noqa: E402
 from benchmarks.methods import HALF, METHODS, SHORT, STEPS, make_run  # noqa: E402
 from ftlib import checkpoint  # noqa: E402
 from ftlib.data import tokenizing  # noqa: E402
-from ftlib.data.dataset import PackedRows, collate  # noqa: E402
+from ftlib.data.dataset import Order, PackedRows, collate  # noqa: E402
 from ftlib.evaluate import answering  # noqa: E402
 from ftlib.evaluate import evaluate as evaluating  # noqa: E402
 from ftlib.evaluate.evaluate import evaluate  # noqa: E402
 from ftlib.export.run import export  # noqa: E402
 from ftlib.train import methods, model, saving  # noqa: E402
-from ftlib.train.order import Order  # noqa: E402
 from ftlib.train.run import train  # noqa: E402
 from tests.test_train import torch_as_it_was  # noqa: E402
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -190,7 +189,7 @@ def test_packed_rows_are_tensors_with_labels_on_responses_alone(tmp_path: Path, 
     folder = Path(prepared["dataset"]) / "train"
     rows: Any = PackedRows(folder)
     meta, arrays = packing.read(folder)
-    assert len(rows) == meta["rows"] == len(pickle.loads(pickle.dumps(rows)))
+    assert len(rows) == meta["rows"]
     batch = torch.utils.data.default_collate([rows[index] for index in range(len(rows))])
     assert set(batch) == {"input_ids", "labels", "position_ids"}
     assert all(value.dtype == torch.int64 and value.shape == (len(rows), 256) for value in batch.values())

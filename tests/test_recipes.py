@@ -94,7 +94,7 @@ def test_every_recipe_names_data_and_layers_that_are_there(name: str) -> None:
     assert isinstance(targets, str) or not architectures.target_problems("method.targets", targets, found)
     assert not architectures.pattern_problems("method.train_layers", wish.method.train_layers, found)
     if wish.data.path:
-        assert sources.check_file(CHECKOUT / wish.data.path, wish.data).train > 20
+        assert sources.check_file(CHECKOUT / wish.data.path, wish.data).rows > 25
 
 
 def test_the_samples_are_what_their_script_makes(tmp_path: Path) -> None:

@@ -28,10 +28,9 @@ torch = pytest.importorskip("torch", reason="training needs torch: the train ext
 transformers = pytest.importorskip("transformers", reason="training needs transformers: the train extra")
 pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
 
-from ftlib.data.dataset import PackedRows  # noqa: E402
+from ftlib.data.dataset import Order, PackedRows  # noqa: E402
 from ftlib.train import run as training  # noqa: E402
 from ftlib.train.model import attach_adapter, check_quantised, linear_names, load_base, quantised_layers  # noqa: E402
-from ftlib.train.order import Order  # noqa: E402
 
 STEPS, ROWS, SEQ_LEN, VOCABULARY = 30, 44, 48, 97
 MakeRun = Callable[..., RunDir]
@@ -481,22 +480,3 @@ def test_order_is_epoch_by_epoch_and_depends_on_the_seed_alone() -> None:
 def test_epochs_become_steps(make_run: MakeRun) -> None:
     spec = make_run(train={"steps": None, "epochs": 1.5}).spec()
     assert spec.train.total_steps(rows=10) == 4  # 15 rows, 4 at a time
-
-
-def test_read_metrics_lets_the_last_life_win(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    for life, steps in ((1, range(1, 8)), (2, range(4, 6)), (3, range(5, 7))):
-        writer = MetricsWriter(path, life)
-        for step in steps:
-            writer.append(step=step, loss=float(step))
-        if life == 1:
-            writer.append(step=3, eval_loss=0.5)
-            writer.append(step=6, eval_loss=0.7)
-        writer.close()
-    rows = read_metrics(path)
-    assert [(row["step"], row["life"]) for row in rows if "loss" in row] == [
-        (1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (6, 3)
-    ]  # fmt: skip
-    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(3, 0.5)], "6 is not done yet"
-    assert rows[3]["step"] == 3 and "eval_loss" in rows[3], "a validation row stands behind its step's"

@@ -1,4 +1,4 @@
-"""How often a training saves: from the measured cost of a save and the kills it has seen."""
+"""How often a training saves: from the measured cost of a save and the kills it has seen; and whose rows count."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ftlib import outcome
+from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.rundir import RunDir
 from ftlib.train.interval import Cadence, History, history, interval_s, mean_between_kills_h
 
@@ -111,3 +112,22 @@ def test_history_counts_lives_that_nobody_warned(tmp_path: Path) -> None:
     past = history(run, 5)
     assert past == History(hours=18 / 60, kills=3, barren=2, save_s=[1.0, 2.0, 3.0])
     assert history(run, 1) == History()
+
+
+def test_read_metrics_lets_the_last_life_win(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    for life, steps in ((1, range(1, 8)), (2, range(4, 6)), (3, range(5, 7))):
+        writer = MetricsWriter(path, life)
+        for step in steps:
+            writer.append(step=step, loss=float(step))
+        if life == 1:
+            writer.append(step=3, eval_loss=0.5)
+            writer.append(step=6, eval_loss=0.7)
+        writer.close()
+    rows = read_metrics(path)
+    assert [(row["step"], row["life"]) for row in rows if "loss" in row] == [
+        (1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (6, 3)
+    ]  # fmt: skip
+    assert [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row] == [(3, 0.5)], "6 is not done yet"
+    assert rows[3]["step"] == 3 and "eval_loss" in rows[3], "a validation row stands behind its step's"

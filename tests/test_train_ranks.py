@@ -43,6 +43,8 @@ try:
     train(RunDir(folder), life, stop)
 except Interrupted as interrupted:
     print("STOPPED", interrupted.step, interrupted.cause)
+sys.stdout.flush()
+os._exit(0)  # as jobs.stage ends: an interpreter's exit with a library's threads aborts now and then
 """
 
 

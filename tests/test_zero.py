@@ -20,8 +20,8 @@ import transformers  # noqa: E402
 
 from ftlib.data.dataset import PackedRows, collate  # noqa: E402
 from ftlib.errors import FtError  # noqa: E402
-from ftlib.export.consolidate import masters  # noqa: E402
 from ftlib.export.run import export  # noqa: E402
+from ftlib.export.weights import masters  # noqa: E402
 from ftlib.train import zero  # noqa: E402
 from tests.test_train import torch_as_it_was, trajectory, write_base, write_dataset, write_run  # noqa: E402
 from tests.test_train_ranks import live  # noqa: E402

@@ -1,2 +1,1 @@
-"""Data: synthesis, formats, sources, tokenising and packing of instruction pairs.
-Synthesis and formats are pure Python; nothing here trains, submits or reads a run's state."""
+"""Data: synthesis, formats, sources, tokenising and packing. Nothing here trains, submits or reads a run's state."""

@@ -1,14 +1,9 @@
-"""OpenAssistant's conversations: message trees, or flat messages that make trees, become their highest-rated paths.
-
-From the first question on, the reply of the best rank is taken at every turn: one path a tree, as in
-openassistant-guanaco (QLoRA, arXiv 2305.14314). A path is a row {"messages": [{"role", "content"}, …]}.
-"""
-
-from __future__ import annotations
+"""OpenAssistant's message trees, or flat messages that make trees, become rows {"messages": [{"role", "content"}, …]}:
+at every turn the reply of the best rank, one path a tree, as in openassistant-guanaco (QLoRA, arXiv 2305.14314)."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 Node = Mapping[str, Any]
 Placed = tuple[str, object]  # (place in words, row); a row that is text says why it cannot be used
@@ -30,35 +25,32 @@ def from_trees(rows: Iterable[Placed]) -> Iterator[Placed]:
     for place, row in rows:
         if isinstance(row, str):
             yield place, row
-        elif not isinstance(row, dict) or not isinstance(row.get("prompt"), dict):
+        elif not is_tree(row):
             yield place, "is no message tree: field 'prompt' must be an object with 'text', 'role' and 'replies'"
         else:
-            yield from _path(place, row["prompt"])
+            yield from _path(place, cast(Node, row)["prompt"])
 
 
 def from_messages(rows: Iterable[Placed]) -> Iterator[Placed]:
     """The best path of each tree that flat messages make by `parent_id`, in the order of the first questions."""
-    nodes: dict[object, dict[str, Any]] = {}
-    places: dict[object, str] = {}
+    nodes: dict[str, dict[str, Any]] = {}
+    places: dict[str, str] = {}
     for place, row in rows:
         if isinstance(row, str):
             yield place, row
         elif not is_message(row):
             yield place, "is no message of a tree: fields 'message_id', 'parent_id', 'text' and 'role' are needed"
         else:
-            assert isinstance(row, dict)
-            name = str(row["message_id"])
-            if name in nodes:
+            node = dict(cast(Node, row), replies=[])
+            if nodes.setdefault(name := str(node["message_id"]), node) is node:
+                places[name] = place
+            else:
                 yield place, f"message_id {name!r} stands in {places[name]}, too"
-                continue
-            nodes[name], places[name] = {**row, "replies": []}, place
     for name, node in nodes.items():
         parent = node.get("parent_id")
-        if parent is None:
-            continue
-        if str(parent) in nodes:
+        if parent is not None and str(parent) in nodes:
             nodes[str(parent)]["replies"].append(node)
-        else:
+        elif parent is not None:
             yield places[name], f"parent_id {parent!r} is of no message here"
     for name, node in nodes.items():
         if node.get("parent_id") is None:

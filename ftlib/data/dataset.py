@@ -1,12 +1,10 @@
-"""Packed rows as torch tensors."""
+"""Packed rows as torch tensors, and the order they are read in."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from ftlib.data import packing
 
@@ -14,12 +12,9 @@ IGNORED = -100
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):
-    """Rows of a folder that `packing.write` made, memory-mapped.
-
-    An item is {"input_ids", "labels", "position_ids"}, each int64 of shape (seq_len,); labels are -100 outside
-    responses. There is no attention_mask: transformers then keeps packed documents apart by their position ids.
-    Where each row is one document, there is an attention_mask and no position_ids.
-    """
+    """Rows of a folder that `packing.write` made, memory-mapped: {"input_ids", "labels", "position_ids"}.
+    Each is int64 of shape (seq_len,); labels are -100 outside responses. transformers keeps packed documents apart by
+    their position ids; where each row is one document, it has an attention_mask instead."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -30,20 +25,30 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens, response, positions = (
-            torch.from_numpy(self._arrays[name][index].astype("int64")) for name in packing.FILES
-        )
+            torch.from_numpy(self._arrays[name][index].astype("int64")) for name in packing.FILES)
         item = {"input_ids": tokens, "labels": tokens.masked_fill(response == 0, IGNORED)}
         if self.meta.get("packed", True):
             return item | {"position_ids": positions}
         # Positions start anew where the padding does.
         return item | {"attention_mask": ((positions == 0).cumsum(0) == 1).long()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A loader's worker opens the files itself instead of receiving their content.
-        return {"folder": self.folder}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+class Order(Sampler[int]):
+    """Row indices of a whole training: epochs one after the other, shuffled by the seed alone, `length` in all.
+    Step s trains rows [s * global_batch, (s + 1) * global_batch) of it at any micro-batch, accumulation and world
+    size."""
+
+    def __init__(self, rows: int, length: int, seed: int) -> None:
+        self._rows, self._length, self._seed = rows, length, seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        for epoch, start in enumerate(range(0, self._length, self._rows)):
+            # Two numbers into one seed, so that seed 0's second epoch is not seed 1's first.
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            yield from torch.randperm(self._rows, generator=generator)[: self._length - start].tolist()
 
 
 def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -1,11 +1,6 @@
 """Prompt formats: what the model reads (prompt) and what it must write (response), and the calls within.
-
-Rows are Alpaca rows {"instruction", "input" (optional), "output"}, plain {"prompt", "response"}, or conversations
-{"messages": [{"role", "content"}, …]}. An input, output or content may be text or a JSON object; objects are written
-as compact JSON.
-"""
-
-from __future__ import annotations
+Rows are Alpaca's {"instruction", "input" (optional), "output"}, {"prompt", "response"}, or {"messages": [{"role",
+"content"}, …]}. An input, output or content is text, or a JSON object, which is written as compact JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,24 +12,19 @@ from ftlib.errors import InputError, nearest, unknown
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
+    "### Instruction:\n{instruction}\n\n### Response:\n")
 ROLES = ("system", "user", "assistant", "tool")
 CHATML_END = "<|im_end|>"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: `response` follows `prompt` with nothing in between.
-
-    A conversation's earlier turns stand in `before`: a prompt, its response, the next prompt, … Every response is a
-    target of the loss, and after each the text ends (EOS).
-    """
+    """One training example: `response` follows `prompt` with nothing in between; `before`: a conversation's earlier
+    prompt, response, prompt, … Every response is a target of the loss and ends with EOS."""
 
     prompt: str
     response: str
@@ -61,9 +51,7 @@ def render(row: Mapping[str, Any], template: str) -> Example:
 
 def problem(row: object, template: str = "") -> str | None:
     """What is wrong with a row, in words, or None. It names the field, what was found and what is allowed.
-
-    With a `template`, a conversation that the template cannot hold is wrong, too.
-    """
+    With a `template`, a conversation that the template cannot hold is wrong, too."""
     if not isinstance(row, dict):
         return f"a row must be a JSON object, found {_kind(row)}"
     if "messages" in row:
@@ -109,41 +97,36 @@ def _messages_problem(messages: object) -> str | None:
 
 def function_call_of(text: str) -> dict[str, Any] | None:
     """The call {"name", "arguments"} in a model's text, which must be exactly {"function_call": {…}}; else None.
-
-    NaN and a name given twice are no valid JSON here.
-    """
+    NaN and a name given twice are no valid JSON here."""
     try:
-        found = json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+        found = json.loads(text, parse_constant=refuse, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or set(found) != {"function_call"}:
-        return None
-    call = found["function_call"]
-    if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
-        return None
-    return call if isinstance(call["name"], str) and isinstance(call["arguments"], dict) else None
+    match found:
+        case {"function_call": {"name": str(), "arguments": dict()} as call} if len(found) == 1 and len(call) == 2:
+            return dict(call)
+    return None
 
 
 def expected_call(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The call that a row's output asks for, or None for rows of another kind."""
     output = row.get("output", row.get("response"))
-    if "messages" in row:
-        output = next(turn["content"] for turn in reversed(row["messages"]) if turn["role"] == "assistant")
+    for turn in row.get("messages", ()):
+        output = turn["content"] if turn["role"] == "assistant" else output
     return function_call_of(_text(output)) if isinstance(output, str | dict) else None
 
 
 def example_call(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """The call that a function-calling row shows as its example, or None for rows of another kind."""
-    given = row.get("input")
-    example = given.get("function_call_example") if isinstance(given, dict) else None
-    return function_call_of(_text({"function_call": example})) if isinstance(example, dict) else None
+    match row.get("input"):
+        case {"function_call_example": dict() as example}:
+            return function_call_of(_text({"function_call": example}))
+    return None
 
 
 def same_call(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     """Whether two calls are equal in name, arguments and JSON types (1, 1.0 and true differ); key order is free."""
-    if one is None or other is None:
-        return False
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    return None not in (one, other) and json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _alpaca(row: Mapping[str, Any]) -> str:
@@ -164,14 +147,12 @@ def _shows_a_call(given: Any) -> bool:
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """An Alpaca row as a conversation."""
-    given = row.get("input") or ""
-    answer = {"role": "assistant", "content": row["output"]}
+    given, turns = row.get("input") or "", []
+    ask = row["instruction"] + (f"\n\n{_text(given)}" if given else "")
     if _shows_a_call(given):
         system = f"{row['instruction']}\nFunction call example: {_text(given['function_call_example'])}"
-        question = str(given["user_question"])
-        return [{"role": "system", "content": system}, {"role": "user", "content": question}, answer]
-    ask = row["instruction"] + (f"\n\n{_text(given)}" if given else "")
-    return [{"role": "user", "content": ask}, answer]
+        turns, ask = [{"role": "system", "content": system}], str(given["user_question"])
+    return [*turns, {"role": "user", "content": ask}, {"role": "assistant", "content": row["output"]}]
 
 
 @dataclass(frozen=True)
@@ -222,5 +203,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
+def refuse(constant: str) -> None:
+    """json's parse_constant: NaN and Infinity are no JSON."""
+    raise ValueError(f"{constant} is no JSON value")

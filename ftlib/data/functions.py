@@ -1,10 +1,4 @@
-"""What a function is, and the two catalogues written by hand (functions.yaml).
-
-Each function has at least one free argument (`Argument.kind`): closed choices, such as a unit or a bool,
-appear in every split, so only free values can be held out.
-"""
-
-from __future__ import annotations
+"""What a function is, and the two catalogues written by hand (functions.yaml)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +12,7 @@ from ftlib.data.values import Value
 
 @dataclass(frozen=True)
 class Argument:
-    """A typed argument: free values of a `kind` (a pool of ftlib.data.values) or closed `choices`.
-
-    `choices` maps each value to the words that say it in a question.
-    """
+    """Free values of a `kind` (a pool of ftlib.data.values), or `choices`: each value and the words that say it."""
 
     name: str
     kind: str = ""
@@ -37,27 +28,24 @@ class Function:
     phrasings: tuple[str, ...]
 
 
-@cache
 def natural() -> tuple[Function, ...]:
     """Everyday functions to fine-tune on."""
-    return _catalogue()["natural"]
+    return _written()["natural"]
 
 
-@cache
 def unseen() -> tuple[Function, ...]:
     """Functions like the natural ones that no training sees."""
-    return _catalogue()["unseen"]
+    return _written()["unseen"]
 
 
 @cache
-def _catalogue() -> dict[str, tuple[Function, ...]]:
-    written = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+def _written() -> dict[str, tuple[Function, ...]]:
+    groups = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return {
         group: tuple(
             Function(name, tuple(_argument(*item) for item in said["arguments"].items()), tuple(said["phrasings"]))
-            for name, said in functions.items()
-        )
-        for group, functions in written.items()
+            for name, said in functions.items())
+        for group, functions in groups.items()
     }
 
 

@@ -1,22 +1,17 @@
-"""Datasets on the Hugging Face hub: looked for on the login node, fetched (or read from the cache) when prepared.
-
-`check` runs on the login node and never imports datasets; `fetch` runs in the prepare stage.
-"""
-
-from __future__ import annotations
+"""Datasets on the hub: `check` on the login node (no import of datasets), `fetch` in the prepare stage."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftlib.data import base_model, sources
+from ftlib import modelfiles
+from ftlib.data import sources
 from ftlib.errors import InputError
 from ftlib.spec import DataSpec
 
 # Bytes of the text that is trained on, of datasets in recipes: for the plan's estimates alone.
 TEXT_BYTES = {"yahma/alpaca-cleaned": 40_000_000, "OpenAssistant/oasst1": 20_000_000}
-
 # More bad rows than this share are no slips of a dataset's maker: the format is another.
 TOLERATED = 0.02
 
@@ -27,32 +22,28 @@ def name(data: DataSpec) -> str:
 
 
 def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
-    """See that compute nodes can get the dataset: from the hub, or else from the cache under `hf_home`.
-
-    Returns the text's size in bytes where it is known. Raises InputError that says where was looked and how to stage.
-    """
-    looked = [_snapshots(data, hf_home / "hub"), _prepared(data, hf_home / "datasets")]
-    if not internet and not any(folder.is_dir() and any(folder.iterdir()) for folder in looked):
+    """See that compute nodes can get the dataset, from the hub or from the cache under `hf_home`; InputError if not.
+    Returns the text's size in bytes where it is known."""
+    repository = _repository(data, hf_home / "hub")
+    prepared = hf_home / "datasets" / (data.hub or "").replace("/", "___")
+    if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):
         raise InputError(
             f"data.hub: {data.hub} is not at hand and compute nodes here have no internet. Looked in "
-            f"{' and '.join(map(str, looked))}. {_how_to_stage(data, hf_home)}"
-        )
+            f"{repository}/snapshots and {prepared}. {_how_to_stage(data, hf_home)}")
     return TEXT_BYTES.get(data.hub or "")
 
 
 def fetch(data: DataSpec) -> list[sources.Row]:
     """Every example of the dataset's split; a few rows that cannot be used (an empty output) are left out, and said.
-
-    Raises InputError when the dataset cannot be had, or when too many of its rows are bad.
-    """
+    Raises InputError when the dataset cannot be had, or when too many of its rows are bad."""
     import datasets
 
     datasets.disable_progress_bars()
     assert data.hub is not None
-    home = base_model.hub_cache().parent
-    snapshots = sorted(_staged(data, base_model.hub_cache()), key=lambda path: path.stat().st_mtime)
+    cache = modelfiles.hub_cache()
     # What 'hf download' leaves is a snapshot of files; datasets alone would not look there without a network.
-    places = [(data.hub, data.revision)] + [(str(snapshot), None) for snapshot in reversed(snapshots)]
+    staged = reversed(modelfiles.snapshots(_repository(data, cache), data.revision))
+    places = [(data.hub, data.revision), *((str(snapshot), None) for snapshot in staged)]
     found, errors = None, []
     for place, revision in places:
         try:
@@ -62,9 +53,8 @@ def fetch(data: DataSpec) -> list[sources.Row]:
             errors.append(f"{place}: {' '.join(str(error).split())[:300]}")
     if found is None:
         raise InputError(
-            f"data.hub: {name(data)} could not be loaded, in the cache {home}{base_model.network()}. "
-            f"{'; '.join(errors)} {_how_to_stage(data, home)}"
-        )
+            f"data.hub: {name(data)} could not be loaded, in the cache {cache.parent}{modelfiles.network()}. "
+            f"{'; '.join(errors)} {_how_to_stage(data, cache.parent)}")
     rows = ((f"row {number}", row) for number, row in enumerate(found, start=1))
     return list(sources.good_rows(rows, f"data.hub={name(data)}", data, tolerated=TOLERATED))
 
@@ -77,28 +67,12 @@ def digest(rows: Sequence[sources.Row]) -> str:
     return found.hexdigest()
 
 
-def _snapshots(data: DataSpec, cache: Path) -> Path:
-    return cache / f"datasets--{(data.hub or '').replace('/', '--')}" / "snapshots"
-
-
-def _staged(data: DataSpec, cache: Path) -> list[Path]:
-    """Snapshots of the wanted revision; of any where none is said."""
-    folder = _snapshots(data, cache)
-    if data.revision is None:
-        return list(folder.glob("*"))
-    ref = folder.parent / "refs" / data.revision
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else data.revision
-    return [folder / commit] if (folder / commit).is_dir() else []
-
-
-def _prepared(data: DataSpec, cache: Path) -> Path:
-    return cache / (data.hub or "").replace("/", "___")
+def _repository(data: DataSpec, cache: Path) -> Path:
+    return cache / f"datasets--{(data.hub or '').replace('/', '--')}"
 
 
 def _how_to_stage(data: DataSpec, home: Path) -> str:
     revision = f" --revision {data.revision}" if data.revision else ""
-    command = f"HF_HOME={home} hf download {data.hub}{revision} --repo-type dataset"
     return (
-        f"To stage it, where there is a network: '{command}', or download a .json or .jsonl file of it and say "
-        "DATA=<that file>"
-    )
+        f"To stage it, where there is a network: 'HF_HOME={home} hf download {data.hub}{revision} --repo-type dataset'"
+        ", or download a .json or .jsonl file of it and say DATA=<that file>")

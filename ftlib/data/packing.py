@@ -7,8 +7,6 @@ positions.bin  position ids, starting at 0 in each document and in the padding a
 and meta.json with the shape, the types and the counts.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,7 @@ FILES = ("tokens", "response", "positions")
 
 def best_fit_decreasing(lengths: npt.NDArray[Any], capacity: int, seed: int) -> list[list[int]]:
     """Document indices of each row: longest first, each into the fullest row that holds it.
-
-    Equal lengths are taken in an order drawn by `seed`, and so are the rows. Every length must be in 1..capacity.
-    """
+    Equal lengths are taken in an order drawn by `seed`, and so are the rows. Every length must be in 1..capacity."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(lengths))
     order = order[np.argsort(-lengths[order].astype(np.int64), kind="stable")]
@@ -56,14 +52,12 @@ def write(
 ) -> dict[str, Any]:
     """Pack `documents` into a new `folder`, or give each a row of its own; returns its meta."""
     seq_len = documents.longest
-    tokens, lengths = np.asarray(documents.tokens), np.asarray(documents.lengths)
-    targets = np.asarray(documents.targets)
+    tokens, targets, lengths = map(np.asarray, (documents.tokens, documents.targets, documents.lengths))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     alone = np.random.default_rng(seed).permutation(len(lengths))
     rows = best_fit_decreasing(lengths, seq_len, seed) if packed else [[i] for i in alone.tolist()]
     types = {
-        "tokens": "uint16" if vocabulary <= 2**16 else "uint32",
-        "response": "uint8",
+        "tokens": "uint16" if vocabulary <= 2**16 else "uint32", "response": "uint8",
         "positions": "uint16" if seq_len <= 2**16 else "uint32",
     }
     row_bytes = seq_len * sum(np.dtype(kind).itemsize for kind in types.values())
@@ -76,23 +70,18 @@ def write(
     for number, row in enumerate(rows):
         at = 0
         for document in row:
-            length, its = int(lengths[document]), slice(starts[document], starts[document + 1])
-            end = at + length
+            its = slice(starts[document], starts[document + 1])
+            end = at + int(lengths[document])
             out["tokens"][number, at:end] = tokens[its]
             out["response"][number, at:end] = targets[its]
             # A document's first token has nothing before it to be predicted from.
             out["response"][number, at] = 0
-            out["positions"][number, at:end] = counting[:length]
+            out["positions"][number, at:end] = counting[: end - at]
             at = end
         out["positions"][number, at:] = counting[: seq_len - at]
     meta = {
-        "rows": len(rows),
-        "seq_len": seq_len,
-        "packed": packed,
-        "dtype": types,
-        "examples": len(lengths),
-        "tokens": len(tokens),
-        "response_tokens": int(out["response"].sum(dtype=np.int64)),
+        "rows": len(rows), "seq_len": seq_len, "packed": packed, "dtype": types, "examples": len(lengths),
+        "tokens": len(tokens), "response_tokens": int(out["response"].sum(dtype=np.int64)),
         "dropped_too_long": documents.dropped_too_long,
     }
     for array in out.values():

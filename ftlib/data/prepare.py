@@ -1,13 +1,8 @@
-"""The prepare stage: sources become packed rows of tokens in a folder named by all that decides its content.
-
-<cache>/datasets/<digest>/train, validation   packed rows, see packing.py
-<cache>/datasets/<digest>/test.jsonl          what evaluation asks, a JSON object a line
-<cache>/datasets/<digest>/meta.json           where it came from, and the counts
-"""
-
-from __future__ import annotations
+"""The prepare stage: sources become <cache>/datasets/<digest>, named by all that decides its content: packed rows of
+train and validation (packing.py), test.jsonl (what evaluation asks, an object a line), meta.json (origin, counts)."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -18,7 +13,7 @@ from typing import Any
 from ftlib import atomic
 from ftlib.data import hub, packing, sources, tokenizing
 from ftlib.data.formats import example_call, expected_call, render
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.rundir import RunDir
 from ftlib.spec import RunSpec, file_digest
 from ftlib.stop import StopFlag
@@ -30,13 +25,11 @@ ABANDONED_S = 86_400.0
 
 def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     """Make the run's dataset, or find it made; returns what prepared.json then holds.
-
-    Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop.
-    """
+    Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop."""
     began = time.monotonic()
     spec, provenance = run.spec(), run.provenance()
     source: Path | list[sources.Row] | None = None
-    named, data_digest = "generator", "generator"
+    named = data_digest = "generator"
     if provenance["data_path"]:
         source = Path(provenance["data_path"])
         named, data_digest = str(source), _unchanged(source, provenance["data_digest"])
@@ -48,18 +41,18 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     datasets = Path(provenance["cache"]) / "datasets"
     folder = datasets / digest
     meta = _whole(folder)
-    reused = meta is not None
-    if meta is None:
+    if not (reused := meta is not None):
         try:
             datasets.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cluster.cache: {datasets} cannot be made: {error}") from None
-        _sweep_abandoned(datasets)
+        atomic.sweep_temporaries(datasets, still_s=ABANDONED_S)
         temporary = atomic.temporary_beside(folder)
         try:
-            origin = {"digest": digest, "source": named, "data_digest": data_digest}
             print(f"reading {named}", flush=True)
-            meta = origin | {"tokenizer": provenance["model_path"]} | _build(temporary, spec, source, tokenizer, stop)
+            rows = sources.read(spec.data, source, test_pairs=spec.evaluate.pairs)
+            meta = {"digest": digest, "source": named, "data_digest": data_digest}
+            meta |= {"tokenizer": provenance["model_path"]} | _build(temporary, spec, rows, tokenizer, stop)
             atomic.write_json(temporary / "meta.json", meta)
             if folder.exists() and _whole(folder) is None:
                 atomic.discard_folder(folder)
@@ -68,22 +61,20 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
             shutil.rmtree(temporary, ignore_errors=True)
     else:
         print(f"found the dataset in {folder}", flush=True)
-    counts = {part: meta[part] for part in ("train", "validation", "test")}
-    seconds = round(time.monotonic() - began, 2)
-    prepared = {"dataset": str(folder), "digest": digest, **counts, "reused": reused, "seconds": seconds}
+    prepared = {"dataset": str(folder), "digest": digest} | {p: meta[p] for p in ("train", "validation", "test")}
+    prepared |= {"reused": reused, "seconds": round(time.monotonic() - began, 2)}
     atomic.write_json(run.prepared_file, prepared)
     return prepared
 
 
 def dataset_digest(spec: RunSpec, data_digest: str, tokenizer: tokenizing.Tokenizer) -> str:
     """32 hex digits from all that decides a dataset: the data, how it is cut, the tokenizer, this package."""
-    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".py", ".yaml"))
-    code = [file_digest(path) for path in sources]
+    code = [file_digest(path) for path in sorted(Path(__file__).parent.iterdir()) if path.suffix in (".py", ".yaml")]
     # Where the rows lie decides nothing; how many pairs are tested decides how many the generator makes.
     wish = spec.data.model_dump(mode="json", exclude={"path", "hub", "revision"}) | {"test_pairs": spec.evaluate.pairs}
     wish["packed"] = not spec.method.prompted
-    parts = [data_digest, wish, tokenizer.digest(), code]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    parts = json.dumps([data_digest, wish, tokenizer.digest(), code], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def _unchanged(path: Path, submitted: str) -> str:
@@ -108,70 +99,37 @@ def _whole(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sweep_abandoned(datasets: Path) -> None:
-    """Remove what killed writers left. Others may be writing now: only what has been still for a day."""
-    for left in datasets.glob(f"{atomic.TEMPORARY}*"):
-        try:
-            old = time.time() - left.stat().st_mtime > ABANDONED_S
-        except OSError:
-            continue
-        if old:
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _build(
-    folder: Path,
-    spec: RunSpec,
-    source: Path | list[sources.Row] | None,
-    tokenizer: tokenizing.Tokenizer,
-    stop: StopFlag,
+    folder: Path, spec: RunSpec, rows: sources.Sources, tokenizer: tokenizing.Tokenizer, stop: StopFlag
 ) -> dict[str, Any]:
     """Write the parts of a dataset into `folder`; returns their counts."""
-    rows = sources.read(spec.data, source, test_pairs=spec.evaluate.pairs)
     counted = {"training": rows.train, "validation": rows.validation, "test": rows.test}
     print(", ".join(f"{len(part):,} {name}" for name, part in counted.items()), "examples", flush=True)
     counts: dict[str, Any] = {}
     for part, chosen in (("train", rows.train), ("validation", rows.validation)):
-        documents = tokenizing.Documents(spec.data.seq_len)
-        _encode(part, chosen, documents, spec, tokenizer, stop)
-        meta = packing.write(
-            folder / part,
-            documents,
-            vocabulary=len(tokenizer),
-            pad=tokenizer.pad,
-            seed=spec.data.seed,
-            packed=not spec.method.prompted,
-        )
-        full = meta["tokens"] / (meta["rows"] * meta["seq_len"])
+        documents, _ = _encode(part, chosen, spec, tokenizer, stop)
+        counts[part] = meta = packing.write(
+            folder / part, documents, vocabulary=len(tokenizer), pad=tokenizer.pad, seed=spec.data.seed,
+            packed=not spec.method.prompted)
+        full, targets = meta["tokens"] / (meta["rows"] * meta["seq_len"]), meta["response_tokens"] / meta["tokens"]
         print(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
-            f"{full:.1%} full, {meta['response_tokens'] / meta['tokens']:.0%} of the tokens are targets",
-            flush=True,
-        )
-        counts[part] = meta
-    documents = tokenizing.Documents(spec.data.seq_len)
-    kept = _encode("test", [row for _, row in rows.test], documents, spec, tokenizer, stop)
+            f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True)
+    documents, kept = _encode("test", [row for _, row in rows.test], spec, tokenizer, stop)
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
-        for (group, row), keep in zip(rows.test, kept, strict=True):
-            if keep:
-                file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
+        for group, row in itertools.compress(rows.test, kept):
+            file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")
     return counts | {"test": sum(kept), "test_dropped_too_long": documents.dropped_too_long}
 
 
 def _encode(
-    part: str,
-    rows: Sequence[sources.Row],
-    documents: tokenizing.Documents,
-    spec: RunSpec,
-    tokenizer: tokenizing.Tokenizer,
-    stop: StopFlag,
-) -> list[bool]:
-    """Encode rows into `documents` block by block, with progress; for each row, whether it was short enough."""
-    kept: list[bool] = []
+    part: str, rows: Sequence[sources.Row], spec: RunSpec, tokenizer: tokenizing.Tokenizer, stop: StopFlag
+) -> tuple[tokenizing.Documents, list[bool]]:
+    """Rows as documents, block by block, with progress; for each row, whether it was short enough."""
+    documents, kept = tokenizing.Documents(spec.data.seq_len), []
     began = spoken = time.monotonic()
     for start in range(0, len(rows), BLOCK):
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         kept += documents.add(tokenizer, [render(row, spec.data.template) for row in rows[start : start + BLOCK]])
         now = time.monotonic()
         if now - spoken > PROGRESS_S or len(kept) == len(rows):
@@ -179,14 +137,13 @@ def _encode(
             print(
                 f"{part}: tokenised {len(kept):,} of {len(rows):,} examples, {len(documents.tokens):,} tokens, "
                 f"{speed / 1e6:.2f} Mtok/s, {(now - began) / len(kept) * (len(rows) - len(kept)):.0f} s left",
-                flush=True,
-            )
+                flush=True)
     longer = f"longer than data.seq_len={spec.data.seq_len} tokens"
     if not any(kept):
         raise InputError(f"all {len(rows):,} {part} examples are {longer}; use a longer one or shorter examples")
     if documents.dropped_too_long:
         print(f"{part}: dropped {documents.dropped_too_long:,} examples {longer}", flush=True)
-    return kept
+    return documents, kept
 
 
 def _question(row: sources.Row, group: str, template: str) -> dict[str, Any]:

@@ -1,9 +1,4 @@
-"""Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test.
-
-A login node calls `check_file` when a run is submitted; the prepare stage calls `read`. No torch.
-"""
-
-from __future__ import annotations
+"""Where examples come from: a file of rows, a hub dataset or the generator, split into train, validation and test."""
 
 import gzip
 import hashlib
@@ -16,17 +11,18 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ftlib.data import conversations
-from ftlib.data.formats import problem
+from ftlib.data.formats import problem, refuse
 from ftlib.data.synthesis import generate
+from ftlib.data.values import SPLITS, Split
 from ftlib.errors import InputError, nearest
 from ftlib.spec import DataSpec, file_digest
 
 Row = dict[str, Any]
 Placed = conversations.Placed
-Part = Literal["train", "validation", "test"]
+BLANK = b" \t\r\n\xef\xbb\xbf"  # white space and a byte order mark
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LISTED = 20
 UNSEEN_PAIRS = 64
@@ -34,15 +30,12 @@ UNSEEN_PAIRS = 64
 
 @dataclass(frozen=True)
 class FileSummary:
-    """A data file that was read whole and found good. `digest`: sha256 of its bytes; counts are examples."""
+    """A data file that was read whole and found good. `rows`: examples in it; `digest`: sha256 of its bytes."""
 
     path: Path
     rows: int
     digest: str
     bytes: int
-    train: int
-    validation: int
-    test: int
 
 
 @dataclass(frozen=True)
@@ -56,31 +49,27 @@ class Sources:
 
 def check_file(path: Path, data: DataSpec | None = None) -> FileSummary:
     """Read every row of a .jsonl or .json file (or .gz of one) and split it as `data` says (default: DataSpec()).
-
-    Raises InputError: missing, empty, not text, too few rows to hold some out; or with the bad rows, by line number.
-    """
+    Raises InputError: missing, empty, not text, too few rows to hold some out; or with the bad rows, by line number."""
     data = data or DataSpec()
-    counts = {"train": 0, "validation": 0, "test": 0}
+    counts = dict.fromkeys(SPLITS, 0)
     for row in good_rows(_rows(path), str(path), data):
         counts[part_of(row, data)] += 1
     _check_parts(str(path), counts, data)
-    return FileSummary(path, sum(counts.values()), file_digest(path), path.stat().st_size, **counts)
+    return FileSummary(path, sum(counts.values()), file_digest(path), path.stat().st_size)
 
 
 def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) -> Sources:
-    """All examples of a file, of the rows of a hub dataset, or of the generator without either, seeded by `data.seed`.
-
-    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions that are in no training. Of a file or
-    dataset, the share `data.held_out` is the validation and test parts.
-    """
+    """All examples of a file, of a hub dataset's rows, or of the generator without either, seeded by `data.seed`.
+    The generator gives `test_pairs` held-out pairs and UNSEEN_PAIRS of functions in no training; of a file or dataset,
+    the share `data.held_out` is held out."""
     if source is None:
         train = generate(data.functions, "train", data.pairs, data.seed)
         validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
         held_out = generate(data.functions, "test", test_pairs, data.seed)
         unseen = generate("unseen", "test", UNSEEN_PAIRS, data.seed)
-        groups = {"held-out": held_out, "unseen": unseen}
-        return Sources(_chosen(train, data), validation, [(group, row) for group in groups for row in groups[group]])
-    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+        test = [("held-out", row) for row in held_out] + [("unseen", row) for row in unseen]
+        return Sources(_chosen(train, data), validation, test)
+    parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     where = str(source) if isinstance(source, Path) else f"data.hub={data.hub}"
     for row in good_rows(_rows(source), where, data) if isinstance(source, Path) else source:
         parts[part_of(row, data)].append(row)
@@ -90,11 +79,8 @@ def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) ->
     return Sources(_chosen(parts["train"], data), parts["validation"], [("held-out", row) for row in parts["test"]])
 
 
-def part_of(row: Row, data: DataSpec) -> Part:
-    """The part a file's row belongs to, by its content and the seed alone.
-
-    So equal rows are in one part, and rows that are added later move no other row.
-    """
+def part_of(row: Row, data: DataSpec) -> Split:
+    """The part of a file's row, by its content and the seed alone: rows that are added later move no other row."""
     share = _rank(row, data.seed) / 2**64
     return "test" if share < data.held_out / 2 else "validation" if share < data.held_out else "train"
 
@@ -109,51 +95,41 @@ def _rank(row: Row, seed: int, purpose: str = "") -> int:
 
 def _chosen(rows: list[Row], data: DataSpec) -> list[Row]:
     """As many rows as `data.share` and `data.limit` leave, chosen by the seed, in their old order."""
-    count = math.ceil(len(rows) * (data.share or 1))
-    count = min(count, data.limit or count)
+    count = min(math.ceil(len(rows) * (data.share or 1)), data.limit or len(rows))
     if count >= len(rows):
         return rows
-    ranks = [(_rank(row, data.seed, "limit"), index) for index, row in enumerate(rows)]
-    return [rows[index] for _, index in sorted(sorted(ranks)[:count], key=lambda pair: pair[1])]
+    first = sorted(range(len(rows)), key=lambda index: _rank(rows[index], data.seed, "limit"))[:count]
+    return [rows[index] for index in sorted(first)]
 
 
 def _check_parts(where: str, counts: dict[str, int], data: DataSpec) -> None:
     if empty := [part for part, rows in counts.items() if not rows]:
         total = sum(counts.values())
-        advice = "give more rows"
-        if (larger := min(0.4, round(10 / max(1, total), 2))) > data.held_out:
-            advice += f', or hold out more with SET="data.held_out={larger}"'
+        larger = min(0.4, round(10 / max(1, total), 2))
+        more = f', or hold out more with SET="data.held_out={larger}"' if larger > data.held_out else ""
         raise InputError(
             f"{where}: {total} rows are too few: data.held_out={data.held_out} leaves none for {' and '.join(empty)}; "
-            f"{advice}"
-        )
+            f"give more rows{more}")
 
 
 def good_rows(rows: Iterable[Placed], where: str, data: DataSpec, *, tolerated: float = 0.0) -> Iterator[Row]:
     """The examples in the rows of a file or dataset; after the last, InputError if some were bad or there was none.
-
     Message trees become their best paths; `data.format`, else the first row, says whether the rows are such. Up to the
-    share `tolerated` of bad rows is left out, and said: a published dataset is not its user's to mend.
-    """
-    bad: list[str] = []
-    examples = unlisted = 0
+    share `tolerated` of bad rows is left out, and said: a published dataset is not its user's to mend."""
+    listed: list[str] = []
+    examples = bad = 0
     for place, row in _as_examples(iter(rows), data):
         examples += 1
         wrong = row if isinstance(row, str) else _not_of(data.format, row) or problem(row, data.template)
-        if wrong is None:
-            if not bad or tolerated:
-                yield cast(Row, row)
-        elif len(bad) < LISTED:
-            bad.append(f"{where}, {place}: {wrong}")
-        else:
-            unlisted += 1
-    if 0 < len(bad) + unlisted <= tolerated * examples:
-        print(f"{where}: left out {len(bad) + unlisted} of {examples:,} rows, such as {bad[0]}", flush=True)
-        return
-    if unlisted:
-        bad.append(f"{where}: and {unlisted} more")
+        if wrong is not None:
+            bad += 1
+            listed += [f"{where}, {place}: {wrong}"] if bad <= LISTED else []
+        elif not bad or tolerated:
+            yield cast(Row, row)
+    if bad > tolerated * examples:
+        raise InputError(listed + [f"{where}: and {bad - LISTED} more"] * (bad > LISTED))
     if bad:
-        raise InputError(bad)
+        print(f"{where}: left out {bad} of {examples:,} rows, such as {listed[0]}", flush=True)
     if not examples:
         raise InputError(f"{where}: is empty; it must hold one JSON object a line, or a list of them in a .json file")
 
@@ -189,9 +165,7 @@ def _rows(path: Path) -> Iterator[Placed]:
                 yield from _items(path, file.read())
                 return
             for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
+                if line.strip(BLANK):
                     yield f"line {number}", _parse(path, line, f"line {number}")
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.glob("*") if p.name.lower().endswith(KINDS)])
@@ -202,9 +176,9 @@ def _rows(path: Path) -> Iterator[Placed]:
 
 def _items(path: Path, text: bytes) -> Iterator[Placed]:
     """The rows of a .json file, which is one list."""
-    if not text.strip():
+    if not text.strip(BLANK):
         return
-    rows = _parse(path, text.removeprefix(b"\xef\xbb\xbf"), "the file")
+    rows = _parse(path, text, "the file")
     if isinstance(rows, str):
         raise InputError(f"{path}: {rows}")
     if not isinstance(rows, list):
@@ -216,7 +190,7 @@ def _items(path: Path, text: bytes) -> Iterator[Placed]:
 def _parse(path: Path, text: bytes, place: str) -> object:
     """JSON text as its value; a str says what is wrong. Bytes that are no text at all raise InputError at once."""
     try:
-        value = _DECODER.decode(text.decode())
+        value = _DECODER.decode(text.decode("utf-8-sig"))
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -233,9 +207,5 @@ def _parse(path: Path, text: bytes, place: str) -> object:
     return "a row must be a JSON object, found text" if isinstance(value, str) else value
 
 
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is no JSON value")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_DECODER = json.JSONDecoder(parse_constant=refuse)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")

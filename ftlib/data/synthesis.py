@@ -1,50 +1,31 @@
 """Synthesis of function-calling instruction pairs: seeded, distinct, with held-out values.
-
-A row asks for one call in words and shows another call of the same function as the example. The example carries none
-of the answer's free values, so copying it is never exactly right. Free values (strings and numbers from pools) are in
-one split only. Closed choices (units, bools) cannot be held out: every function has at least one free argument.
-"""
-
-from __future__ import annotations
+A row shows another call of the same function as the example, which has none of the answer's free values (strings and
+numbers from pools, each in one split): copying it is never exactly right. Closed choices cannot be held out."""
 
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ftlib.data.functions import Argument, Function, natural, unseen
-from ftlib.data.values import SPLITS, Split, Value, pool
-from ftlib.errors import InputError, unknown
+from ftlib.data.values import Split, Value, pool
+from ftlib.errors import InputError
 
 INSTRUCTION = "Generate a JSON response for a function call based on the user's question and the function call example."
 # Each catalogue's functions, in a fixed order.
 CATALOGUES: dict[str, Callable[[], tuple[Function, ...]]] = {"natural": natural, "unseen": unseen}
 
 
-def capacity(functions: str, split: Split) -> int:
-    """How many distinct questions a catalogue can ask in a split."""
-    return sum(_room(function, split) for function in CATALOGUES[functions]())
-
-
 def generate(functions: str, split: Split, pairs: int, seed: int) -> list[dict[str, Any]]:
-    """`pairs` rows with distinct questions, spread evenly over the functions, in random order.
-
-    Each is {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
-    The same arguments give the same rows on every machine. Raises InputError for an unknown catalogue or split and
-    for more pairs than exist.
-    """
-    wrong = []
-    if functions not in CATALOGUES:
-        wrong.append(unknown("functions", functions, CATALOGUES))
-    if split not in SPLITS:
-        wrong.append(unknown("split", split, SPLITS))
-    if wrong:
-        raise InputError(wrong)
-    rooms = [_room(function, split) for function in CATALOGUES[functions]()]
+    """`pairs` rows with distinct questions, spread evenly over the functions, in random order, the same on every
+    machine. {"instruction", "input": {"user_question", "function_call_example"}, "output": {"function_call"}}.
+    InputError for more pairs than exist."""
+    catalogue = CATALOGUES[functions]()
+    rooms = [_room(function, split) for function in catalogue]
     if not 0 < pairs <= sum(rooms):
         raise InputError(f"pairs: {pairs} were asked for; {functions}/{split} has between 1 and {sum(rooms)}.")
     rng = random.Random(f"{functions} {split} {seed}")
     rows = []
-    for function, room, share in zip(CATALOGUES[functions](), rooms, _shares(rooms, pairs, rng), strict=True):
+    for function, room, share in zip(catalogue, rooms, _shares(rooms, pairs, rng), strict=True):
         rows += [_row(function, split, number, rng) for number in rng.sample(range(room), share)]
     rng.shuffle(rows)
     return rows
@@ -66,9 +47,7 @@ def _values(argument: Argument, split: Split) -> tuple[Value, ...]:
 
 def _radices(function: Function, split: Split) -> Iterator[tuple[tuple[Value, ...], int]]:
     """Each argument's values, and how many earlier arguments draw from the same ones.
-
-    A string or number of one pool stands once in a call (no flight from Lyon to Lyon); bools are free of each other.
-    """
+    A string or number of one pool stands once in a call (no flight from Lyon to Lyon); bools are free of each other."""
     earlier: list[tuple[Value, ...]] = []
     for argument in function.arguments:
         values = _values(argument, split)
@@ -94,14 +73,9 @@ def _row(function: Function, split: Split, number: int, rng: random.Random) -> d
         argument.name: argument.choices[value] if argument.choices else str(value)
         for argument, value in zip(function.arguments, call, strict=True)
     }
-    return {
-        "instruction": INSTRUCTION,
-        "input": {
-            "user_question": function.phrasings[phrasing].format(**words),
-            "function_call_example": _call(function, _example(function, split, call, rng)),
-        },
-        "output": {"function_call": _call(function, call)},
-    }
+    example = _call(function, _example(function, split, call, rng))
+    asked = {"user_question": function.phrasings[phrasing].format(**words), "function_call_example": example}
+    return {"instruction": INSTRUCTION, "input": asked, "output": {"function_call": _call(function, call)}}
 
 
 def _example(function: Function, split: Split, answer: list[Value], rng: random.Random) -> list[Value]:

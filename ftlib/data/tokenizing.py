@@ -1,18 +1,13 @@
 """Text to token ids: a document is BOS (if the tokenizer adds one) + prompt + response + EOS, and so on for each turn.
-
-Prompts and responses are encoded apart and joined, so the ids of a prompt at inference are exactly those in training.
-"""
-
-from __future__ import annotations
+Prompts and responses are encoded apart: the ids of a prompt at inference are exactly those in training."""
 
 import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from ftlib.data import base_model
+from ftlib import modelfiles
 from ftlib.data.formats import CHATML_END, Example
 from ftlib.errors import InputError
 
@@ -21,11 +16,8 @@ Prompt = str | Sequence[str]
 
 
 class Tokenizer:
-    """The fast tokenizer of a base model, without its truncation and padding.
-
-    `hf` is the transformers tokenizer, `bos` the ids it puts before a text (one or none), `eos` and `pad` single ids,
-    `added` the ids of tokens that the base does not know.
-    """
+    """The fast tokenizer of a base model (`hf`), without its truncation and padding. `bos`: ids before a text (one or
+    none); `eos`, `pad`: single ids; `added`: ids of tokens that the base does not know."""
 
     def __init__(self, hf: Any, model: str, added: Sequence[int] = ()) -> None:
         backend = getattr(hf, "backend_tokenizer", None)
@@ -85,8 +77,7 @@ def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[An
     """transformers' tokenizer as it is saved, and the ids of those of `add` that it did not know."""
     from transformers import AddedToken, AutoTokenizer
 
-    revision = None if Path(model).is_absolute() else revision
-    with base_model.loading(model, base_model.TOKENIZER, revision):
+    with modelfiles.loading(model, modelfiles.TOKENIZER, revision):
         hf = AutoTokenizer.from_pretrained(model, revision=revision)
     new = [token for token in dict.fromkeys(add) if token not in hf.get_vocab()]
     hf.add_tokens([AddedToken(token, normalized=False) for token in new])
@@ -95,16 +86,11 @@ def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[An
 
 class Documents:
     """Encoded examples in flat arrays, those longer than `longest` tokens left out and counted.
-
-    `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt.
-    """
+    `targets` has, for each of `tokens`, 1 where it belongs to a response (EOS included) and 0 where to a prompt."""
 
     def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.tokens = array("I")
-        self.targets = array("B")
-        self.lengths = array("I")
-        self.dropped_too_long = 0
+        self.longest, self.dropped_too_long = longest, 0
+        self.tokens, self.targets, self.lengths = array("I"), array("B"), array("I")
 
     def add(self, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[bool]:
         """Encode and append examples; for each, whether it was kept."""
@@ -112,10 +98,9 @@ class Documents:
         kept = []
         for tokens, targets in tokenizer.documents(texts):
             kept.append(len(tokens) <= self.longest)
-            if not kept[-1]:
-                self.dropped_too_long += 1
-                continue
-            self.tokens.extend(tokens)
-            self.targets.extend(targets)
-            self.lengths.append(len(tokens))
+            if kept[-1]:
+                self.tokens.extend(tokens)
+                self.targets.extend(targets)
+                self.lengths.append(len(tokens))
+        self.dropped_too_long += kept.count(False)
         return kept

@@ -1,10 +1,4 @@
-"""Pools of free argument values, each value in exactly one split.
-
-A value's split follows from a digest of its JSON text alone (80 % train, 10 % validation, 10 % test).
-So a value seen in training is held out of the other splits for every function and every pool.
-"""
-
-from __future__ import annotations
+"""Pools of free argument values. A value's JSON text alone decides its one split, for every function and pool."""
 
 import json
 import random
@@ -30,7 +24,7 @@ def words() -> dict[str, list[str]]:
 
 
 def split_of(value: Value) -> Split:
-    """The one split in which a free value may stand. Equal numbers have equal splits (5 and 5.0)."""
+    """The split of a free value: 80 % train, 10 % validation, 10 % test. Equal numbers have equal splits (5, 5.0)."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     share = zlib.crc32(json.dumps(value).encode()) % 10
@@ -60,9 +54,7 @@ def _pools() -> dict[str, tuple[Value, ...]]:
         "phrase": [" ".join(invented_word(rng, 1, 3) for _ in range(rng.randint(2, 3))) for _ in range(6000)],
         "name": [" ".join(invented_word(rng, 1, 3).title() for _ in range(rng.randint(1, 2))) for _ in range(6000)],
         "handle": [f"{invented_word(rng, 1, 3)}{rng.choice('-_.')}{rng.randrange(10, 1000)}" for _ in range(3000)],
-        "small": range(2, 120),
-        "count": range(2, 400),
-        "large": range(400, 20000, 7),
+        "small": range(2, 120), "count": range(2, 400), "large": range(400, 20000, 7),
         "tenths": [k / 10 for k in range(21, 1500) if k % 10],
         "cents": [k / 100 for k in range(101, 30000, 7) if k % 10],
         "amount": [*range(10, 3000, 5), *(k / 2 for k in range(21, 2000, 2))],

@@ -1,18 +1,15 @@
 """A model answers prompts and is asked how likely the right responses are to it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 
-from ftlib.data import base_model
+from ftlib import modelfiles
 from ftlib.data.tokenizing import Prompt, Tokenizer
-from ftlib.errors import Interrupted
 from ftlib.stop import StopFlag
 
 # Most logits held at once: 1 GiB in fp32.
@@ -20,22 +17,14 @@ LOGITS = 2**28
 
 
 def load(
-    model: str,
-    *,
-    device: str,
-    dtype: str,
-    revision: str | None = None,
-    adapter: Path | None = None,
+    model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None,
     added: tuple[Tokenizer, int] | None = None,
 ) -> Any:
-    """A causal language model ready to evaluate: in `dtype` on a GPU, in float32 on a CPU; with a peft adapter over it.
-
-    added: the tokenizer whose new tokens a base gets rows for, as in training, and the seed of these.
-    Raises InputError when the files are not there.
-    """
+    """A causal language model to evaluate: in `dtype` on a GPU, float32 on a CPU; InputError without its files.
+    adapter: peft's. added: the tokenizer whose new tokens a base gets rows for, as in training, and their seed."""
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
     transformers.utils.logging.disable_progress_bar()
-    with base_model.loading(model, base_model.WEIGHTS, revision):
+    with modelfiles.loading(model, modelfiles.WEIGHTS, revision):
         # A model that one GPU does not hold is laid over those of the job.
         place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map=place)
@@ -59,16 +48,17 @@ class Answerer:
         """prefix: ids before every prompt, such as a soft prompt's or examples."""
         self.model, self.tokenizer, self.prefix = model, tokenizer, list(prefix)
         ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = {tokenizer.eos, *(ends if isinstance(ends, list) else [ends])} - {None}
         # In the model's own place, or its sampling defaults would fill what ours leaves open.
         model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted({tokenizer.eos, *(end for end in ends if end is not None)}),
-            pad_token_id=tokenizer.pad,
-            use_cache=True,
-        )
-        self.stopping = [_Stopping(stop)]
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad,
+            use_cache=True)
+
+        def stopping(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            stop.check()
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        self.stopping = StoppingCriteriaList([stopping])
 
     def _heads(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         # Where the prefix begins a text already, the prompt does not begin another.
@@ -104,9 +94,8 @@ class Answerer:
         in_response = torch.arange(longest, device=ids.device) >= longest - lengths[:, None]
         # Before a short response may stand ids of a soft prompt, which have no logit.
         targets = ids[:, -longest:].masked_fill(~in_response, 0)
-        losses = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none"
-        )  # (batch, longest)
+        # (batch, longest)
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         sums = (losses.double() * in_response).sum(dim=1).tolist()
         return [(nll, len(tail)) for nll, tail in zip(sums, tails, strict=True)]
 
@@ -116,15 +105,3 @@ class Answerer:
         ids = torch.tensor([[self.tokenizer.pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.model.device), mask.to(self.model.device)
-
-
-class _Stopping(StoppingCriteria):
-    """Gives up a generation when the job is asked to stop."""
-
-    def __init__(self, stop: StopFlag) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        if self.stop.cause:
-            raise Interrupted(self.stop.cause)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -1,11 +1,7 @@
 """The evaluate stage: base and tuned model answer held-out questions, and are scored beside copying the example.
+Each answer goes to <run>/evaluation/<model>.jsonl, {"index", "answer", "nll", "tokens"}, where a next life goes on."""
 
-Answers are kept in <run>/evaluation/<model>.jsonl as they come, a line a question ({"index", "answer", "nll",
-"tokens"}; the last line of an index counts), so that an interrupted evaluation goes on where it was.
-"""
-
-from __future__ import annotations
-
+import contextlib
 import gc
 import json
 import time
@@ -17,7 +13,7 @@ from typing import Any
 
 from ftlib import atomic
 from ftlib.data import packing, tokenizing
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.evaluate import scoring
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
@@ -33,7 +29,6 @@ class Subject:
 
     name: str
     path: str
-    revision: str | None = None
     adapter: Path | None = None
     prompt: Path | None = None  # a soft prompt
     shots: int = 0  # training examples before each question
@@ -41,10 +36,8 @@ class Subject:
 
 
 def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
-    """Score the run's models; returns what evaluation.json then holds.
-
-    Raises InputError for missing files, Interrupted when asked to stop.
-    """
+    """Score the run's models; returns what evaluation.json then holds. Raises InputError (missing files),
+    Interrupted."""
     spec, provenance = run.spec(), run.provenance()
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
@@ -57,42 +50,41 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     for subject in _subjects(run):
         store = folder / f"{subject.name}.jsonl"
         answers[subject.name] = read_answers(store)
-        todo = [batch for batch in batches if not set(batch) <= set(answers[subject.name])]
-        if todo:
-            if stop.cause:
-                raise Interrupted(stop.cause)
+        if todo := [batch for batch in batches if not set(batch) <= set(answers[subject.name])]:
+            stop.check()
             for batch in _answer(subject, todo, questions, speaking, tokenizer, run, stop):
-                _append(store, batch)
+                with store.open("a", encoding="utf-8") as file:  # A killed life may have left half a line.
+                    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in batch]
+                    file.write("\n" * (file.tell() > 0) + "".join(lines))
                 answers[subject.name] |= {answer["index"]: answer for answer in batch}
-    by_group = {
-        group: _scores_of_all({i: question for i, question in questions.items() if question["group"] == group}, answers)
-        for group in dict.fromkeys(question["group"] for question in questions.values())
-    }
+    by_group: dict[str, dict[str, Any]] = {}
+    for group in dict.fromkeys(question["group"] for question in questions.values()):
+        its = [i for i, question in questions.items() if question["group"] == group]
+        asked = [questions[i] for i in its]
+        by_group[group] = {name: scoring.scores(asked, [given[i] for i in its]) for name, given in answers.items()}
+        by_group[group]["copy"] = scoring.scores(asked, scoring.copies(asked))
     evaluation = by_group.pop(HELD_OUT) | by_group
-    samples = [_sample(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)]
-    atomic.write_json(folder / "samples.json", samples[:SAMPLES])
+    shown = [(questions[i], {name: found[i] for name, found in answers.items()}) for i in sorted(speaking)[:SAMPLES]]
+    atomic.write_json(folder / "samples.json", [_sample(*one) for one in shown])
     atomic.write_json(run.evaluation_file, evaluation)
     return evaluation
 
 
 def read_answers(store: Path) -> dict[int, Any]:
-    """Answers by question index; a line that a crash cut short is left out."""
+    """Answers by question index; the last of an index counts, and a line that a crash cut short does not."""
     found: dict[int, Any] = {}
-    if store.exists():
-        for line in store.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                answer = json.loads(line)
-                found[answer["index"]] = answer
-            except (ValueError, TypeError, KeyError):
-                continue
+    for line in store.read_text(encoding="utf-8", errors="replace").split("\n") if store.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            answer = json.loads(line)
+            found[answer["index"]] = answer
     return found
 
 
 def _subjects(run: RunDir) -> Iterator[Subject]:
     spec, path = run.spec(), str(run.provenance()["model_path"])
-    yield Subject("base", path, spec.model.revision)
+    yield Subject("base", path)
     if spec.evaluate.few_shot:
-        yield Subject("few_shot", path, spec.model.revision, shots=spec.evaluate.few_shot)
+        yield Subject("few_shot", path, shots=spec.evaluate.few_shot)
     made = run.export / ("merged" if spec.export.merged else "adapter")
     if not made.is_dir():
         raise InputError(f"{made}: is not there. Was the export stage completed?")
@@ -100,9 +92,9 @@ def _subjects(run: RunDir) -> Iterator[Subject]:
     if spec.export.merged:
         yield Subject("tuned", str(made), prompt=prompt, is_base=False)
     elif spec.method.kind == "prompt":
-        yield Subject("tuned", path, spec.model.revision, prompt=made)
+        yield Subject("tuned", path, prompt=made)
     else:
-        yield Subject("tuned", path, spec.model.revision, adapter=made, prompt=prompt)
+        yield Subject("tuned", path, adapter=made, prompt=prompt)
 
 
 def _examples(rows: Path, count: int, tokenizer: tokenizing.Tokenizer, room: int) -> list[int]:
@@ -130,29 +122,22 @@ def _questions(file: Path, pairs: int) -> dict[int, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error}. Was the prepare stage completed?") from None
     questions = {number: json.loads(line) for number, line in enumerate(lines) if line}
-    held_out = [number for number, question in questions.items() if question["group"] == HELD_OUT]
-    left_out = set(held_out[pairs:])
-    return {number: question for number, question in questions.items() if number not in left_out}
+    for number in [number for number, question in questions.items() if question["group"] == HELD_OUT][pairs:]:
+        del questions[number]
+    return questions
 
 
 def _batches(questions: dict[int, Any], tokenizer: tokenizing.Tokenizer, size: int) -> list[list[int]]:
     """Indices in batches of like lengths, longest first: what does not fit the memory shows at once.
-
-    The batches of a run are always the same, so that an answer does not depend on interruptions.
-    """
+    They are always the same, so that an answer does not depend on interruptions."""
     lengths = [len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()])]
     order = [index for _, index in sorted(zip(lengths, questions, strict=True), key=lambda pair: (-pair[0], pair[1]))]
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _answer(
-    subject: Subject,
-    batches: list[list[int]],
-    questions: dict[int, Any],
-    speaking: set[int],
-    tokenizer: tokenizing.Tokenizer,
-    run: RunDir,
-    stop: StopFlag,
+    subject: Subject, batches: list[list[int]], questions: dict[int, Any], speaking: set[int],
+    tokenizer: tokenizing.Tokenizer, run: RunDir, stop: StopFlag,
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers of one model, a batch at a time; Interrupted when asked to stop."""
     import torch
@@ -161,14 +146,9 @@ def _answer(
 
     spec, plan = run.spec(), run.plan()
     model = answering.load(
-        subject.path,
-        device=plan["device"],
-        dtype=spec.export.dtype,
-        revision=subject.revision,
-        adapter=subject.adapter,
-        added=(tokenizer, spec.train.seed) if subject.is_base else None,
-    )
-    prefix: list[int] = []
+        subject.path, device=plan["device"], dtype=spec.export.dtype, revision=spec.model.revision,
+        adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None)
+    new, prefix = spec.evaluate.max_new_tokens, []
     if subject.prompt:
         from ftlib.train.methods import put_prompt
 
@@ -176,42 +156,26 @@ def _answer(
     elif subject.shots:
         longest = max(len(ids) for ids in tokenizer.prompts([question["prompt"] for question in questions.values()]))
         reads = getattr(model.config, "max_position_embeddings", None) or 2048
-        room = reads - longest - max(spec.evaluate.max_new_tokens, spec.data.seq_len - longest)
+        room = reads - longest - max(new, spec.data.seq_len - longest)
         prefix = _examples(Path(run.prepared()["dataset"]) / "train", subject.shots, tokenizer, room)
     # A token of a tiny model is too little work to share: threads would wait for each other most of the time.
     torch.set_num_threads(plan["threads"] if model.num_parameters() > TINY else 1)
-    new = spec.evaluate.max_new_tokens
     answerer = answering.Answerer(model, tokenizer, max_new_tokens=new, stop=stop, prefix=prefix)
     began, total, done = time.monotonic(), sum(map(len, batches)), 0
     for batch in batches:
-        if stop.cause:
-            raise Interrupted(stop.cause)
+        stop.check()
         asked = [index for index in batch if index in speaking]
-        texts = dict(
-            zip(asked, answerer.answers([questions[i]["prompt"] for i in asked]) if asked else [], strict=True)
-        )
+        said = answerer.answers([questions[i]["prompt"] for i in asked]) if asked else []
+        texts = dict(zip(asked, said, strict=True))
         nll = answerer.nll([questions[i]["prompt"] for i in batch], [questions[i]["response"] for i in batch])
         yield [
             {"index": index, "answer": texts.get(index), "nll": sum_of_nll, "tokens": tokens}
-            for index, (sum_of_nll, tokens) in zip(batch, nll, strict=True)
-        ]
+            for index, (sum_of_nll, tokens) in zip(batch, nll, strict=True)]
         done += len(batch)
         left = (time.monotonic() - began) / done * (total - done)
         print(f"{subject.name}: answered {done} of {total} questions, {left:.0f} s left", flush=True)
     del model, answerer
     gc.collect()
-
-
-def _append(store: Path, answers: list[dict[str, Any]]) -> None:
-    cut = store.exists() and store.stat().st_size > 0 and not store.read_bytes().endswith(b"\n")
-    with store.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut + "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-
-
-def _scores_of_all(questions: dict[int, Any], answers: dict[str, dict[int, Any]]) -> dict[str, Any]:
-    asked = list(questions.values())
-    found = {name: scoring.scores(asked, [given[i] for i in questions]) for name, given in answers.items()}
-    return found | {"copy": scoring.scores(asked, scoring.copies(asked))}
 
 
 def _sample(question: Any, answers: dict[str, Any]) -> dict[str, Any]:

@@ -1,2 +1,1 @@
-"""From the last checkpoint to files other programs load: adapter, merged weights, and the proof that they are equal.
-May import what train may, and train."""
+"""Files for other programs, and the proof that they equal the checkpoint. May import what train may, and train."""

@@ -1,7 +1,5 @@
 """From spec and plan to the Trainer's arguments, and a process that computes the same twice."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -23,13 +21,12 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
     # What our pinned libraries say of each other is of no use to a person who reads the log.
     for library in ("accelerate", "peft", "transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
-    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for logger in ("accelerate.accelerator", "bitsandbytes"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     on_gpu = plan["device"] == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
-    deterministic = not on_gpu if spec.train.deterministic is None else spec.train.deterministic
-    if deterministic:
+    if not on_gpu if spec.train.deterministic is None else spec.train.deterministic:
         # cuBLAS reads it when the first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -46,51 +43,29 @@ def training_arguments(
     spec: RunSpec, plan: dict[str, Any], total: int, folder: Path, *, universal: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments for `total` optimizer steps. With ZeRO 3, models loaded from now on are sharded.
-
-    universal: the training begins from a checkpoint that was rewritten for this number of processes.
-    """
-    train, optim = spec.train, spec.optim
-    on_gpu = plan["device"] == "cuda"
-    cut = {"micro_batch": int(plan["micro_batch"]), "accumulation": int(plan["accumulation"])}
-    rows = plan["micro_batch"] * plan["accumulation"] * ranks.world_size()
-    if rows != train.global_batch:
+    universal: the training begins from a checkpoint that was rewritten for this number of processes."""
+    train, optim, world, on_gpu = spec.train, spec.optim, ranks.world_size(), plan["device"] == "cuda"
+    micro, accumulation = int(plan["micro_batch"]), int(plan["accumulation"])
+    if (rows := micro * accumulation * world) != train.global_batch:
         raise InputError(
-            f"the plan's micro_batch {plan['micro_batch']} x accumulation {plan['accumulation']} x "
-            f"{ranks.world_size()} processes is {rows} rows a step, not train.global_batch {train.global_batch}"
-        )
+            f"the plan's micro_batch {micro} x accumulation {accumulation} x {world} processes is {rows} rows a step, "
+            f"not train.global_batch {train.global_batch}")
     sharing = None
     if spec.zero.stage:
-        sharing = zero.config(spec, **cut, world_size=ranks.world_size(), on_gpu=on_gpu, universal=universal)
+        sharing = zero.config(
+            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu, universal=universal)
     return TrainingArguments(
-        deepspeed=sharing,
-        output_dir=str(folder),
-        max_steps=total,
-        per_device_train_batch_size=plan["micro_batch"],
-        gradient_accumulation_steps=plan["accumulation"],
-        learning_rate=optim.lr,
+        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=on_gpu, use_cpu=not on_gpu, seed=train.seed,
+        data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+        learning_rate=optim.lr, optim=optim.name, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
-        warmup_steps=round(optim.warmup_share * total),
-        optim=optim.name,
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
+        warmup_steps=round(optim.warmup_share * total), activation_checkpointing=train.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu, remove_unused_columns=False,
         # Named for one process, it would look for the others.
-        ddp_backend=None if ranks.world_size() == 1 and not sharing else "nccl" if on_gpu else "gloo",
+        ddp_backend=None if world == 1 and not sharing else "nccl" if on_gpu else "gloo",
         # In each of two stages the other's parameters are unused.
         ddp_find_unused_parameters=spec.method.kind == "two-stage",
-        seed=train.seed,
-        data_seed=train.seed,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=on_gpu,
-        remove_unused_columns=False,
         # Saving, validating, logging and tracking are ours: in this order, at every step, and across lives.
-        save_strategy="no",
-        eval_strategy="no",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
+        save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+        logging_nan_inf_filter=False)

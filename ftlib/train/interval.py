@@ -1,12 +1,11 @@
 """How often to save: Young's interval from what a save costs and how often lives end without a warning. No torch."""
 
-from __future__ import annotations
-
 import datetime
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from ftlib import events, outcome
 from ftlib.metrics import read_metrics
@@ -23,11 +22,8 @@ def mean_between_kills_h(prior_h: float, hours: float, kills: int) -> float:
 
 
 def interval_s(save_s: float, between_kills_h: float) -> float:
-    """Seconds of work between two saves that lose least: √(2 δ M).
-
-    J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974) 530; J. T. Daly
-    (2006) gives the same to first order. δ: seconds a save takes; M: mean time between kills.
-    """
+    """Seconds of work between two saves that lose least: √(2 δ M), of δ seconds a save and mean time M between kills.
+    J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17 (1974) 530."""
     return math.sqrt(2 * save_s * between_kills_h * 3600)
 
 
@@ -48,9 +44,8 @@ def history(run: RunDir, life: int) -> History:
     saves: list[tuple[int, float]] = []
     for event in events.read(run.events):
         number = event.get("life")
-        if event.get("stage") != "train" or not isinstance(number, int) or number >= life:
-            continue
-        if event["writer"] != f"train-{number}":  # An epilogue or a later prologue may speak of it much later.
+        # An epilogue or a later prologue may speak of a life much later.
+        if not isinstance(number, int) or number >= life or event["writer"] != f"train-{number}":
             continue
         at = _seconds(event["time"])
         began.setdefault(number, at)
@@ -61,15 +56,10 @@ def history(run: RunDir, life: int) -> History:
         if row["life"] in last:
             last[row["life"]] = max(last[row["life"]], _seconds(row["time"]))
     told = {end.life for end in outcome.read(run.outcomes, "train")}
-    killed = [number for number in began if number not in told]
     saved = {number for number, _ in saves}
-    barren = 0
-    for number in sorted(began, reverse=True):
-        if number in told or number in saved:
-            break
-        barren += 1
+    barren = len(list(takewhile(lambda number: number not in told | saved, sorted(began, reverse=True))))
     hours = sum(last[number] - began[number] for number in began) / 3600
-    return History(hours, len(killed), barren, [seconds for _, seconds in saves[-LAST_FEW:]])
+    return History(hours, len(began.keys() - told), barren, [seconds for _, seconds in saves[-LAST_FEW:]])
 
 
 def _seconds(timestamp: str) -> float:
@@ -95,7 +85,8 @@ class Cadence:
         if self._every is not None or not self._save_s:
             return None
         # Kills that come before a life's first save show that the interval is too long, whatever the mean says.
-        return interval_s(self._mean_save_s(), self._between_h()) / 2**self._past.barren
+        save_s, _, between_h = self._known()
+        return interval_s(save_s, between_h) / 2**self._past.barren
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`; asked once after each step."""
@@ -114,23 +105,17 @@ class Cadence:
 
     def words(self) -> str | None:
         """The interval and why, when it is new or has changed by a quarter; else None."""
-        interval = self.seconds
+        interval, past = self.seconds, self._past
         if interval is None or (self._told and 0.75 <= interval / self._told <= 1.25):
             return None
         self._told = interval
-        past = self._past
-        kills = f"{past.kills} in {self._hours():.1f} h so far"
+        save_s, hours, between_h = self._known()
         halved = f", halved {past.barren} times for kills before a first save" if past.barren else ""
         return (
-            f"a checkpoint every {interval:,.0f} s: a save takes {self._mean_save_s():.2f} s, a kill without warning "
-            f"is expected every {self._between_h():.3g} h ({kills}){halved}"
-        )
+            f"a checkpoint every {interval:,.0f} s: a save takes {save_s:.2f} s, a kill without warning is expected "
+            f"every {between_h:.3g} h ({past.kills} in {hours:.1f} h so far){halved}")
 
-    def _mean_save_s(self) -> float:
-        return max(1e-3, sum(self._save_s) / len(self._save_s))
-
-    def _hours(self) -> float:
-        return self._past.hours + (self._clock() - self._began) / 3600
-
-    def _between_h(self) -> float:
-        return mean_between_kills_h(self._prior_h, self._hours(), self._past.kills)
+    def _known(self) -> tuple[float, float, float]:
+        """Seconds a save takes; hours run; hours between kills."""
+        save_s, hours = sum(self._save_s) / len(self._save_s), self._past.hours + (self._clock() - self._began) / 3600
+        return max(1e-3, save_s), hours, mean_between_kills_h(self._prior_h, hours, self._past.kills)

@@ -1,7 +1,5 @@
 """What is trained, by method: put onto the base, switched between stages, saved into checkpoints and loaded again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +43,23 @@ def attach(base: PreTrainedModel, spec: RunSpec, model_path: str) -> torch.nn.Mo
         parameter.requires_grad_(name in chosen)
         if name in chosen and not spec.zero.stage:  # DeepSpeed keeps fp32 masters of its own.
             parameter.data = parameter.data.float()
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in base.parameters()]
-    trained = sum(size for size, own in sizes if own)
-    if not trained:
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in base.named_parameters()}
+    if not chosen:
         raise FtError(f"method.train_layers: {', '.join(method.train_layers)} matches none of the model's weights")
-    ranks.say(f"{method.kind}: {trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
+    trained = sum(sizes[name] for name in chosen)
+    ranks.say(f"{method.kind}: {trained:,} of {sum(sizes.values()):,} parameters are trained")
     return base
 
 
 def _prompt(base: PreTrainedModel, method: MethodSpec, model_path: str, seed: int) -> PeftModel:
     transformers.set_seed(seed)
     config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=method.prompt_tokens,
-        prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB",
-        prompt_tuning_init_text=method.prompt_text,
-        tokenizer_name_or_path=model_path if method.prompt_text else None,
-    )
-    # get_peft_model would warn of two-stage's adapter inside, which is meant.
-    model = PeftModelForCausalLM(base, config)
+        task_type="CAUSAL_LM", num_virtual_tokens=method.prompt_tokens,
+        prompt_tuning_init="TEXT" if method.prompt_text else "SAMPLE_VOCAB", prompt_tuning_init_text=method.prompt_text,
+        tokenizer_name_or_path=model_path if method.prompt_text else None)
     ranks.say(f"soft prompt: {method.prompt_tokens} tokens")
-    return model  # type: ignore[no-any-return]
+    # get_peft_model would warn of two-stage's adapter inside, which is meant.
+    return PeftModelForCausalLM(base, config)
 
 
 def parts(model: torch.nn.Module, folder: Path) -> list[tuple[PeftModel, Path]]:
@@ -94,9 +88,8 @@ def load(model: torch.nn.Module, folder: Path, *, trainable: bool) -> None:
         own = {name: p for name, p in model.named_parameters() if p.requires_grad}
         saved = load_file(folder / TRAINED)
         if own.keys() != saved.keys():
-            raise FtError(
-                f"{folder / TRAINED} holds other weights than are trained: {sorted(own.keys() ^ saved.keys())[:5]}"
-            )
+            odd = sorted(own.keys() ^ saved.keys())[:5]
+            raise FtError(f"{folder / TRAINED} holds other weights than are trained: {odd}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
@@ -135,10 +128,8 @@ class _WithPrompt(torch.nn.Module):
 
 def put_prompt(model: Any, folder: Path) -> list[int]:
     """Give `model` the soft prompt in `folder` (peft's files) as tokens; returns their ids, to stand before a text.
-
-    So they have positions and masks like all others: peft itself drops the position ids of a padded batch.
-    """
+    So they have positions and masks like all others: peft itself drops the position ids of a padded batch."""
     embedding = model.get_input_embeddings()
-    rows = load_file(folder / ADAPTER[1])["prompt_embeddings"]
+    rows, first = load_file(folder / ADAPTER[1])["prompt_embeddings"], embedding.weight.shape[0]
     model.set_input_embeddings(_WithPrompt(embedding, rows))
-    return list(range(embedding.weight.shape[0], embedding.weight.shape[0] + len(rows)))
+    return list(range(first, first + len(rows)))

@@ -1,7 +1,5 @@
 """The base model, quantised for real, and its LoRA adapter."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,21 +14,18 @@ from transformers.models.falcon import modeling_falcon as falcon
 from transformers.pytorch_utils import Conv1D
 
 from ftlib.data import tokenizing
-from ftlib.data.base_model import WEIGHTS, loading
 from ftlib.errors import FtError, InputError, unknown
+from ftlib.modelfiles import WEIGHTS, loading
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import quantised, ranks
 
 
 def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None) -> PreTrainedModel:
     """The base on `device`: linear layers of method.bits, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
-
-    It has rows for the new tokens, and keeps the documents of a packed row apart.
-
-    cache: where 4-bit weights are kept for the next life, if that pays; to the bit what quantising anew gives.
-    Raises InputError when its files are missing or cannot be read, FtError when a layer was not quantised.
-    """
-    method = spec.method
+    It has rows for new tokens, and keeps a packed row's documents apart. cache: where 4-bit weights are kept, to the
+    bit, for the next life. InputError: files that are missing or cannot be read; FtError: a layer that was not
+    quantised."""
+    method, revision = spec.method, spec.model.revision
     # What is not quantised (embeddings, norms, head) stays fp32 on a CPU: bf16 gains nothing there.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options: dict[str, Any] = {}
@@ -38,14 +33,8 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         if not find_spec("bitsandbytes"):
             raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=method.bits == 4,
-            load_in_8bit=method.bits == 8,
-            bnb_4bit_quant_type=method.quant_type,
-            bnb_4bit_use_double_quant=method.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    # A folder belongs to no hub, so it has no revision.
-    revision = None if Path(model_path).is_absolute() else spec.model.revision
+            load_in_4bit=method.bits == 4, load_in_8bit=method.bits == 8, bnb_4bit_quant_type=method.quant_type,
+            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
     transformers.utils.logging.disable_progress_bar()
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision)
@@ -59,14 +48,9 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
         if found:
             options = {}  # They say themselves how they were quantised.
         model = AutoModelForCausalLM.from_pretrained(
-            str(kept) if found else model_path,
-            revision=None if found else revision,
-            dtype=dtype,
-            # ZeRO 3 places each shard itself.
-            device_map=None if sharded() else {"": str(device)},
-            attn_implementation="sdpa",
-            **options,
-        )
+            str(kept) if found else model_path, revision=revision, dtype=dtype, attn_implementation="sdpa",
+            device_map=None if sharded() else {"": str(device)},  # ZeRO 3 places each shard itself.
+            **options)
     model.config.use_cache = False
     if method.bits < 16:
         count = check_quantised(model, linear_names(config))
@@ -86,7 +70,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
     if spec.tokens.add:
         add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
     isolate_documents(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 @torch.no_grad()
@@ -143,47 +127,32 @@ def check_quantised(model: torch.nn.Module, expected: set[str]) -> int:
     """How many layers are quantised; FtError unless these are exactly the expected ones, and some."""
     found = set(quantised_layers(model))
     if not found or found != expected:
-        missing = sorted(expected - found)[:5]
-        raise FtError(
-            f"the base model was not quantised as it must be: {len(found)} of {len(expected)} linear layers are"
-            + (f"; not quantised: {', '.join(missing)} …" if missing else "")
-        )
+        missing = ", ".join(sorted(expected - found)[:5])
+        words = f"the base model was not quantised as it must be: {len(found)} of {len(expected)} linear layers are"
+        raise FtError(words + f"; not quantised: {missing} …" * bool(missing))
     return len(found)
 
 
 def attach_adapter(model: PreTrainedModel, method: MethodSpec, seed: int, tokens: Sequence[int] = ()) -> PeftModel:
     """`model` with a fresh, trainable fp32 LoRA adapter drawn by `seed`, in which the rows of `tokens` are trained."""
-    if method.targets == "all-linear":
-        targets: str | list[str] = "all-linear"
-    else:
+    targets = method.targets if method.targets == "all-linear" else list(method.targets)
+    if targets != "all-linear":
         names = linear_names(model.config)
         lasts = {name.rsplit(".", 1)[-1] for name in names}
-        wrong = [
-            unknown("method.targets", target, lasts)
-            for target in method.targets
-            if not any(f".{name}".endswith(f".{target}") for name in names)
-        ]
-        if wrong:
-            raise InputError(wrong)
-        targets = list(method.targets)
+        absent = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+        if absent:
+            raise InputError([unknown("method.targets", target, lasts) for target in absent])
     transformers.set_seed(seed)
     config = LoraConfig(
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-        use_rslora=method.rslora,
-        use_dora=method.dora,
+        r=method.rank, lora_alpha=method.alpha, lora_dropout=method.dropout, target_modules=targets,
+        task_type="CAUSAL_LM", use_rslora=method.rslora, use_dora=method.dora,
         # A head that is not tied to the embedding has rows of its own.
-        trainable_token_indices={name: list(tokens) for name in vocabulary_layers(model)} if tokens else None,
-    )
+        trainable_token_indices={name: list(tokens) for name in vocabulary_layers(model)} if tokens else None)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     trainable = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert trainable and all(parameter.dtype is torch.float32 for parameter in trainable)
-    total = sum(parameter.numel() for parameter in trainable)
-    ranks.say(f"adapter: rank {method.rank}, {total:,} trainable parameters")
-    return adapted  # type: ignore[return-value]
+    ranks.say(f"adapter: rank {method.rank}, {sum(p.numel() for p in trainable):,} trainable parameters")
+    return adapted
 
 
 def vocabulary_layers(model: PreTrainedModel) -> list[str]:

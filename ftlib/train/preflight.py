@@ -1,9 +1,4 @@
-"""What a run stands on, tried on the node before it starts: packages, driver, CUDA, storage, caches, collectives.
-
-Each check says what was found and, where it failed, the mend. torch is imported inside.
-"""
-
-from __future__ import annotations
+"""What a run stands on, tried on the node before it starts; what failed is said with its mend. torch comes inside."""
 
 import importlib
 import os
@@ -55,20 +50,17 @@ def packages() -> Check:
     for name in PACKAGES:
         try:
             place = str(metadata.distribution(name).locate_file(""))
+            strays += [f"{name} of {place}"] if os.path.commonpath([place, sys.prefix]) != sys.prefix else []
         except metadata.PackageNotFoundError:
             missing.append(name)
-            continue
-        if os.path.commonpath([place, sys.prefix]) != sys.prefix:
-            strays.append(f"{name} of {place}")
     if site.ENABLE_USER_SITE and (user := site.getusersitepackages()) in sys.path:
         strays.append(f"anything in {user}")
     if missing:
         return Check("packages", False, f"not installed for {sys.executable}: {', '.join(missing)}", "make env")
     if strays:
-        return Check(
-            "packages", False, f"other packages come before those of {sys.prefix}: {', '.join(strays)}",
-            "unset PYTHONPATH, set PYTHONNOUSERSITE=1, and move ~/.local/lib/python* away",
-        )  # fmt: skip
+        words = f"other packages come before those of {sys.prefix}: {', '.join(strays)}"
+        mend = "unset PYTHONPATH, set PYTHONNOUSERSITE=1, and move ~/.local/lib/python* away"
+        return Check("packages", False, words, mend)
     return Check("packages", True, f"torch {metadata.version('torch')} and {len(PACKAGES) - 1} more in {sys.prefix}")
 
 
@@ -84,22 +76,18 @@ def imports() -> Check:
 
 def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     """Whether the node's driver runs programs of the wheel's CUDA (any minor version of its major one).
-
-    nvml: the pynvml module. wheel_cuda: torch.version.cuda, such as 13.0; None in a wheel for the CPU.
-    """
+    nvml: the pynvml module. wheel_cuda: torch.version.cuda, such as 13.0; None in a wheel for the CPU."""
     if wheel_cuda is None:
         return Check(
             "driver", False, f"torch {torch_version} is made for the CPU, but this job has a GPU",
-            "pip took a wheel without CUDA: look at 'pip config list', remove the virtual environment, make env",
-        )  # fmt: skip
+            "pip took a wheel without CUDA: look at 'pip config list', remove the virtual environment, make env")
     try:
         nvml.nvmlInit()
-        version, number = _text(nvml.nvmlSystemGetDriverVersion()), int(nvml.nvmlSystemGetCudaDriverVersion())
+        version, number = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion())
     except Exception as error:  # NVMLError is a class of a module that is passed in
         return Check(
             "driver", False, f"the NVIDIA driver does not answer here: {error}",
-            f"is {os.uname().nodename} a GPU node? 'gpu_partition' in cluster.yaml says where jobs go",
-        )  # fmt: skip
+            f"is {os.uname().nodename} a GPU node? 'gpu_partition' in cluster.yaml says where jobs go")
     speaks, major = f"{number // 1000}.{number % 1000 // 10}", int(wheel_cuda.split(".")[0])
     found = f"driver {version} speaks CUDA {speaks}, torch {torch_version} is made for CUDA {wheel_cuda}"
     if number // 1000 >= major:
@@ -108,8 +96,7 @@ def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     return Check(
         "driver", False, f"the driver is too old for the packages: {found}",
         f"install torch's build for CUDA {number // 1000}: PIP_EXTRA_INDEX_URL=<PyTorch's index of it>, remove the "
-        f"virtual environment, make env. Or ask the site for a newer driver{oldest}",
-    )  # fmt: skip
+        f"virtual environment, make env. Or ask the site for a newer driver{oldest}")
 
 
 def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, torch_version: str) -> Check:
@@ -129,7 +116,7 @@ def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, t
     return Check("capability", False, words, mend)
 
 
-def gpu(*, asked: int, planned_gib: float | None) -> Iterator[Check]:
+def gpu(*, asked: int, planned_gib: float) -> Iterator[Check]:
     """Driver, the GPUs that are seen, their code, memory beside the profile's, and a product computed there."""
     import torch
 
@@ -150,23 +137,19 @@ def gpu(*, asked: int, planned_gib: float | None) -> Iterator[Check]:
         yield Check(
             "GPU", False, f"{asked} asked for, {seen} seen; CUDA_VISIBLE_DEVICES is {visible!r}{why}",
             "compare 'ask_gpus_by' and the GPU's 'gres' in the profile with 'sinfo -o \"%P %G\"'; ask the site about "
-            f"node {os.uname().nodename}",
-        )  # fmt: skip
+            f"node {os.uname().nodename}")
         return
     device = int(os.environ.get("LOCAL_RANK", "0"))
     name = torch.cuda.get_device_name(device)
-    code = capability(
-        name, torch.cuda.get_device_capability(device), torch.cuda.get_arch_list(), torch_version=torch.__version__
-    )
-    yield code
+    able, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    yield (code := capability(name, able, built_for, torch_version=torch.__version__))
     if not code.ok:
         return
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    small = planned_gib is not None and memory < MEMORY_SHARE * planned_gib
+    small = memory < MEMORY_SHARE * planned_gib
     yield Check(
         "GPU", not small, f"{seen} x {name}, {memory:.1f} GiB" + f"; the profile says {planned_gib:g}" * small,
-        "set memory_gib of the partition's GPU in the profile to what is there: plans count on it",
-    )  # fmt: skip
+        "set memory_gib of the partition's GPU in the profile to what is there: plans count on it")
     yield _computes(device)
 
 
@@ -178,23 +161,20 @@ def _computes(device: int) -> Check:
         there = (left.to(device, torch.bfloat16) @ right.to(device, torch.bfloat16)).float().cpu()
         off = float((there - left @ right).abs().max())
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        return Check("CUDA", False, line, f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"')
+        mend = f'a fault of node {os.uname().nodename}: SET="cluster.exclude=<it>"'
+        return Check("CUDA", False, str(error).partition("\n")[0], mend)
+    words = f"a product in bf16 is {off:.2g} off the CPU's"
     # Rounding to bf16 moves the largest of these sums by 0.3.
-    return Check(
-        "CUDA", off < 1, f"a product in bf16 is {off:.2g} off the CPU's", "the GPU computes wrongly: exclude its node"
-    )
+    return Check("CUDA", off < 1, words, "the GPU computes wrongly: exclude its node")
 
 
 def storage(folder: Path, *, need_bytes: int) -> Check:
     """Free space for the whole run, and how fast `folder` takes a file and a small commit, both with fsync."""
     free = shutil.disk_usage(folder).free
-    words = f"{folder}: {free / 2**30:,.0f} GiB free"
+    words, block = f"{folder}: {free / 2**30:,.0f} GiB free", os.urandom(2**20)
     if free < need_bytes:
-        return Check(
-            "storage", False, f"{words}, the run needs {need_bytes / 2**30:,.1f}", "free some, or move the checkout"
-        )
-    block = os.urandom(2**20)
+        words += f", the run needs {need_bytes / 2**30:,.1f}"
+        return Check("storage", False, words, "free some, or move the checkout")
     try:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             file_s = _written(Path(place) / "large", block, WRITE_MIB)
@@ -207,10 +187,9 @@ def storage(folder: Path, *, need_bytes: int) -> Check:
 def _written(path: Path, block: bytes, times: int) -> float:
     """Seconds until `times` blocks are written and on storage."""
     began = time.perf_counter()
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:
         for _ in range(times):
             file.write(block)
-        file.flush()
         os.fsync(file.fileno())
     return time.perf_counter() - began
 
@@ -236,9 +215,7 @@ def caches(home_gib: float | None) -> Check:
 
 def collectives(*, on_gpu: bool, name: str) -> Check:
     """All ranks meet and reduce over the device, as at each start and step of a training; who does not is named.
-
-    Leaves no process group behind. name: of this job, so that another's port is not taken for ours.
-    """
+    Leaves no process group behind. name: of this job, so that another's port is not taken for ours."""
     import torch
     from torch import distributed as dist
 
@@ -256,17 +233,16 @@ def collectives(*, on_gpu: bool, name: str) -> Check:
         right = bool((values == ranks.world_size()).all())
     except (FtError, RuntimeError) as error:
         return Check(
-            "collectives", False, str(error).splitlines()[0],
+            "collectives", False, str(error).partition("\n")[0],
             "'ip -br addr' on a node lists interfaces; NCCL_SOCKET_IFNAME in the partition's 'environment' names what "
-            "nodes share, and NCCL_DEBUG=INFO there tells more",
-        )  # fmt: skip
+            "nodes share, and NCCL_DEBUG=INFO there tells more")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     # What each link carries, as nccl-tests counts it.
     world, taken = ranks.world_size(), time.perf_counter() - began
-    words = f"{world} ranks met in {met_s:.1f} s, sum {values.nbytes / 2**20:.0f} MiB at "
-    words += f"{2 * (world - 1) / world * values.nbytes / taken / 1e9:.2f} GB/s"
+    speed = 2 * (world - 1) / world * values.nbytes / taken / 1e9
+    words = f"{world} ranks met in {met_s:.1f} s, sum {values.nbytes / 2**20:.0f} MiB at {speed:.2f} GB/s"
     return Check("collectives", right, words, "the sum is wrong: exclude the nodes of this job and tell the site")
 
 
@@ -280,7 +256,3 @@ def peak_gib(device: str) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     free, total = torch.cuda.mem_get_info()
     return (torch.cuda.max_memory_reserved() + max(0, total - free - torch.cuda.memory_reserved())) / 2**30
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

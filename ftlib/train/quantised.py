@@ -1,15 +1,9 @@
 """A large base is quantised once: the 4-bit weights are kept in the cache, verified, for the next life.
-
-Kept where the original weights have PAYS_FROM_BYTES or more: a 7B in bf16 is 13 GB to read and to quantise, and 4 GB
-to read again. Below, reading and quantising takes about as long as checking and reading what was kept.
-"""
-
-from __future__ import annotations
+A 7B in bf16 is 13 GB to read and quantise, and 4 GB to read again; below PAYS_FROM_BYTES nothing is gained."""
 
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -35,21 +29,19 @@ def place(
     cache: Path, model_path: str, revision: str | None, method: MethodSpec, dtype: torch.dtype, device: torch.device
 ) -> Path | None:
     """Where the 4-bit weights of this model are kept; None where keeping them does not pay."""
-    config = cached_file(model_path, "config.json", revision=revision)
-    folder = Path(config).parent
-    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    config = Path(cached_file(model_path, "config.json", revision=revision))
+    files = sorted(path for pattern in WEIGHTS for path in config.parent.glob(pattern))
     if sum(path.stat().st_size for path in files) < PAYS_FROM_BYTES:
         return None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     wish = {
-        "format": FORMAT,
-        "config": hashlib.sha256(Path(config).read_bytes()).hexdigest(),
+        "format": FORMAT, "config": hashlib.sha256(config.read_bytes()).hexdigest(),
         "weights": {path.name: _identity(path) for path in files},
         "quant": [method.quant_type, method.double_quant, str(dtype)],
         # Kernels of another version or device may round otherwise.
-        "by": [version("torch"), version("transformers"), version("bitsandbytes"), _device_name(device)],
+        "by": [version("torch"), version("transformers"), version("bitsandbytes"), name],
     }
-    digest = hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:32]
-    return cache / "quantised" / digest
+    return cache / "quantised" / hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _identity(path: Path) -> list[Any]:
@@ -65,18 +57,13 @@ def _identity(path: Path) -> list[Any]:
     return [state.st_size, state.st_mtime_ns, edges.hexdigest()]
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def sound(folder: Path, *, remove: bool) -> bool:
     """Whether the kept weights are there and every byte verifies; `remove`: damaged ones are said and deleted."""
     if not folder.exists():
         return False
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wrong = sealing.damage(folder, sealing.entries(manifest), MANIFEST)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        wrong = sealing.damage(folder, sealing.manifest(folder / MANIFEST, FORMAT)["files"], MANIFEST)
+    except (OSError, ValueError) as error:
         wrong = [f"{MANIFEST}: {error}"]
     if wrong and remove:
         print(f"the kept 4-bit weights in {folder} are damaged and made anew: {'; '.join(wrong[:3])}", flush=True)
@@ -91,26 +78,16 @@ def keep(model: PreTrainedModel, folder: Path) -> None:
     temporary = atomic.temporary_beside(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder.parent)
+        atomic.sweep_temporaries(folder.parent, still_s=STALE_S)
         atomic.require_space(folder.parent, int(1.1 * model.get_memory_footprint()), "the 4-bit weights")
         temporary.mkdir()
         model.save_pretrained(temporary)
         listed = sealing.seal(temporary)
         atomic.write_json(temporary / MANIFEST, {"format": FORMAT, "files": listed})
         atomic.commit_folder(temporary, folder)
+        size, seconds = sum(file["bytes"] for file in listed.values()), time.perf_counter() - began
+        print(f"4-bit weights kept for the next life: {size / 2**30:.2f} GiB, {seconds:.1f} s", flush=True)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        print(f"the 4-bit weights could not be kept in {folder.parent}: {str(error).splitlines()[0]}", flush=True)
-        return
-    size = sum(file["bytes"] for file in listed.values())
-    print(
-        f"4-bit weights kept for the next life: {size / 2**30:.2f} GiB, {time.perf_counter() - began:.1f} s", flush=True
-    )
-
-
-def _sweep(folder: Path) -> None:
-    """Delete what killed writers left; several runs may write here, so only what is old."""
-    for left in folder.glob(f"{atomic.TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - os.stat(left).st_mtime > STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
+        words = " ".join(str(error).split())[:200]
+        print(f"the 4-bit weights could not be kept in {folder.parent}: {words}", flush=True)

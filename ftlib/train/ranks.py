@@ -1,7 +1,5 @@
 """What the ranks of one training job agree on. With one process every function is local and free."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import pickle
@@ -12,17 +10,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from ftlib.errors import FtError
+from ftlib.errors import FtError, Interrupted
 from ftlib.stop import StopFlag
 
+store: dist.Store | None = None  # of rendezvous: ranks that need no collective hear of each other through it
 _turns = itertools.count()
-_store: dist.Store | None = None
-
-
-def use(store: dist.Store) -> None:
-    """The store through which ranks that need no collective hear of each other (rendezvous.connect calls this)."""
-    global _store
-    _store = store
 
 
 def world_size() -> int:
@@ -46,25 +38,20 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def agreed_stop(stop: StopFlag) -> str | None:
-    """The cause for which all ranks stop here, or None. Collective: every rank calls it at the same point."""
-    return agreed(stop, False)[0]
+def check(stop: StopFlag) -> None:
+    """Interrupted on all ranks when one is asked to stop. Collective: every rank calls it at the same point."""
+    if cause := agreed(stop, False)[0]:
+        raise Interrupted(cause)
 
 
 def agreed(stop: StopFlag, save_due: bool) -> tuple[str | None, bool]:
-    """`agreed_stop`, and whether the first rank finds a save due, at the price of one. Collective."""
+    """The cause for which all ranks stop here, or None; and whether the first rank finds a save due. Collective."""
     if world_size() == 1:
         return stop.cause, save_due
     flags = torch.tensor([int(bool(stop)), int(save_due and rank() == 0)], device=device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     stopping, due = flags.tolist()
-    return (_first_cause(stop) if stopping else None), bool(due)
-
-
-def _first_cause(stop: StopFlag) -> str:
-    causes: list[Any] = [None] * world_size()
-    dist.all_gather_object(causes, stop.cause)
-    return str(next(cause for cause in causes if cause))
+    return next(filter(None, gathered(stop.cause))) if stopping else None, bool(due)
 
 
 def gathered(value: Any) -> list[Any]:
@@ -82,33 +69,24 @@ def summed(*values: float) -> list[float]:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
-    return [float(value) for value in total.tolist()]
-
-
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank. Collective."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=device())
-    return box[0]
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def first_alone(work: Callable[[], None]) -> None:
     """Rank 0 does `work`; the others wait as long as it takes, and raise the FtError that it raises. Collective."""
     if world_size() == 1:
         return work()
-    assert _store is not None
+    assert store is not None
     key, error = f"alone/{next(_turns)}", None
     if rank() == 0:
         try:
             work()
         except FtError as found:
             error = found
-        _store.set(key, pickle.dumps(error))
+        store.set(key, pickle.dumps(error))
     else:
-        _store.wait([key], timedelta(days=7))
-        error = pickle.loads(_store.get(key))
+        store.wait([key], timedelta(days=7))
+        error = pickle.loads(store.get(key))
     if error is not None:
         raise error
 

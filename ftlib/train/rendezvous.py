@@ -1,11 +1,7 @@
-"""The processes of a training find each other, and prove that they can talk, before anything is loaded.
-
-Whoever does not come, and a node that is cut off or slow, is named; nobody waits for ever.
-"""
-
-from __future__ import annotations
+"""The processes of a training find each other and prove that they can talk, before anything is loaded; or are named."""
 
 import contextlib
+import itertools
 import os
 import socket
 import statistics
@@ -34,26 +30,21 @@ SLOW = 3.0
 
 def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WAIT_S) -> None:
     """Make the process group of this job. Collective; nothing to do for one process, unless `always`.
-
-    name: of this run and life, so that another job's port is not taken for ours. Raises FtError: which rank on which
-    node did not come within `wait_s`, or which node is cut off. A slow node is named in the log.
-    """
+    name: of this run and life, so that another job's port is not taken for ours. FtError names a rank that did not come
+    within `wait_s`, or a node that is cut off; the log names a slow node."""
     if ranks.world_size() == 1:
         if not always:
             return
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    deadline = time.monotonic() + wait_s
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address)
+    deadline, timeout = time.monotonic() + wait_s, timedelta(seconds=COLLECTIVE_S)
     store = _serve(name) if ranks.rank() == 0 else _find(name, deadline, wait_s)
-    ranks.use(store)
+    ranks.store = store
     _roll_call(store, deadline, wait_s)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=ranks.rank(), world_size=ranks.world_size(),
-        timeout=timedelta(seconds=COLLECTIVE_S),
-    )  # fmt: skip
+    group = {"rank": ranks.rank(), "world_size": ranks.world_size(), "timeout": timeout}
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **group)
     if ranks.world_size() > 1:
         _preflight(store, deadline)
 
@@ -75,8 +66,7 @@ def node_of(rank: int) -> str:
 
 
 def _serve(name: str) -> dist.TCPStore:
-    """The store, and a door that tells its port to who asks: a stranger behind a port would make a store's client wait
-    for ever."""
+    """The store, and a door that tells its port to who asks: a store's client would wait for a stranger for ever."""
     store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
     first, taken = int(os.environ["MASTER_PORT"]), []
     for port in range(first, first + PORTS):
@@ -107,13 +97,11 @@ def _find(name: str, deadline: float, wait_s: float) -> dist.TCPStore:
                 with socket.create_connection((address, port), timeout=5) as door, door.makefile("rb") as said:
                     words = said.read(4096).decode(errors="replace").splitlines()
                 if len(words) == 2 and words[0] == name:
-                    timeout = timedelta(seconds=COLLECTIVE_S)
-                    return dist.TCPStore(address, int(words[1]), is_master=False, timeout=timeout)
+                    return dist.TCPStore(address, int(words[1]), timeout=timedelta(seconds=COLLECTIVE_S))
         time.sleep(0.2)
     raise FtError(
         f"rank 0 on {address} did not open port {first} to {first + PORTS - 1} within {wait_s:.0f} s; "
-        f"rank {ranks.rank()} on {here()} waited for it"
-    )
+        f"rank {ranks.rank()} on {here()} waited for it")
 
 
 def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
@@ -126,10 +114,9 @@ def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
             missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
             if missing:
                 time.sleep(0.05)
-        named = ", ".join(f"rank {rank}{node_of(rank)}" for rank in missing)
-        came = len(world) - len(missing)
-        words = f"{named} did not arrive within {wait_s:.0f} s; {came} of {len(world)} processes did" if named else ""
-        store.set("all here", words)
+        named, came = ", ".join(f"rank {rank}{node_of(rank)}" for rank in missing), len(world) - len(missing)
+        words = f"{named} did not arrive within {wait_s:.0f} s; {came} of {len(world)} processes did"
+        store.set("all here", words if named else "")
     store.wait(["all here"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 30))
     if words := store.get("all here").decode():
         raise FtError(words)
@@ -148,15 +135,11 @@ def _preflight(store: dist.TCPStore, deadline: float) -> None:
             if (other := place ^ turn) < len(names):
                 taken = _exchange(block, leaders[other], deadline)
                 store.set(f"pair/{min(place, other)}/{max(place, other)}", str(taken))
-    began = time.monotonic()
-    whole = _within(lambda: [dist.all_reduce(block, async_op=True)], deadline)
-    store.set(f"summed/{ranks.rank()}", str(time.monotonic() - began if whole else None))
-    if not whole or float(block[0]) != ranks.world_size():
+    if not _within(lambda: [dist.all_reduce(block, async_op=True)], deadline) or float(block[0]) != ranks.world_size():
         cut = [f"{a} and {b}" for (a, b), taken in _pairs(store, names).items() if taken is None]
         raise FtError(
             f"the processes are here, but cannot talk: {'; '.join(cut) or 'a sum over all ranks'} did not come through "
-            f"(rank {ranks.rank()} on {here()}). Is the profile's NCCL_SOCKET_IFNAME right? Is a node cut off?"
-        )
+            f"(rank {ranks.rank()} on {here()}). Is the profile's NCCL_SOCKET_IFNAME right? Is a node cut off?")
     if ranks.rank() == 0 and (words := slow_words(_pairs(store, names))):
         print(words, flush=True)
 
@@ -176,10 +159,9 @@ def slow_words(pairs: dict[tuple[str, str], float | None]) -> str:
 
 def _pairs(store: dist.TCPStore, names: list[str]) -> dict[tuple[str, str], float | None]:
     found: dict[tuple[str, str], float | None] = {}
-    for a in range(len(names)):
-        for b in range(a + 1, len(names)):
-            said = store.get(f"pair/{a}/{b}").decode() if store.check([f"pair/{a}/{b}"]) else "None"
-            found[names[a], names[b]] = None if said == "None" else float(said)
+    for a, b in itertools.combinations(range(len(names)), 2):
+        said = store.get(f"pair/{a}/{b}").decode() if store.check([f"pair/{a}/{b}"]) else "None"
+        found[names[a], names[b]] = None if said == "None" else float(said)
     return found
 
 

@@ -1,7 +1,5 @@
 """One life of the training stage, from the run folder to a committed checkpoint of the last step."""
 
-from __future__ import annotations
-
 # First: it decides what the others load.
 import ftlib.train.lean  # noqa: F401
 
@@ -10,12 +8,11 @@ import ftlib.train.lean  # noqa: F401
 import contextlib
 from pathlib import Path
 
-import torch
 from torch import distributed as dist
 
 from ftlib import atomic, events
 from ftlib.data.dataset import PackedRows
-from ftlib.errors import InputError, Interrupted
+from ftlib.errors import InputError
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
@@ -25,20 +22,17 @@ from ftlib.train.arguments import prepare_process, training_arguments
 from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
 from ftlib.train.model import load_base
-from ftlib.train.starting import StartTimes
+from ftlib.train.progress import StartTimes
 from ftlib.train.tracking import Tracking
 from ftlib.train.trainer import FineTuner
-from ftlib.train.watch import GpuWatch
+from ftlib.train.watch import watched
 
 
 def train(run: RunDir, life: int, stop: StopFlag) -> str:
     """Train, or go on training, until the last step is committed; says in one line what was done.
-
-    Raises Interrupted (saved, or nothing begun yet), InputError, FtError.
-    """
+    Raises Interrupted (saved, or nothing begun yet), InputError, FtError."""
     times = StartTimes()
     spec, plan, provenance = run.spec(), run.plan(), run.provenance()
-    site = provenance.get("profile") or {}
     dataset = Path(run.prepared()["dataset"])
     train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
     if not len(train_rows):
@@ -52,27 +46,22 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     first = ranks.rank() == 0
     if first:
         atomic.sweep_temporaries(run.checkpoints)
-    found = ranks.from_first(saving.find(run) if first else None)
+    found = ranks.gathered(saving.find(run) if first else None)[0]
     if (found.step >= total or found.early) and not found.evaluation_due:
         return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
     if first and (life > 1 or found.step):
         print(f"life {life} goes on from step {found.step} of {total}", flush=True)
         events.append(
-            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected
-        )
+            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected)
     times.done("check_s")
-    _stop_here(stop)
+    ranks.check(stop)
     start = found.folder
-    resized = found.state is not None and found.state.world_size != ranks.world_size()
-    if resized and spec.zero.stage:
+    if spec.zero.stage and start and found.world_size != ranks.world_size():
         start = zero.converted(run, found, stop)
         times.done("convert_s")
     arguments = training_arguments(spec, plan, total, run.checkpoints, universal=start != found.folder)
     with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            limit = site.get("gpu_idle_limit_min")
-            stack.enter_context(GpuWatch(run, life, stop, uuid=uuid, rank=ranks.rank(), limit_min=limit))
+        stack.enter_context(watched(run, life, stop, "train"))
         model_path, cache = provenance["model_path"], Path(provenance["cache"])
         if ranks.world_size() == 1:
             base = interruptible(stop, lambda: load_base(spec, model_path, device, cache))
@@ -83,28 +72,25 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
             methods.load(model, Path(provenance["init_adapter"]), trainable=True)
             ranks.say(f"the adapter begins as {provenance['init_adapter']}")
         times.done("load_s")
-        _stop_here(stop)
+        ranks.check(stop)
         metrics = tracking = None
         if first:
             metrics, tracking = MetricsWriter(run.metrics_file, life), Tracking(run, spec.tracking)
             stack.callback(metrics.close)
             stack.callback(tracking.finish)
-        prior_h = (site.get("scheduler") or {}).get("kill_every_h", KILL_EVERY_H)
-        cadence = Cadence(spec.train.save_every_steps, prior_h, history(run, life) if first else History())
+        scheduler = (provenance.get("profile") or {}).get("scheduler") or {}
+        past = history(run, life) if first else History()
+        cadence = Cadence(spec.train.save_every_steps, scheduler.get("kill_every_h", KILL_EVERY_H), past)
         trainer = FineTuner(
             run=run, life=life, stop=stop, spec=spec.train, arguments=arguments, model=model, train_rows=train_rows,
             validation_rows=validation_rows, metrics=metrics, tracking=tracking, cadence=cadence, times=times,
-            method=spec.method,
-        )  # fmt: skip
-        _stop_here(stop)
-        if first:
-            print(
-                f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
-                f"(ready after {sum(times.parts.values()):.1f} s)",
-                flush=True,
-            )
-            if words := cadence.words():
-                print(words, flush=True)
+            method=spec.method)
+        ranks.check(stop)
+        ranks.say(
+            f"training {total - found.step} steps of {spec.train.global_batch} rows x {spec.data.seq_len} tokens "
+            f"(ready after {sum(times.parts.values()):.1f} s)")
+        if words := cadence.words():
+            ranks.say(words)
         trainer.go_on_from(found, start)
     ranks.barrier()
     if dist.is_initialized():
@@ -112,12 +98,6 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     done = trainer.state.global_step
     early = "" if done == total else f" of {total}, stopped early,"
     return f"trained {done} steps{early}{_final_loss(run)}"
-
-
-def _stop_here(stop: StopFlag) -> None:
-    """Nothing is trained yet, so there is nothing to save."""
-    if cause := ranks.agreed_stop(stop):
-        raise Interrupted(cause)
 
 
 def _final_loss(run: RunDir) -> str:

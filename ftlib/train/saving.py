@@ -1,48 +1,30 @@
-"""Saving a training so that a later life goes on from the very step, and choosing what to go on from."""
-
-from __future__ import annotations
+"""Committing a life's checkpoints, deleting those of no more use, and choosing what a life goes on from."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ftlib import atomic, checkpoint
+from ftlib import atomic, checkpoint, events, sealing
 from ftlib.errors import FtError, InputError
-from ftlib.metrics import read_metrics
+from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.rundir import RunDir
 from ftlib.train import ranks
+from ftlib.train.interval import Cadence
 
-STATE = "training.json"
+STATE = "training.json"  # what our side keeps in a checkpoint, beside the Trainer's own files
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What our side keeps in a checkpoint, beside the Trainer's own files."""
-
-    step: int
-    total: int
-    evaluation_due: bool
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    world_size: int
-
-    def write(self, folder: Path) -> None:
-        """Put it into a checkpoint that is being made."""
-        (folder / STATE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @staticmethod
-    def read(folder: Path) -> TrainingState:
-        """That of a committed checkpoint."""
-        return TrainingState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+Write = Callable[[Path, sealing.Sealer], None]
 
 
 @dataclass(frozen=True)
@@ -50,22 +32,19 @@ class Found:
     """Where a life begins: a verified checkpoint, or none (`folder` is None)."""
 
     folder: Path | None
-    state: TrainingState | None
     rejected: dict[str, list[str]]
+    step: int = 0  # Optimizer steps already done,
+    total: int = 1  # of so many,
+    world_size: int | None = None  # by so many processes.
     evaluation_due: bool = False  # The validation of that step is still to be done.
     best: tuple[float, int] | None = None  # The lowest validation loss so far, and its step.
     worse: int = 0  # Validations since then.
     early: bool = False  # So many that the training ended there.
 
     @property
-    def step(self) -> int:
-        """Optimizer steps already done."""
-        return self.state.step if self.state else 0
-
-    @property
     def complete(self) -> bool:
         """Whether nothing is left to train."""
-        return self.early or (self.state is not None and self.state.step >= self.state.total)
+        return self.early or self.step >= self.total
 
 
 def find(run: RunDir) -> Found:
@@ -74,58 +53,96 @@ def find(run: RunDir) -> Found:
     for name, reasons in rejected.items():
         print(f"checkpoint {name} is damaged and not used: {'; '.join(reasons[:3])}", flush=True)
     if folder is None:
-        return Found(None, None, rejected)
-    state = TrainingState.read(folder)
-    validated = [(row["eval_loss"], row["step"]) for row in read_metrics(run.metrics_file) if "eval_loss" in row]
-    validated = [(loss, step) for loss, step in validated if step <= state.step]
-    # The save came before the validation, which the same life may have done after it.
-    due = state.evaluation_due and state.step not in {step for _, step in validated}
-    best = min(validated, default=None)
-    worse = sum(step > best[1] for _, step in validated) if best else 0
+        return Found(None, rejected)
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    step = state["step"]
+    rows = [row for row in read_metrics(run.metrics_file) if "eval_loss" in row and row["step"] <= step]
+    best = min(((row["eval_loss"], row["step"]) for row in rows), default=None)
+    worse = sum(row["step"] > best[1] for row in rows) if best else 0
     enough = run.spec().train.stop_after_worse
-    return Found(folder, state, rejected, due, best, worse, enough is not None and worse >= enough)
+    # The save came before the validation, which the same life may have done after it.
+    due = state["evaluation_due"] and all(row["step"] != step for row in rows)
+    early = enough is not None and worse >= enough
+    return Found(folder, rejected, step, state["total"], state["world_size"], due, best, worse, early)
 
 
-def temporary(run: RunDir, step: int, life: int) -> Path:
-    """Where a life builds the checkpoint of `step`: every rank derives the same name."""
-    return run.checkpoints / f"{atomic.TEMPORARY}step-{step:08d}-life-{life}"
+class Keeping:
+    """The checkpoints of one life, on every rank alike. `step`: the newest that it committed or began from."""
 
+    def __init__(
+        self, run: RunDir, life: int, *, every: int | None, metrics: MetricsWriter | None, cadence: Cadence
+    ) -> None:
+        """every: steps whose checkpoints are kept for good. metrics: rank 0's."""
+        self.run, self.life, self.every, self.metrics, self.cadence = run, life, every, metrics, cadence
+        self.step: int | None = None
+        self._verified: set[int] = set()
+        self._size: int | None = None
+        self._deleting = ThreadPoolExecutor(1)
 
-def begin(folder: Path, need_bytes: int) -> None:
-    """Make the empty temporary folder, if the checkpoint fits. Rank 0 only."""
-    atomic.require_space(folder.parent, need_bytes, "a checkpoint")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    def begun_from(self, step: int) -> None:
+        """The checkpoint of `step` was verified and is whole."""
+        self.step = step
+        self._verified.add(step)
 
+    def save(self, step: int, write: Write, need_bytes: int, *, best: int | None) -> None:
+        """Commit a checkpoint of `step`, unless that is done; `write` puts this rank's share into a folder. Collective.
+        need_bytes: what it may take, over all ranks, as long as none has been saved."""
+        if self.step == step:
+            return
+        began, first = time.perf_counter(), ranks.rank() == 0
+        # Every rank derives the same name.
+        folder = self.run.checkpoints / f"{atomic.TEMPORARY}step-{step:08d}-life-{self.life}"
+        need = self._size + (1 << 16) if self._size else need_bytes
+        with _full_disk_in_words(folder, need, self.run.name):
+            if first:
+                atomic.require_space(folder.parent, need, "a checkpoint")
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            ranks.barrier()
+            # In a folder of its own, each rank hashes what it wrote.
+            part = folder / f"{atomic.TEMPORARY}rank-{ranks.rank()}" if ranks.world_size() > 1 else folder
+            part.mkdir(exist_ok=True)
+            with sealing.Sealer(part) as sealer:
+                write(part, sealer)
+                mine = sealer.finish()
+            if part != folder:
+                shutil.copytree(part, folder, copy_function=os.rename, dirs_exist_ok=True)
+                shutil.rmtree(part)
+            sealed = {name: file for files in ranks.gathered(mine) for name, file in files.items()}
+            if first:
+                if self.metrics:
+                    self.metrics.sync()
+                checkpoint.commit(folder, self.run.checkpoints, run=self.run.name, step=step, sealed=sealed)
+        self.begun_from(step)
+        if first:
+            self._size = sum(file["bytes"] for file in sealed.values())
+            seconds = time.perf_counter() - began
+            self.prune(best)
+            self.cadence.saved(seconds)
+            if words := self.cadence.words():
+                print(words, flush=True)
+            events.append(
+                self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
+                seconds=round(seconds, 3), bytes=self._size)
+        ranks.barrier()
 
-def part_of(folder: Path) -> Path:
-    """Where this rank writes its share of the checkpoint in `folder`, so that each rank hashes what it wrote."""
-    if ranks.world_size() == 1:
-        return folder
-    part = folder / f"{atomic.TEMPORARY}rank-{ranks.rank()}"
-    part.mkdir()
-    return part
+    def prune(self, best: int | None) -> None:
+        """Delete what is neither new, nor `best`, nor to be kept."""
+        if ranks.rank() == 0:
+            checkpoint.prune(
+                self.run.checkpoints, run=self.run.name, best=best, every=self.every, verified=self._verified,
+                # Gigabytes take a while to delete; a process that ends meanwhile leaves them to the next life.
+                delete=lambda folder: self._deleting.submit(shutil.rmtree, folder, ignore_errors=True))
 
-
-def join(part: Path, folder: Path) -> None:
-    """Move a rank's share into the checkpoint's folder."""
-    if part == folder:
-        return
-    for path in sorted(part.rglob("*")):
-        target = folder / path.relative_to(part)
-        if path.is_dir():
-            target.mkdir(exist_ok=True)
-        else:
-            os.rename(path, target)
-    shutil.rmtree(part)
+    def close(self) -> None:
+        """Wait for what is being deleted."""
+        self._deleting.shutdown()
 
 
 @contextlib.contextmanager
-def full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None]:
+def _full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None]:
     """A failed write for want of room becomes an FtError that says so; earlier checkpoints are whole in any case.
-
-    Libraries report it each in their own way, and a quota is not seen in the free space: we ask for the room ourselves.
-    """
+    Each library reports it in its own way, and no free space shows a quota: we ask for the room ourselves."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, InputError) as error:
@@ -138,22 +155,15 @@ def full_disk_in_words(folder: Path, need_bytes: int, run: str) -> Iterator[None
         raise FtError(
             f"No space left on device (disk or quota) for a checkpoint of about {need_bytes / 2**20:,.1f} MiB in "
             f"{folder.parent}, with {free:,.1f} MiB free. Earlier ones are whole; free some, then "
-            f"'make resume RUN={run}'"
-        ) from error
+            f"'make resume RUN={run}'") from error
 
 
 def _room_lacks(folder: Path, need_bytes: int) -> bool:
-    probe = folder / f"{atomic.TEMPORARY}probe"
     try:
-        handle = os.open(probe, os.O_CREAT | os.O_WRONLY)
-        try:
-            os.posix_fallocate(handle, 0, need_bytes)
-        finally:
-            os.close(handle)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, need_bytes)
     except OSError as error:
         return error.errno in FULL
-    finally:
-        probe.unlink(missing_ok=True)
     return False
 
 

@@ -1,7 +1,6 @@
 """transformers.Trainer, with every step recorded, saves that commit, and a stop that loses nothing."""
 
-from __future__ import annotations
-
+import json
 import math
 import shutil
 import time
@@ -15,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ftlib import events, sealing
-from ftlib.data.dataset import collate, real_tokens
+from ftlib.data.dataset import Order, collate, real_tokens
 from ftlib.errors import FtError, Interrupted
 from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
@@ -23,10 +22,7 @@ from ftlib.spec import MethodSpec, TrainSpec
 from ftlib.stop import StopFlag
 from ftlib.train import methods, ranks, saving, zero
 from ftlib.train.interval import Cadence
-from ftlib.train.keeping import Keeping
-from ftlib.train.order import Order
-from ftlib.train.progress import Progress
-from ftlib.train.starting import StartTimes
+from ftlib.train.progress import Progress, StartTimes
 from ftlib.train.tracking import Tracking
 
 
@@ -35,60 +31,34 @@ class _Enough(Exception):
 
 
 class FineTuner(Trainer):
-    """One life of a training.
-
-    After each optimizer step, in this order: record it, agree whether to stop, save if it is due or we stop,
-    stop, validate if it is due. So a validation never stands between a warning and the save, and a checkpoint
-    says whether the validation of its step is still to be done.
-    """
+    """One life of a training. After each optimizer step, in this order: record it, agree whether to stop, save if it is
+    due or we stop, stop, validate if it is due. So no validation stands between a warning and the save, and a
+    checkpoint says whether the validation of its step is still to be done."""
 
     def __init__(
-        self,
-        *,
-        run: RunDir,
-        life: int,
-        stop: StopFlag,
-        spec: TrainSpec,
-        arguments: TrainingArguments,
-        model: torch.nn.Module,
-        train_rows: Dataset[Any],
-        validation_rows: Dataset[Any],
-        metrics: MetricsWriter | None,
-        tracking: Tracking | None,
-        cadence: Cadence,
-        times: StartTimes,
-        method: MethodSpec | None = None,
+        self, *, run: RunDir, life: int, stop: StopFlag, spec: TrainSpec, arguments: TrainingArguments,
+        model: torch.nn.Module, train_rows: Dataset[Any], validation_rows: Dataset[Any], metrics: MetricsWriter | None,
+        tracking: Tracking | None, cadence: Cadence, times: StartTimes, method: MethodSpec | None = None,
     ) -> None:
         """`metrics` and `tracking` belong to rank 0 and are None elsewhere. method: for one of two stages."""
         self._two_stage = method if method and method.kind == "two-stage" else None
         self.run, self.life, self.stop, self.spec = run, life, stop, spec
         self.metrics, self.tracking, self.cadence, self.times = metrics, tracking, cadence, times
-        self.keeping = Keeping(run, life, every=spec.keep_every_steps, metrics=metrics, cadence=cadence)
+        self.keeping = saving.Keeping(run, life, every=spec.keep_every_steps, metrics=metrics, cadence=cadence)
         self.progress = Progress(arguments.max_steps, spec.log_every_steps)
         self.evaluation_due = False
         self._closed_step: int | None = None
         self._rewritten: Path | None = None
         self._best: tuple[float, int] | None = None
-        self._worse = 0
-        self._stepped = False
-        self._tokens = 0
-        self._began = time.perf_counter()
+        self._worse = self._tokens = 0
         # The zip format's own checksums would cost another pass; every file has ours.
         torch.serialization.set_crc32_options(False)
         super().__init__(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=validation_rows,
-            data_collator=collate,
-        )
+            model=model, args=arguments, train_dataset=train_rows, eval_dataset=validation_rows, data_collator=collate)
         self.remove_callback(PrinterCallback)
 
-    # -- what the Trainer asks for ---------------------------------------------------------------------------------
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        rows = len(self.train_dataset)
-        return Order(rows, self.args.max_steps * self.spec.global_batch, self.spec.seed)
+        return Order(len(self.train_dataset), self.args.max_steps * self.spec.global_batch, self.spec.seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step, and the number of response tokens in all ranks' together."""
@@ -106,7 +76,7 @@ class FineTuner(Trainer):
             return super().create_optimizer(*args, **kwargs)
         methods.enter_stage(self._bare(), prompt=True, adapter=True)
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = {id(parameter) for parameter in self._bare().prompt_encoder.parameters()}
+        own = {id(p) for p in self._bare().prompt_encoder.parameters()}
         prompt = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in own]
@@ -158,43 +128,40 @@ class FineTuner(Trainer):
         if self.evaluation_due:
             self._validate()
 
-    # -- the parts of a step's end ---------------------------------------------------------------------------------
-
     def _record(self, tr_loss: torch.Tensor, grad_norm: Any, lr: float | None) -> None:
         """The step's row. Takes the step's loss out of the Trainer's running sum, which a resume would reset."""
         step = self.state.global_step
         loss, tokens = ranks.summed(tr_loss.item(), float(self._tokens))
         tr_loss.zero_()
         loss /= ranks.world_size()
-        norm = float(grad_norm)
-        seconds = time.perf_counter() - self._began
+        norm, seconds = float(grad_norm), time.perf_counter() - self._began
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FtError(
                 f"training diverged at step {step}: loss {loss}, gradient norm {norm}. Try a lower optim.lr or a "
-                f"longer optim.warmup_share"
-            )
+                f"longer optim.warmup_share")
         if self.metrics is None:
             return
-        if not self._stepped:
-            self._stepped = True
+        if "first_step_s" not in self.times.parts:
             self.times.done("first_step_s")
             events.append(
                 self.run.events, f"train-{self.life}", "first_step", stage="train", life=self.life, step=step,
-                **self.times.parts,
-            )  # fmt: skip
+                **self.times.parts)
         speed = tokens / seconds
         self.metrics.append(
             step=step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens), tokens_per_s=round(speed, 1),
-            seconds=round(seconds, 4),
-        )  # fmt: skip
+            seconds=round(seconds, 4))
         self.progress.step(step, loss=loss, lr=lr or 0.0, tokens=int(tokens), seconds=seconds)
         if self.tracking:
             self.tracking.log(step, loss=loss, lr=lr or 0.0, grad_norm=norm, tokens_per_s=speed)
 
     def save(self) -> None:
         """Commit a checkpoint of this step, unless this life has just done so. Collective."""
+        # What a first one may take: trained weights and two moments, fp32 at most, and small change. ZeRO's also hold
+        # the weights as they are computed with.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
+        need_bytes = (17 if self.is_deepspeed_enabled else 13) * trained + (1 << 20) * ranks.world_size()
         best = self._best[1] if self._best else None
-        self.keeping.save(self.state.global_step, self._write_state, self._checkpoint_bytes(), best=best)
+        self.keeping.save(self.state.global_step, self._write_state, need_bytes, best=best)
 
     def _write_state(self, folder: Path, sealer: sealing.Sealer) -> None:
         """The Trainer's files in the Trainer's formats (it reads them again), and ours."""
@@ -203,15 +170,9 @@ class FineTuner(Trainer):
             zero.save(self.model_wrapped, folder, step)
         if ranks.rank() == 0:
             self.state.save_to_json(str(folder / "trainer_state.json"))
-            saving.TrainingState(
-                step=step,
-                total=self.args.max_steps,
-                evaluation_due=self.evaluation_due,
-                global_batch=self.spec.global_batch,
-                micro_batch=self.args.per_device_train_batch_size,
-                accumulation=self.args.gradient_accumulation_steps,
-                world_size=ranks.world_size(),
-            ).write(folder)
+            state = {"step": step, "total": self.args.max_steps, "evaluation_due": self.evaluation_due}
+            state |= {"world_size": ranks.world_size()}
+            (folder / saving.STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
             if not self.is_deepspeed_enabled:
                 methods.save(self._bare(), folder)
@@ -221,12 +182,6 @@ class FineTuner(Trainer):
                     torch.save(self.optimizer.state_dict(), stream)
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
-
-    def _checkpoint_bytes(self) -> int:
-        """What a first checkpoint may take: the trained weights and two moments, fp32 at most, and small change."""
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
-        # ZeRO's also hold the weights as they are computed with.
-        return (17 if self.is_deepspeed_enabled else 13) * trained + (1 << 20) * ranks.world_size()
 
     def _validate(self) -> None:
         """Do the validation that is due; a stop meanwhile saves it as still due."""
@@ -254,22 +209,18 @@ class FineTuner(Trainer):
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss over all response tokens of the validation rows, the same at any batch and world size.
-
-        Draws no random number, so the training goes on as if there had been none. Raises Interrupted.
-        """
+        Draws no random number, so the training goes on as if there had been none. Raises Interrupted."""
         rows: Any = self.eval_dataset
         batch, world = self.args.per_device_train_batch_size, ranks.world_size()
         starts = range(0, len(rows), batch)
         self.model.eval()
         loss = targets = 0.0
         for turn in range(math.ceil(len(starts) / world)):
-            if cause := ranks.agreed_stop(self.stop):
-                raise Interrupted(cause)
+            ranks.check(self.stop)
             # A rank that has run out of batches does the last one again, not counted: all make the same calls.
             mine = turn * world + ranks.rank()
             start = starts[min(mine, len(starts) - 1)]
-            inputs = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
-            inputs = self._prepare_inputs(inputs)
+            inputs = self._prepare_inputs(collate([rows[i] for i in range(start, min(start + batch, len(rows)))]))
             count = inputs["labels"][:, 1:].ne(-100).sum()
             with self.compute_loss_context_manager():
                 total = self.model(**inputs, num_items_in_batch=1, use_cache=False).loss
@@ -278,20 +229,16 @@ class FineTuner(Trainer):
         loss, targets = ranks.summed(loss, targets)
         return {"eval_loss": loss / max(targets, 1.0)}
 
-    # -- where a life begins ---------------------------------------------------------------------------------------
-
     def go_on_from(self, found: saving.Found, folder: Path | None) -> None:
         """Train to the end from what `found` holds. Raises Interrupted when asked to stop, after a save.
-
-        folder: the checkpoint's, or where it lies rewritten for another number of processes.
-        """
-        if found.state is not None:
+        folder: the checkpoint's, or where it lies rewritten for another number of processes."""
+        if found.folder:
             self._closed_step = found.step
             self._best, self._worse = found.best, found.worse
             self.keeping.begun_from(found.step)
             self.evaluation_due = found.evaluation_due
             self.progress.resumed(found.step)
-            if found.state.world_size != ranks.world_size():
+            if found.world_size != ranks.world_size():
                 print("another number of processes than before: dropout draws other numbers from here on", flush=True)
             self._rewritten = folder if folder != found.folder else None
         try:

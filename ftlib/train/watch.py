@@ -1,10 +1,7 @@
 """How well the GPU is used, sampled beside the work; a GPU that idles too long ends the stage. No torch.
+The rows of gpu.jsonl are described in ftlib.metrics."""
 
-gpu.jsonl, a row per sample: {"time", "stage", "life", "utilization" (%), "memory_gib", "power_w" (null where unknown)}.
-"""
-
-from __future__ import annotations
-
+import contextlib
 import datetime
 import importlib
 import json
@@ -23,6 +20,18 @@ from ftlib.stop import StopFlag
 CAUSE = "idle GPU"
 
 
+def watched(run: RunDir, life: int, stop: StopFlag, stage: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which this rank's GPU is watched by the site's limit; nothing where the plan has no GPU."""
+    if run.plan()["device"] != "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    limit = (run.provenance().get("profile") or {}).get("gpu_idle_limit_min")
+    rank = int(os.environ.get("RANK", "0"))
+    return GpuWatch(run, life, stop, uuid=uuid, stage=stage, rank=rank, limit_min=limit)
+
+
 def act_after_s(limit_min: float) -> float:
     """After how long an idle stage is stopped: early enough before the site's limit to save in peace."""
     return 60 * (limit_min - min(5.0, limit_min / 4))
@@ -30,16 +39,14 @@ def act_after_s(limit_min: float) -> float:
 
 class GpuWatch:
     """Samples one GPU in a thread of its own; use as a context. Without NVML it only says so.
-
-    A stop that the work does not obey within `hang_s` means that it hangs: then the process is ended, with an outcome
-    that names the last committed step.
-    """
+    Work that obeys no stop within `hang_s` hangs: the process is ended, with an outcome that names the last
+    checkpoint."""
 
     def __init__(
         self, run: RunDir, life: int, stop: StopFlag, *, uuid: str, stage: str = "train", rank: int = 0,
         limit_min: float | None = None, nvml: Any = None, every_s: float = GPU_EVERY_S, hang_s: float = 120.0,
         end: Callable[[int], Any] = os._exit,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """uuid: the GPU's, as torch tells it. nvml: the pynvml module, or one that answers like it."""
         self._run, self._life, self._stop, self._stage, self._rank = run, life, stop, stage, rank
         self._uuid = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
@@ -48,7 +55,7 @@ class GpuWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> GpuWatch:
+    def __enter__(self) -> "GpuWatch":
         try:
             self._nvml = self._nvml or importlib.import_module("pynvml")
             self._nvml.nvmlInit()
@@ -67,8 +74,7 @@ class GpuWatch:
 
     def _watch(self) -> None:
         name = "gpu.jsonl" if self._rank == 0 else f"gpu-{self._rank}.jsonl"
-        busy_at = asked_at = time.monotonic()
-        asked = False
+        busy_at, asked_at = time.monotonic(), None
         with (self._run.path / name).open("a", encoding="utf-8", buffering=1) as file:
             while not self._over.wait(self._every_s):
                 try:
@@ -78,18 +84,14 @@ class GpuWatch:
                     return
                 now = time.monotonic()
                 if share >= GPU_IDLE_BELOW:
-                    busy_at, asked = now, False
+                    busy_at, asked_at = now, None
                 elif self._act_after_s is None or now - busy_at < self._act_after_s:
                     continue
-                elif not asked:
-                    asked, asked_at = True, now
-                    print(
-                        f"the GPU has done nothing for {(now - busy_at) / 60:.0f} min; this site ends such jobs: "
-                        "saving and stopping",
-                        flush=True,
-                    )
-                    if self._stop.cause is None:
-                        self._stop.cause = CAUSE
+                elif asked_at is None:
+                    asked_at, idle_min = now, (now - busy_at) / 60
+                    words = f"the GPU has done nothing for {idle_min:.0f} min; this site ends such jobs: "
+                    print(f"{words}saving and stopping", flush=True)
+                    self._stop.cause = self._stop.cause or CAUSE
                 elif now - asked_at > self._hang_s:
                     self._give_up()
                     return
@@ -98,26 +100,19 @@ class GpuWatch:
         """Write one row; returns the utilisation in percent."""
         nvml = self._nvml
         share = float(nvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu)
-        try:
-            power: float | None = round(nvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000, 1)
-        except Exception:  # not every GPU tells
-            power = None
-        row = {
-            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
-            "stage": self._stage,
-            "life": self._life,
-            "utilization": share,
-            "memory_gib": round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3),
-            "power_w": power,
-        }
-        file.write(json.dumps(row) + "\n")
+        power = None
+        with contextlib.suppress(Exception):  # not every GPU tells
+            power = round(nvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000, 1)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        memory = round(nvml.nvmlDeviceGetMemoryInfo(self._gpu).used / 2**30, 3)
+        row = {"time": now, "stage": self._stage, "life": self._life, "utilization": share, "memory_gib": memory}
+        file.write(json.dumps({**row, "power_w": power}) + "\n")
         return share
 
     def _give_up(self) -> None:
         """The work hangs and never looks at the flag."""
         kept = checkpoint.committed(self._run.checkpoints) if self._stage == "train" else []
-        saved = next((checkpoint.step_of(folder) for folder in kept), None)
-        words = f"{Interrupted(CAUSE, saved)}; the process hung and was ended"
+        words = f"{Interrupted(CAUSE, checkpoint.step_of(kept[0]) if kept else None)}; the process hung and was ended"
         print(f"{self._stage}: {words}", flush=True)
         if self._rank == 0:
             outcome.write(self._run.outcomes, outcome.Outcome(self._stage, self._life, RUN_AGAIN, words))

@@ -1,7 +1,5 @@
 """What is DeepSpeed's own in a training: its engine's checkpoints, and going on from one with other processes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -41,28 +39,25 @@ def save(engine: Any, folder: Path, step: int) -> None:
         script.unlink()
 
 
-def shards(checkpoint: Path) -> Path | None:
-    """The engine's folder in a checkpoint; None in one that was saved without ZeRO."""
-    return next(checkpoint.glob(f"{TAG}*/"), None)
+def shards(checkpoint: Path) -> Path:
+    """The engine's folder in a checkpoint; FtError in one that was saved without ZeRO."""
+    if found := next(checkpoint.glob(f"{TAG}*/"), None):
+        return found
+    raise FtError(f"{checkpoint} holds no ZeRO shards, but the recipe has a zero.stage")
 
 
 def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
     """The checkpoint for any number of processes (DeepSpeed's universal format), in a temporary folder. Collective.
-
-    Takes twice the shards' bytes on storage and the time to write them. Rank 0 does it, the others wait as long as it
-    takes. Raises InputError for want of room, FtError when it cannot be done, Interrupted.
-    """
-    folder, state = found.folder, found.state
-    assert folder and state
+    Rank 0 makes it, in twice the shards' bytes; the others wait as long as it takes. Raises InputError for want of
+    room, FtError when it cannot be done, Interrupted."""
+    folder, before, now = found.folder, found.world_size, ranks.world_size()
+    assert folder
     source, target = shards(folder), run.checkpoints / f"{atomic.TEMPORARY}universal-{folder.name}"
-    if source is None:
-        raise FtError(f"{folder} holds no ZeRO shards, but the recipe has a zero.stage")
 
     def convert() -> None:
         size, made = saving.bytes_of(source), target / source.name
-        before, now = state.world_size, ranks.world_size()
-        words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}"
-        print(f"{words}: {size / 2**30:,.2f} GiB", flush=True)
+        words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}: {size / 2**30:,.2f} GiB"
+        print(words, flush=True)
         atomic.require_space(run.checkpoints, 2 * size, "a checkpoint for another number of GPUs")
         made.mkdir(parents=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
@@ -81,8 +76,7 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
                 said.seek(0)
                 raise FtError(
                     f"the checkpoint of step {found.step} cannot be rewritten for {now} processes: "
-                    f"{said.read().strip().splitlines()[-1:]}. With {before} processes it can be gone on from"
-                )
+                    f"{said.read().strip().splitlines()[-1:]}. With {before} processes it can be gone on from")
         for name in TRAINERS:
             shutil.copyfile(folder / name, target / name)
         (target / "latest_universal").write_text(source.name, encoding="utf-8")
@@ -93,9 +87,7 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
 
 def mend(optimizer: Any, decays: list[float]) -> None:
     """Undo what loading a universal checkpoint does to torch's AdamW; `decays`: weight decay of each group.
-
-    All states share one `step` tensor, which each then counts up, and all groups get the first one's hyperparameters.
-    """
+    All states share one `step` tensor, which each counts up, and all groups get the first one's hyperparameters."""
     inner = optimizer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
