@@ -151,9 +151,10 @@ class Arrays:
             comment=f"ftlib {self.sweep.name} {stage} {nonce}",
             dependency=",".join(filter(None, [after, f"afterok:{self.image}" if self.image else None])) or None,
         )  # fmt: skip
-        run = RunDir(needs[0].run)
-        known = run.provenance() if run.provenance_file.exists() else {"checkout": str(self.sweep.runs.parent)}
-        made = ModuleExecutor(folder, python=container.worker(profile, plan, stage, known), module=STAGE_MODULE)
+        runs = [RunDir(need.run) for need in (needs if profile.container else needs[:1])]
+        known = [run.provenance() for run in runs if run.provenance_file.exists()]  # in a dry run none is there
+        known = known or [{"checkout": str(self.sweep.runs.parent)}]
+        made = ModuleExecutor(folder, python=container.worker(profile, plan, stage, *known), module=STAGE_MODULE)
         made.update_parameters(**batch.array(words, folder, stage, indices, self.at_once))
         return made
 

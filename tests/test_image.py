@@ -80,12 +80,16 @@ def test_gpu_stages_alone_get_the_driver_and_what_lies_elsewhere_is_bound() -> N
     inside, lock = str(CHECKOUT), container.lock(CHECKOUT / "env")
     said = {"checkout": inside, "init_adapter": f"{inside}/runs/a", "data_path": "/d/x y"}
 
-    def words(stage: str) -> list[str]:
-        return shlex.split(container.worker(profile, plan, stage, {**said, "model_path": "meta-llama/x"}))
+    def words(stage: str, **other: str) -> list[str]:
+        runs = [{**said, "model_path": "meta-llama/x", **changed} for changed in ({}, other)]
+        return shlex.split(container.worker(profile, plan, stage, *runs))
 
     start = ["bash", "slurm_templates/container.sh", "apptainer", "/i.sif", lock]
     assert words("prepare") == [*start, "/d/x y", inside, "--", "python"]
     assert words("train") == [*start, "--nv", "/d/x y", inside, "--", "python"]
+    # The runs of an array need not read the same file, nor have the same base.
+    others = ["/d/x y", "/d/z", "/m/base", inside]
+    assert words("prepare", data_path="/d/z", model_path="/m/base") == [*start, *others, "--", "python"]
 
 
 Run = Callable[..., "subprocess.Popen[str]"]

@@ -77,22 +77,25 @@ def problems(profile: ClusterProfile, image: dict[str, str]) -> list[str]:
     return found
 
 
-def worker(profile: ClusterProfile, plan: RunPlan, stage: str, provenance: dict[str, Any]) -> str:
-    """The shell words before `-m submitit…` that start a stage's Python: the host's, or the one inside the image."""
-    section, made = profile.container, image(profile, Path(provenance["checkout"]))
+def worker(profile: ClusterProfile, plan: RunPlan, stage: str, *provenance: dict[str, Any]) -> str:
+    """The shell words before `-m …` that start a stage's Python: the host's, or the one inside the image.
+
+    provenance: of the run, or of every run of an array.
+    """
+    section, made = profile.container, image(profile, Path(provenance[0]["checkout"]))
     if section is None or made is None:
         return shlex.quote(profile.python or sys.executable)
     # No --sharens for the ranks of a node: with it a signal ends Apptainer's own process and never reaches the worker.
     options = ["--nv"] if plan.device == "cuda" and plan.stages[stage].gpus_per_node else []
     words = ["bash", SCRIPT, section.command, made["path"], made["lock"], *options]
-    return shlex.join([*words, *_folders(profile, section, provenance), "--", "python"])
+    return shlex.join([*words, *_folders(profile, section, *provenance), "--", "python"])
 
 
-def _folders(profile: ClusterProfile, section: Container, provenance: dict[str, Any]) -> list[str]:
-    """What a run reads beside its own folder and the caches, each once; what lies in another of them is left out."""
-    said = [provenance[key] for key in ("checkout", "init_adapter", "data_path") if provenance.get(key)]
-    said += [provenance["model_path"]] if str(provenance.get("model_path", "")).startswith("/") else []
-    said += [profile.filled(bind) for bind in section.binds]
+def _folders(profile: ClusterProfile, section: Container, *provenance: dict[str, Any]) -> list[str]:
+    """What runs read beside their own folders and the caches, each once; what lies in another of them is left out."""
+    said = {one[key] for one in provenance for key in ("checkout", "init_adapter", "data_path") if one.get(key)}
+    said |= {model for one in provenance if (model := str(one.get("model_path", ""))).startswith("/")}
+    said |= {profile.filled(bind) for bind in section.binds}
     chosen: list[Path] = []
     for path in sorted(map(Path, said), key=lambda path: (len(path.parts), path)):
         if not any(path.is_relative_to(other) for other in chosen):
