@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
+from benchmarks.chaos.processes import workers
 from ftlib import events, metrics
 from ftlib.rundir import RunDir
 from tests.cluster import Slurm
@@ -39,6 +44,22 @@ def outcome(run: RunDir, life: int, timeout_s: float) -> str:
     return file.read_text()
 
 
+def signal_all(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def warned(pid: int) -> bool:
+    """Whether a stopped process has got SIGUSR2: it waits for it, or Slurm has woken it, too, and it is gone."""
+    try:
+        pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    assert pending
+    return bool(int(pending[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+
 @pytest.mark.parametrize("twin", ["tiny-zero3", pytest.param("tiny-zero2", marks=pytest.mark.nightly)])
 def test_a_twin_lives_through_everything_and_ends_on_another_number_of_nodes(
     checkout: Path, slurm: Slurm, twin: str
@@ -50,10 +71,15 @@ def test_a_twin_lives_through_everything_and_ends_on_another_number_of_nodes(
     slurm.wait(urgent, "COMPLETED", 60)
     seen = steps(run)
     until(lambda: steps(run) > seen + 5, 120, f"5 more steps\n{log(run)}")
-    # Its minute is over soon, or already: the warning comes fifteen seconds before.
+    # It stands still until the warning before its time limit is there: a fast machine would be done by then.
+    ranks = [worker.pid for worker in workers(run.path, "train", 2)]
+    assert len(ranks) == 4
+    signal_all(ranks, signal.SIGSTOP)
     job = status(checkout, run.name)["stages"]["train"]["job_id"]
     slurm.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"])
-    assert outcome(run, 2, 90).startswith("75 interrupted (time limit), saved at step")
+    until(lambda: warned(ranks[0]), 90, "the warning before the time limit")
+    signal_all(ranks, signal.SIGCONT)
+    assert outcome(run, 2, 30).startswith("75 interrupted (time limit), saved at step")
 
     refused = jobs("resume", "--run", run.name, "--nodes", "1", checkout=checkout)
     assert refused.returncode == 64 and "queued or running with the nodes it has. make cancel" in refused.stderr
