@@ -52,6 +52,9 @@ ORDER = (
 )
 COMPARED = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
 
+# A rank that never came is waited for ten minutes.
+AWAY_S = 900
+
 
 @dataclass
 class Kill:
@@ -220,7 +223,7 @@ def _strike(run: RunDir, flavour: str, kind: Kind, place: str, view: View, rando
     began = time.monotonic()
     kind.do(view, random)
     try:
-        slurm.until(lambda: next_life_begun(view), 150, "the next life", pause_s=0.1)
+        slurm.until(lambda: next_life_begun(view), AWAY_S, "the next life", pause_s=0.1)
     except slurm.Trouble as trouble:
         _note(run, f"{kind.name} at {place}: {trouble}")
     finally:
@@ -238,6 +241,8 @@ def judge(ground: Ground, run: RunDir, flavour: str, kills: list[Kill], referenc
     for kill in kills:
         kill.cause = causes.get((kill.stage, kill.life), "none")
         kill.right = kill.cause == KINDS[kill.kind].cause
+        # A rank that is killed before it has met the others is missed by them first.
+        kill.right |= kill.cause == "collective" and kill.place == "before the handler"
         if any(end.life == kill.life and end.code == 0 for end in outcome.read(run.outcomes, kill.stage)):
             kill.cause, kill.right = "it went on to its end", True
         kill.lost = _lost(run, kill)
