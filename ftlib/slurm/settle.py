@@ -99,8 +99,7 @@ class _Life:
 
     def as_slurm_tells(self, found: Finding, state: str) -> Finding:
         """The same warning has several senders, and Slurm knows which it was. What it does not say stays as it is."""
-        told = diagnose.ACCOUNTED.get(state.split(" ")[0])
-        if told and KINDS[told].foreign:
+        if told := _accounted_sender(state):
             return Finding(told, found.line)
         known = dict(word.partition("=")[::2] for word in _ask("scontrol", "show", "job", "-o", self.job).split())
         if known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
@@ -112,6 +111,12 @@ class _Life:
             ends = self.began + 60 * _read(self.run, "plan.json")["stages"][self.stage]["time_min"]
         near = int(ends) - time.time() < NEAR_LIMIT_S
         return Finding("time limit" if near else "by hand", found.line)
+
+
+def _accounted_sender(state: str) -> diagnose.Cause | None:
+    """Who sent a life its warning, where accounting's state of it tells."""
+    told = diagnose.ACCOUNTED.get(state.split(" ")[0])
+    return told if told and KINDS[told].foreign else None
 
 
 def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Verdict:
@@ -153,7 +158,10 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
         it = _Life(run, stage, number)
         state = it.accounted()
         found = it.found(KILLED, it.outcome(), it.logs(run / "slurm" / stage), state)
-        cause, words = found.cause, f"{KINDS[found.cause].plain} (Slurm says {state or 'nothing'})"
+        cause = found.cause
+        if cause in ("preemption", "time limit"):
+            cause = _accounted_sender(state) or cause
+        words = f"{KINDS[cause].plain} (Slurm says {state or 'nothing'})"
         if cause == "killed" and not state:
             cause, words = "node failure", "its node or its batch shell was lost"
         if cause == "preemption" and state.startswith("FAILED"):
