@@ -128,14 +128,15 @@ class Ours:
 
     def __init__(self, folder: Path, settings: str) -> None:
         self.run = prepared_run(folder / "a-run", settings, kill_every_h=24 * SCALE_H)
+        # The code that is imported before the fork is the checkout's; the snapshot is the same to the byte.
+        shutil.rmtree(self.run.code)
+        self.run.code.symlink_to(wishes.CHECKOUT)
 
     def start(self, life: int) -> int:
         from jobs import stage
 
         run = self.run
         (run.lives / f"train-{life}").write_text(f"0 here {int(time.time())}\n", encoding="utf-8")
-        # The code that was imported before the fork is the snapshot's, to the byte.
-        stage._assert_snapshot = lambda _: None
 
         def work() -> None:
             os.chdir(run.code)
