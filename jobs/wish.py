@@ -256,5 +256,9 @@ def run_name(wish: Wish, *, new: bool) -> str:
 
 
 def stored_profile(run: rundir.RunDir) -> ClusterProfile:
-    """The profile a run was submitted with."""
-    return ClusterProfile.model_validate_json(json.dumps(run.provenance()["profile"]))
+    """The profile a run was submitted with; a field that an earlier version had is left out, so that it can go on."""
+    try:
+        return ClusterProfile.model_validate_json(json.dumps(run.provenance()["profile"]), extra="ignore")
+    except ValueError as error:
+        words = str(error).splitlines()
+        raise InputError(f"{run.provenance_file}: its profile cannot be read ({'; '.join(words[1:3])})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -181,6 +182,23 @@ def test_resume_queues_only_what_is_missing(login: Login) -> None:
         assert login.python("-m", "jobs", "resume", "--run", run.name).returncode == 0
     assert login.jobs("PENDING") == Counter({"train": 1, "export": 1, "evaluate": 1, "guard": 2})
     assert login.jobs()["prepare"] == 1
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_a_spoilt_profile_is_named(login: Login) -> None:
+    login.submit()
+    run = login.run()
+    for stage in (*STAGES, "guard"):
+        login.set(stage, "CANCELLED")
+    kept = run.provenance()
+    kept["profile"]["scheduler"]["of_an_earlier_version"] = 3
+    run.provenance_file.write_text(json.dumps(kept))
+    done = login.python("-m", "jobs", "resume", "--run", run.name)
+    assert done.returncode == 0, done.stderr
+    assert login.jobs("PENDING")["train"] == 1
+    kept["profile"]["scheduler"]["max_jobs"] = "many"
+    run.provenance_file.write_text(json.dumps(kept))
+    spoilt = login.python("-m", "jobs", "resume", "--run", run.name)
+    assert spoilt.returncode == 64 and "scheduler.max_jobs" in spoilt.stderr and "Traceback" not in spoilt.stderr
 
 
 def test_a_task_that_slurm_lost_sight_of_ends_when_a_later_life_begins(tmp_path: Path) -> None:
