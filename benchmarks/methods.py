@@ -45,7 +45,7 @@ TWINS = ("tiny", "tiny-codellama", "tiny-alpaca", "tiny-llama3", "tiny-falcon")
 def make_run(folder: Path, cache: Path, recipe: str, settings: str) -> RunDir:
     """A prepared run in `folder`, whose training on a CPU has one thread."""
     run = prepared_run(folder, settings, recipe=recipe, cache=cache)
-    if run.plan()["device"] == "cpu":
+    if run.stage_plan("train")["device"] == "cpu":
         run.plan_file.write_text(json.dumps({**run.plan(), "threads": 1}))
     return run
 

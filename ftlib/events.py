@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ftlib.outcome import names
 
 Name = Literal[
-    "intended", "submitted", "started", "resumed", "first_step", "checkpoint",
+    "intended", "submitted", "started", "resumed", "first_step", "checkpoint", "progress",
     "interrupted", "requeued", "completed", "failed", "cancelled", "moved"]
 
 
@@ -35,6 +35,12 @@ def append_all(folder: Path, writer: str, events: Sequence[tuple[Name, dict[str,
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
+
+
+def progressed(run: Path, stage: str, life: int, piece: str) -> None:
+    """A piece of the stage's work (a file, a batch of answers, some GB of a download) is committed, and no later
+    attempt does it again: by that an interruption after it has cost nothing, and counts against no budget."""
+    append(run / "events", f"{stage}-{life}", "progress", stage=stage, life=life, piece=piece)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

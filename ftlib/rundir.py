@@ -57,6 +57,10 @@ class RunDir:
         taught = {key: value for key, value in self.adjustments().items() if key in batch}
         return {**self._json(self.plan_file), **taught}
 
+    def stage_plan(self, stage: str) -> dict[str, Any]:
+        """What the plan gives one stage: its device and resources, as plain data."""
+        return dict(self.plan()["stages"][stage])
+
     def adjustments(self) -> dict[str, Any]:
         """What earlier lives taught (ftlib.slurm.settle writes it); empty at first."""
         return self._json(self.adjustments_file) if self.adjustments_file.exists() else {}

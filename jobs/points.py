@@ -137,7 +137,7 @@ def _shape(plan: RunPlan, stage: str) -> tuple[Any, ...]:
     """What must be equal in one array. Of memory and time the order of magnitude: an array asks for the most."""
     asked = plan.stages[stage].model_dump(exclude={"estimate_min", "mem_gib", "time_min", "warning_s"})
     near = [math.ceil(math.log2(getattr(plan.stages[stage], name))) for name in ("mem_gib", "time_min")]
-    return *asked.values(), *near, plan.device, plan.threads, plan.deterministic
+    return *asked.values(), *near, plan.compute_dtype, plan.threads, plan.deterministic
 
 
 def share_datasets(sweep: SweepDir, needs: Iterable[Need], view: View) -> list[Need]:

@@ -146,7 +146,7 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     trial = json.loads((run.path / TRIAL).read_text(encoding="utf-8"))
     plan, profile = run.plan(), wishes.stored_profile(run)
     asked, rank = plan["stages"][STAGE], int(os.environ.get("RANK", "0"))
-    on_gpu, host, failed = plan["device"] == "cuda", os.uname().nodename, []
+    on_gpu, host, failed = asked["device"] == "cuda", os.uname().nodename, []
 
     def tell(check: preflight.Check) -> bool:
         if rank == 0 or not check.ok:
@@ -172,7 +172,7 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     if not steps.ok:
         raise InputError(f"{steps.name} failed on {host}: {steps.words}")
     if rank == 0:
-        _measured(run, trial["whole"], preflight.peak_gib(plan["device"]))
+        _measured(run, trial["whole"], preflight.peak_gib(asked["device"]))
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return f"{STEPS} steps of {run.spec().recipe} work on {host}"
 
@@ -185,7 +185,8 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     name = "data"
     try:
         tell(Check(name, True, stage.prepare(run, life, stop))) if rank == 0 else _await(run.prepared_file)
-        met = collectives(on_gpu=plan["device"] == "cuda", name=f"{run.path} {STAGE} {life}") if world > 1 else None
+        on_gpu = plan["stages"][STAGE]["device"] == "cuda"
+        met = collectives(on_gpu=on_gpu, name=f"{run.path} {STAGE} {life}") if world > 1 else None
         if met and not tell(met):
             return met
         name = f"{STEPS} steps"
@@ -220,7 +221,8 @@ def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
     log = events.read(run.events)
     save_s = [event["seconds"] for event in log if event["event"] == "checkpoint"][-1]
     start_s = sum(v for e in log if e["event"] == "first_step" for k, v in e.items() if k.endswith("_s"))
-    asked, on_gpu = whole["stages"]["train"], whole["device"] == "cuda"
+    asked = whole["stages"]["train"]
+    on_gpu = asked["device"] == "cuda"
     planned_gib = whole["gpu_needed_gib"] if on_gpu else asked["mem_gib"]
     train_min = whole["steps"] * step_s / 60
     found = {

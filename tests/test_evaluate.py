@@ -96,7 +96,7 @@ def test_costs_count_every_life_of_a_stage_also_one_that_was_killed() -> None:
         event("started", "train", 2, 20), event("interrupted", "train", 2, 25),
         event("started", "train", 3, 30), event("completed", "train", 3, 31), event("started", "evaluate", 1, 40),
     ]  # fmt: skip
-    plan = {"device": "cuda", "stages": {"train": {"nodes": 2, "gpus_per_node": 3}}}
+    plan = {"stages": {"train": {"device": "cuda", "nodes": 2, "gpus_per_node": 3}}}
     now = datetime.datetime(2026, 1, 1, 0, 42, tzinfo=datetime.timezone.utc)
     train, evaluate = stage_costs(seen, plan, now)
     assert (train.stage, train.lives, train.seconds, train.gpu_hours) == ("train", 3, 600, 1.0)

@@ -25,12 +25,13 @@ def test_flop_floor_of_an_a100_as_published(checkpointing: bool, published: int)
 
 def test_llama_7b_fits_an_a100_and_cpu_stages_hold_no_gpu() -> None:
     plan = planned(spec("llama2-7b"), site("a100"))
-    assert plan.device == "cuda" and plan.gpu_needed_gib and plan.gpu_memory_gib
+    assert {name for name, stage in plan.stages.items() if stage.device == "cuda"} == {"train", "export", "evaluate"}
+    assert plan.gpu_needed_gib and plan.gpu_memory_gib
     assert plan.gpu_needed_gib < plan.gpu_memory_gib
     assert {name: stage.gpus_per_node for name, stage in plan.stages.items()} == {
         "prepare": 0,
         "train": 1,
-        "export": 0,
+        "export": 1,
         "evaluate": 1,
     }
     assert plan.gpu_hours and plan.gpu_hours > 0
@@ -66,7 +67,7 @@ def test_more_gpus_than_a_node_has_are_refused() -> None:
 
 def test_a_simulated_gpu_is_a_cpu_and_deterministic() -> None:
     plan = planned(spec(), site("local-slurm"))
-    assert (plan.device, plan.deterministic, plan.stages["train"].gpus_per_node) == ("cpu", True, 1)
+    assert (plan.stages["train"].device, plan.deterministic, plan.stages["train"].gpus_per_node) == ("cpu", True, 1)
 
 
 def test_the_persons_time_limit_is_kept_and_the_sites_never_passed() -> None:

@@ -188,8 +188,7 @@ def test_a_resumed_life_shows_where_it_goes_on_not_what_was_lost(
 def test_gpu_hours_used_lost_and_idle(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = site.make()
     plan = run.plan()
-    plan |= {"device": "cuda"}
-    plan["stages"]["train"] |= {"nodes": 1, "gpus_per_node": 2}
+    plan["stages"]["train"] |= {"device": "cuda", "nodes": 1, "gpus_per_node": 2}
     run.plan_file.write_text(json.dumps(plan))
     trained(run, 3)
     for name, minute, fields in (("started", 0, {}), ("checkpoint", 60, {"step": 1}), ("failed", 90, {"code": 1})):

@@ -130,7 +130,8 @@ def write_run(folder: Path, model: Path, dataset: Path, micro_batch: int = 2, **
     run.checkpoints.mkdir(parents=True)
     run.spec_file.write_text(json.dumps(spec.model_dump(mode="json")))
     plan = {"micro_batch": micro_batch, "accumulation": 4 // micro_batch, "world_size": 1, "threads": 1}
-    run.plan_file.write_text(json.dumps({**plan, "device": "cpu"}))
+    on_cpu = {"compute_dtype": "float32", "stages": {stage: {"device": "cpu"} for stage in ("train", "export")}}
+    run.plan_file.write_text(json.dumps(plan | on_cpu))
     run.provenance_file.write_text(json.dumps({"model_path": str(model), "cache": str(folder / "cache")}))
     run.prepared_file.write_text(json.dumps({"dataset": str(dataset), "train": {"rows": ROWS}}))
     return run

@@ -62,7 +62,8 @@ def write_run(folder: Path, model: Path, data: Path | None = None, **changes: An
         "code": {"commit": "0123abc", "changed": False},
     }
     stage = {"nodes": 1, "gpus_per_node": 0}
-    plan = {"device": "cpu", "threads": 2, "cluster": "local", "stages": {"evaluate": stage}}
+    stage = {**stage, "device": "cpu"}
+    plan = {"compute_dtype": "float32", "threads": 2, "cluster": "local", "stages": {"evaluate": stage}}
     run.spec_file.write_text(wish.model_dump_json())
     run.provenance_file.write_text(json.dumps(provenance))
     run.plan_file.write_text(json.dumps(plan))

@@ -146,8 +146,9 @@ def _answer(
 
     spec, plan = run.spec(), run.plan()
     model = answering.load(
-        subject.path, device=plan["device"], dtype=spec.export.dtype, revision=spec.model.revision,
-        adapter=subject.adapter, added=(tokenizer, spec.train.seed) if subject.is_base else None)
+        subject.path, device=plan["stages"]["evaluate"]["device"], dtype=spec.export.dtype,
+        revision=spec.model.revision, adapter=subject.adapter,
+        added=(tokenizer, spec.train.seed) if subject.is_base else None)
     new, prefix = spec.evaluate.max_new_tokens, []
     if subject.prompt:
         from ftlib.train.methods import put_prompt

@@ -33,7 +33,7 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
     What an earlier life finished is kept. Raises FtError when the training is not complete or the files compute
     something else than the trained model; Interrupted between the parts."""
     spec, plan = run.spec(), run.plan()
-    device = prepare_process(spec, plan)
+    device = prepare_process(spec, plan, "export")
     found = saving.find(run)
     if found.folder is None or not found.complete:
         have = f"the newest whole checkpoint is step {found.step} of {found.total}" if found.folder else "none"

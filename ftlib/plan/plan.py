@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ftlib.errors import InputError
 from ftlib.plan import memory, throughput, zero
@@ -25,8 +25,9 @@ WRITE_BYTES_PER_S = 0.5e9
 
 
 class StagePlan(Model):
-    """What one stage's job asks for."""
+    """What one stage's job asks for, and what it computes on."""
 
+    device: Literal["cpu", "cuda"] = Field(description="What the stage computes on; cuda only where its job has a GPU")
     partition: str
     qos: str | None
     nodes: int
@@ -43,12 +44,13 @@ class RunPlan(Model):
     """How and where a wish is carried out."""
 
     cluster: str
-    device: Literal["cpu", "cuda"]
     world_size: int
     micro_batch: int
     accumulation: int
     threads: int = Field(description="Threads of each training process, pinned: another count is another result")
     deterministic: bool
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        description="Training computes in it: bfloat16 autocast on a GPU, float32 on a CPU")
     steps: int = Field(description="Optimizer steps; an estimate where the recipe says epochs")
     gpu: str | None
     gpu_needed_gib: float | None
@@ -58,6 +60,20 @@ class RunPlan(Model):
     zero: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; none without ZeRO")
     stages: dict[str, StagePlan]
     notes: tuple[str, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_version(cls, values: Any) -> Any:
+        """Until version 0.1 a plan had one device for all of its stages, and computed by it."""
+        if not isinstance(values, dict) or "device" not in values:
+            return values
+        values = dict(values)
+        device = values.pop("device")
+        values.setdefault("compute_dtype", "bfloat16" if device == "cuda" else "float32")
+        values["stages"] = {
+            name: {"device": device if stage.get("gpus_per_node") else "cpu", **stage}
+            for name, stage in values["stages"].items()}
+        return values
 
 
 def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None) -> RunPlan:
@@ -100,6 +116,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
         return StagePlan(
+            device="cuda" if gpu and side.gpu and not side.gpu.simulated else "cpu",
             partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
             gpus_per_node=tasks * gpus if gpu and side.gpu else 0, cpus_per_task=gpu_cpus if gpu else cpus,
             mem_gib=math.ceil(mem_gib), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
@@ -115,7 +132,7 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
                   "limit": spec.resources.train_time_min, "warning_s": warning_s},
-        "export": {"gpu": False, "mem_gib": memory.export_host_gib(shape, spec), "minutes": 3 * load_min},
+        "export": {"gpu": not spec.zero.stage, "mem_gib": memory.export_host_gib(shape, spec), "minutes": 3 * load_min},
         "evaluate": {"gpu": True, "gpus": judging, "mem_gib": load_gib, "minutes": 2 * load_min + evaluation},
     }  # fmt: skip
     stages = {name: stage(name, **wanted) for name, wanted in asked.items()}
@@ -125,15 +142,16 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         hours = ((train_min + load_min) * world_size + (evaluation + 2 * load_min) * judging) / 60
     accumulation = per_rank // micro_batch
     cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"
     rule = f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
     notes = [rule] if gpu and speed is not None else []
     notes += ["the number of steps is an estimate until the data is packed"] if train.epochs else []
     return RunPlan(
-        cluster=profile.name, device="cuda" if gpu else "cpu", **cut, threads=threads,
+        cluster=profile.name, compute_dtype=compute_dtype, **cut, threads=threads,
         deterministic=gpu is None if train.deterministic is None else train.deterministic, steps=steps,
         gpu=gpu.type if gpu else None, gpu_needed_gib=needed, gpu_memory_gib=gpu.memory_gib if gpu else None,
         tokens_per_s=speed, gpu_hours=hours, stages=stages,
-        zero=zero.config(spec, **cut, on_gpu=gpu is not None) if spec.zero.stage else None,
+        zero=zero.config(spec, **cut, on_gpu=gpu is not None, compute_dtype=compute_dtype) if spec.zero.stage else None,
         notes=(*notes, *filter(None, [profile.missing_account()])))
 
 

@@ -13,7 +13,7 @@ MASTER_BYTES, GRADIENT_BYTES = 12, 4
 
 
 def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool,
-           universal: bool = False) -> dict[str, Any]:
+           compute_dtype: str, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for one training of the plan's cut. universal: it begins from a universal checkpoint.
     Keys as in https://www.deepspeed.ai/docs/config-json."""
     zero: dict[str, Any] = {
@@ -28,7 +28,8 @@ def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: in
     return {
         "train_batch_size": micro_batch * accumulation * world_size, "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation, "gradient_clipping": spec.optim.max_grad_norm,
-        "bf16": {"enabled": on_gpu}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": zero,
+        "bf16": {"enabled": compute_dtype == "bfloat16"}, "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
         # torch's own fused AdamW, on the CPU too: it needs no compiler on the nodes.
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1_000_000_000,
         **({"checkpoint": {"load_universal": True}} if universal else {})}

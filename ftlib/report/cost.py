@@ -53,7 +53,8 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
                 saves = [time_of(event) for event in mine if event["event"] == "checkpoint"]
                 lost += max(0.0, (ended - (saves[-1] if saves else began)).total_seconds())
         asked = (plan.get("stages") or {}).get(stage) or {}
-        gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if plan.get("device") == "cuda" else 0
+        on_gpu = asked.get("device", plan.get("device")) == "cuda"
+        gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if on_gpu else 0
         if found:
             costs.append(StageCost(stage, len(found), seconds, lost, gpus))
     return costs

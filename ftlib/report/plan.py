@@ -31,7 +31,7 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
     out = console()
     out.print(f"Run {name}: {spec.description}" if spec.description else f"Run {name}")
     rows, needed, there = spec.train.global_batch, plan.gpu_needed_gib, plan.gpu_memory_gib
-    ranks = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} on {plan.device}"
+    ranks = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} on {plan.stages['train'].device}"
     out.print(f"  {plan.steps:,} steps of {rows} rows ({rows * spec.data.seq_len:,} tokens): micro-batch "
               f"{plan.micro_batch} x accumulation {plan.accumulation} x {ranks}")  # fmt: skip
     if needed and there:

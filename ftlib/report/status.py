@@ -133,7 +133,8 @@ def spent(seen: Seen, now: datetime.datetime) -> Spent:
         plan = seen.run.plan() if any(seen.known.lives.values()) else {}
     except FtError:
         plan = {}
-    if plan.get("device") != "cuda":
+    stages = plan.get("stages", {}).values()
+    if not any(stage.get("device", plan.get("device")) == "cuda" for stage in stages):
         return Spent()
     at_work = [name for name, stage in seen.stages.items() if stage.state == "running"]
     costs = stage_costs(seen.known.log, plan, now, at_work)

@@ -41,10 +41,11 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
     }  # fmt: skip
     if profile.scheduler and profile.scheduler.slurm_conf:
         said["SLURM_CONF"] = profile.scheduler.slurm_conf
-    if plan.device == "cpu":
+    device = plan.stages[stage].device
+    if device == "cpu":
         said["CUDA_VISIBLE_DEVICES"] = ""
         said["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for one, and warn
-    if plan.deterministic and plan.device == "cuda":
+    if plan.deterministic and device == "cuda":
         said["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if not profile.compute_internet:
         said["HF_HUB_OFFLINE"] = "1"

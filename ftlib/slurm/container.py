@@ -86,7 +86,7 @@ def worker(profile: ClusterProfile, plan: RunPlan, stage: str, *provenance: dict
     if section is None or made is None:
         return shlex.quote(profile.python or sys.executable)
     # No --sharens for the ranks of a node: with it a signal ends Apptainer's own process and never reaches the worker.
-    options = ["--nv"] if plan.device == "cuda" and plan.stages[stage].gpus_per_node else []
+    options = ["--nv"] if plan.stages[stage].device == "cuda" else []
     words = ["bash", SCRIPT, section.command, made["path"], made["lock"], *options]
     return shlex.join([*words, *_folders(profile, section, *provenance), "--", "python"])
 

@@ -208,9 +208,11 @@ def settled_lives(run: Path, stage: str, life: int) -> list[policy.Life]:
 
 
 def _progressed(run: Path, stage: str, life: int) -> bool:
-    """Whether the life committed a checkpoint of a step that no earlier life had reached."""
-    saves = [(int(event["life"]), int(event["step"])) for event in events.read(run / "events")
-             if event["event"] == "checkpoint" and event.get("stage") == stage]  # fmt: skip
+    """Whether the life committed a checkpoint of a step that no earlier life had reached, or any piece of its work."""
+    log = [event for event in events.read(run / "events") if event.get("stage") == stage]
+    if any(event["event"] == "progress" and int(event["life"]) == life for event in log):
+        return True
+    saves = [(int(event["life"]), int(event["step"])) for event in log if event["event"] == "checkpoint"]
     before = max((step for number, step in saves if number < life), default=0)
     return any(step > before for number, step in saves if number == life)
 

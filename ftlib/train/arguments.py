@@ -15,15 +15,16 @@ from ftlib.spec import RunSpec
 from ftlib.train import ranks
 
 
-def prepare_process(spec: RunSpec, plan: dict[str, Any]) -> torch.device:
-    """Pin the threads, set the deterministic mode, and name this rank's device."""
+def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.device:
+    """Pin the threads, set the deterministic mode, and name the device that the plan gives this rank of `stage`.
+    InputError where it is not there."""
     torch.set_num_threads(int(plan["threads"]))
     # What our pinned libraries say of each other is of no use to a person who reads the log.
     for library in ("accelerate", "peft", "transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     for logger in ("accelerate.accelerator", "bitsandbytes"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    on_gpu = plan["device"] == "cuda"
+    on_gpu = plan["stages"][stage]["device"] == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
     if not on_gpu if spec.train.deterministic is None else spec.train.deterministic:
@@ -44,7 +45,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments for `total` optimizer steps. With ZeRO 3, models loaded from now on are sharded.
     universal: the training begins from a checkpoint that was rewritten for this number of processes."""
-    train, optim, world, on_gpu = spec.train, spec.optim, ranks.world_size(), plan["device"] == "cuda"
+    train, optim, world = spec.train, spec.optim, ranks.world_size()
+    on_gpu = plan["stages"]["train"]["device"] == "cuda"
     micro, accumulation = int(plan["micro_batch"]), int(plan["accumulation"])
     if (rows := micro * accumulation * world) != train.global_batch:
         raise InputError(
@@ -53,10 +55,11 @@ def training_arguments(
     sharing = None
     if spec.zero.stage:
         sharing = zero.config(
-            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu, universal=universal)
+            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu,
+            compute_dtype=plan["compute_dtype"], universal=universal)
     return TrainingArguments(
-        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=on_gpu, use_cpu=not on_gpu, seed=train.seed,
-        data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=plan["compute_dtype"] == "bfloat16",
+        use_cpu=not on_gpu, seed=train.seed, data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         learning_rate=optim.lr, optim=optim.name, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
         warmup_steps=round(optim.warmup_share * total), activation_checkpointing=train.gradient_checkpointing,

@@ -38,7 +38,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     if not len(train_rows):
         raise InputError(f"{dataset / 'train'}: the dataset has no rows")
     total = spec.train.total_steps(len(train_rows))
-    device = prepare_process(spec, plan)
+    device = prepare_process(spec, plan, "train")
     rendezvous.connect(on_gpu=device.type == "cuda", name=f"{run.path} {life}", always=spec.zero.stage > 0)
     if spec.zero.stage:
         zero.prepare(on_gpu=device.type == "cuda")
