@@ -59,7 +59,8 @@ def training_arguments(
             compute_dtype=plan["compute_dtype"], universal=universal)
     return TrainingArguments(
         deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=plan["compute_dtype"] == "bfloat16",
-        use_cpu=not on_gpu, seed=train.seed, data_seed=train.seed, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
+        use_cpu=not on_gpu, seed=train.seed, data_seed=train.seed,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         learning_rate=optim.lr, optim=optim.name, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,
         lr_scheduler_type="constant_with_warmup" if optim.schedule == "constant" else optim.schedule,
         warmup_steps=round(optim.warmup_share * total), activation_checkpointing=train.gradient_checkpointing,
