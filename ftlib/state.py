@@ -131,6 +131,11 @@ def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
         else:
             # Without a failure nothing works on it: a foreground run that was stopped, or a chain queued in part.
             state = "failed" if last and last.code != 75 else "cancelled"
+        first = next((name for name in found if found[name].state != "completed" and found[name].job_id == job), None)
+        if job and scheduler is not None and first and state != "completed":
+            # It shares the job of a stage that is not done: its turn has not come.
+            state = "queued" if found[first].state in ACTIVE else "cancelled"
+            words = found[first].words if found[first].state == "queued" else f"in the same job, after {first}"
         broken = broken or state in ("failed", "cancelled")
         found[stage] = StageState(state, job, lives, words)
     return found

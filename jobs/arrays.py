@@ -1,11 +1,12 @@
-"""The arrays of a sweep: one per stage and resource shape, whose tasks find their run by a link under their index."""
+"""The arrays of a sweep: one per job of the chain and resource shape. Tasks find their run by a link under their index.
+"""
 
 from __future__ import annotations
 
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.slurm import batch, container, settle
 from ftlib.sweepdir import SweepDir
-from jobs.chain import STAGE_MODULE, ModuleExecutor
+from jobs.chain import AND, STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
 
 
@@ -23,15 +24,15 @@ from jobs.points import Chunk, Need, chunks, threaded
 class Fed:
     """What was done about a sweep's points."""
 
-    queued: Counter[str] = field(default_factory=Counter)  # stage -> tasks
-    arrays: Counter[str] = field(default_factory=Counter)  # stage -> sbatch calls
+    queued: Counter[str] = field(default_factory=Counter)  # a job's stages (export+evaluate) -> tasks
+    arrays: Counter[str] = field(default_factory=Counter)  # the same -> sbatch calls
     waiting: int = 0  # points for which there is no room yet
     told: dict[str, list[str]] = field(default_factory=dict)  # why nothing is queued -> runs
 
     def words(self) -> str:
         """A line for each thing that was done or left."""
-        parts = [f"{stage} {count} in {self.arrays[stage]} array{'s' * (self.arrays[stage] > 1)}"
-                 for stage, count in self.queued.items()]  # fmt: skip
+        parts = [f"{name} {count} in {self.arrays[name]} array{'s' * (self.arrays[name] > 1)}"
+                 for name, count in self.queued.items()]  # fmt: skip
         lines = ["Queued: " + ", ".join(parts) if parts else "Nothing was queued."]
         lines += [f"{len(runs):5} {why}" for why, runs in sorted(self.told.items())]
         if self.waiting:
@@ -73,13 +74,14 @@ class Arrays:
                 self._lay_out(chunk, nonce)
                 indices = [index for index, need in chunk.needs.items() if "prepare" in need.stages]
                 if indices:
-                    array = jobs[nonce]["prepare"] = self._sbatch(chunk, "prepare", nonce, indices, None)
+                    array = jobs[nonce]["prepare"] = self._sbatch(chunk, ("prepare",), nonce, indices, None)
                     prepares |= {chunk.needs[index].run: f"{array}_{index}" for index in indices}
             for chunk, nonce in parts:
                 after, prepared = self._first_dependency(chunk, prepares)
-                for stage in chunk.stages:
+                for stages in chunk.jobs:
                     indices = list(chunk.needs)
-                    array = jobs[nonce][stage] = self._sbatch(chunk, stage, nonce, indices, after, prepared=prepared)
+                    array = self._sbatch(chunk, stages, nonce, indices, after, prepared=prepared)
+                    jobs[nonce] |= dict.fromkeys(stages, array)
                     after, prepared = f"aftercorr:{array}", False
                 self.middle = [f"{array}_{index}" for index in indices[len(indices) // 2 :][:3]]
         except FtError as error:
@@ -89,7 +91,10 @@ class Arrays:
             self._write_down(chunk, nonce, jobs[nonce], prepares, nonces)
         if refused and self.profile.scheduler and self.profile.scheduler.max_jobs and "limit" in str(refused).lower():
             # Other jobs came in between.
-            self.fed.waiting += sum(len(c.needs) for c, nonce in parts if set(c.stages) - jobs[nonce].keys())
+            self.fed.waiting += sum(
+                len(chunk.needs) for chunk, nonce in parts
+                if not all(stage in jobs[nonce] for stages in chunk.jobs for stage in stages)
+            )  # fmt: skip
             return None
         return refused
 
@@ -122,40 +127,51 @@ class Arrays:
             words = [f"aftercorr:{arrays[0]}"]
         elif jobs:
             words, prepared = [f"afterany:{':'.join(arrays)}"], True
-        if self.at_once and (others := self.active.get(chunk.stages[0])):
+        if self.at_once and (others := self.active.get(chunk.jobs[0][0])):
             words.append(f"afterany:{':'.join(sorted(others))}")  # arrays of one stage never run at the same time
         return ",".join(words) or None, prepared
 
     def _sbatch(
-        self, chunk: Chunk, stage: str, nonce: str, indices: list[int], after: str | None, *, prepared: bool = False
-    ) -> str:
-        made = self.executor(chunk, stage, nonce, indices, after, prepared=prepared)
-        array = made.queue(f"{stage} of {len(indices)} points")
-        self.fed.queued[stage] += len(indices)
-        self.fed.arrays[stage] += 1
-        self.active.setdefault(stage, set()).add(array)
+        self, chunk: Chunk, stages: Sequence[str], nonce: str, indices: list[int], after: str | None, *,
+        prepared: bool = False,
+    ) -> str:  # fmt: skip
+        name = AND.join(stages)
+        array = self.executor(chunk, stages, nonce, indices, after, prepared=prepared).queue(
+            f"{name} of {len(indices)} points"
+        )
+        self.fed.queued[name] += len(indices)
+        self.fed.arrays[name] += 1
+        for stage in stages:
+            self.active.setdefault(stage, set()).add(array)
         return array
 
     def executor(
-        self, chunk: Chunk, stage: str, nonce: str, indices: list[int], after: str | None, *, prepared: bool
-    ) -> ModuleExecutor:
-        """submitit's executor of one array."""
+        self, chunk: Chunk, stages: Sequence[str], nonce: str, indices: list[int], after: str | None, *,
+        prepared: bool,
+    ) -> ModuleExecutor:  # fmt: skip
+        """submitit's executor of one array, whose tasks run `stages` one after the other."""
         needs, folder = [chunk.needs[index] for index in indices], self.sweep.arrays / nonce
         bad = {node for need in needs if need.automatic for node in settle.excluded_nodes(need.run)}
         exclude = ",".join(filter(None, [self.profile.exclude, *sorted(bad)])) or None
         profile, plan = self.profile.model_copy(update={"exclude": exclude}), needs[0].plan
-        variables = batch.environment(profile, plan, stage, run=None, cache=self.cache)
+        name, first, asked = AND.join(stages), stages[0], chunk.asked(profile, stages)
+        variables = batch.environment(profile, plan, first, run=None, cache=self.cache)
         words = batch.parameters(
-            profile, chunk.asked(stage), name=f"{self.sweep.name}.{stage}",
-            setup=batch.array_setup(profile, variables, self.sweep.runs, folder, prepared=prepared),
-            comment=f"ftlib {self.sweep.name} {stage} {nonce}",
+            profile, asked, name=f"{self.sweep.name}.{name}", shared=len(stages) > 1,
+            setup=batch.array_setup(
+                profile, variables, self.sweep.runs, folder, stages, asked.time_min, prepared=prepared
+            ),
+            comment=f"ftlib {self.sweep.name} {name} {nonce}",
             dependency=",".join(filter(None, [after, f"afterok:{self.image}" if self.image else None])) or None,
         )  # fmt: skip
         runs = [RunDir(need.run) for need in (needs if profile.container else needs[:1])]
         known = [run.provenance() for run in runs if run.provenance_file.exists()]  # in a dry run none is there
         known = known or [{"checkout": str(self.sweep.runs.parent)}]
-        made = ModuleExecutor(folder, python=container.worker(profile, plan, stage, *known), module=STAGE_MODULE)
-        made.update_parameters(**batch.array(words, folder, stage, indices, self.at_once))
+        made = ModuleExecutor(
+            folder, python=container.worker(profile, plan, first, *known), module=STAGE_MODULE,
+            srun_options=batch.output(stages),
+        )  # fmt: skip
+        made.update_parameters(**batch.array(words, folder, first, indices, self.at_once))
         return made
 
     def _write_down(
@@ -164,7 +180,7 @@ class Arrays:
         def note(index: int) -> None:
             need = chunk.needs[index]
             by = need.prepared_by
-            jobs = {stage: f"{array}_{index}" for stage, array in arrays.items() if stage in chunk.stages}
+            jobs = {stage: f"{array}_{index}" for stage, array in arrays.items() if stage != "prepare"}
             of = dict.fromkeys(jobs, nonce)
             if by and (job := need.prepare or prepares.get(by)):
                 jobs["prepare"] = job
@@ -185,10 +201,11 @@ def preview(
     feeding = Arrays(sweep, profile, Fed(), at_once, cache)
     for number, chunk in enumerate(chunks(needs, profile), 1):
         before = ""
-        for stage in ("prepare", *chunk.stages):
-            indices = [index for index, need in chunk.needs.items() if stage in need.stages]
+        for stages in (("prepare",), *chunk.jobs):
+            name = AND.join(stages)
+            indices = [index for index, need in chunk.needs.items() if stages[0] in need.stages]
             after = f"after{'ok' if before == 'prepare' else 'corr'}:<job id of {before}>" if before else None
             if indices:
-                made = feeding.executor(chunk, stage, f"<nonce {number}>", indices, after, prepared=False)
-                yield f"{stage}.sbatch, {len(indices)} point{'s' * (len(indices) > 1)}", made.script()
-            before = stage
+                made = feeding.executor(chunk, stages, f"<nonce {number}>", indices, after, prepared=False)
+                yield f"{name}.sbatch, {len(indices)} point{'s' * (len(indices) > 1)}", made.script()
+            before = name

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm import batch, client, container, settle
 
 GUARD, IMAGE = "guard", "image"
+AND = "+"  # between the names of stages that share a job, in its name and comment
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
 
 class ModuleExecutor(SlurmExecutor):
     """submitit's executor for a job that runs `python -m module`: its run folder holds all that a pickle would."""
 
-    def __init__(self, folder: Path, *, python: str, module: str) -> None:
+    def __init__(self, folder: Path, *, python: str, module: str, srun_options: str = "") -> None:
+        """srun_options: shell words before the command, for what the shell fills in."""
         super().__init__(folder, python=python)
-        self.module = module
+        self.module, self.srun_options = module, srun_options
 
     @classmethod
     def affinity(cls) -> int:
@@ -36,7 +38,7 @@ class ModuleExecutor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        return f"{self.python} -u -m {self.module}"
+        return f"{self.srun_options}{self.python} -u -m {self.module}"
 
     def script(self) -> str:
         """The sbatch script, to the letter."""
@@ -52,31 +54,39 @@ class ModuleExecutor(SlurmExecutor):
 
 
 def executor(
-    profile: ClusterProfile, plan: RunPlan, stage: str, provenance: dict[str, Any], *,
+    profile: ClusterProfile, plan: RunPlan, stages: Sequence[str], provenance: dict[str, Any], *,
     run: Path, comment: str, after: str | None,
 ) -> ModuleExecutor:  # fmt: skip
-    """submitit's executor of a stage of the run folder `run`, whose `provenance` that is; `after`: a job's id."""
-    variables = batch.environment(profile, plan, stage, run=run, cache=Path(provenance["cache"]))
-    python = container.worker(profile, plan, stage, provenance)
-    made = ModuleExecutor(run / "slurm" / stage, python=python, module=STAGE_MODULE)
-    dependency, setup = f"afterok:{after}" if after else None, batch.setup(profile, variables, run)
-    words = batch.parameters(
-        profile, plan.stages[stage], name=f"{run.name}.{stage}", setup=setup, comment=comment, dependency=dependency
-    )
-    made.update_parameters(**words)
-    return made
+    """submitit's executor of the job that runs `stages` of the run folder `run`, whose `provenance` that is.
+
+    after: the id of the job that must complete before it.
+    """
+    first, request = stages[0], batch.request(profile, plan, stages)
+    variables = batch.environment(profile, plan, first, run=run, cache=Path(provenance["cache"]))
+    job = ModuleExecutor(
+        run / "slurm" / first, python=container.worker(profile, plan, first, provenance), module=STAGE_MODULE,
+        srun_options=batch.output(stages),
+    )  # fmt: skip
+    parameters = batch.parameters(
+        profile, request, name=f"{run.name}.{AND.join(stages)}", comment=comment, shared=len(stages) > 1,
+        setup=batch.setup(profile, variables, run, stages, request.time_min),
+        dependency=f"afterok:{after}" if after else None,
+    )  # fmt: skip
+    job.update_parameters(**parameters)
+    return job
 
 
 def scripts(
     profile: ClusterProfile, plan: RunPlan, *, run: Path, provenance: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
-    """(STAGE.sbatch, script) as they would be queued; job ids that do not exist yet are named by their stage."""
+    """(STAGE.sbatch, script) as they would be queued; job ids that do not exist yet are named by their stages."""
     after = None
-    for stage in STAGES:
-        comment = f"ftlib {run.name} {stage} <nonce>"
-        made = executor(profile, plan, stage, provenance, run=run, comment=comment, after=after)
-        yield f"{stage}.sbatch", made.script()
-        after = f"<job id of {stage}>"
+    for stages in plan.jobs:
+        name = AND.join(stages)
+        comment = f"ftlib {run.name} {name} <nonce>"
+        made = executor(profile, plan, stages, provenance, run=run, comment=comment, after=after)
+        yield f"{name}.sbatch", made.script()
+        after = f"<job id of {name}>"
 
 
 def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_guard: bool = False) -> dict[str, str]:
@@ -92,28 +102,32 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
     queued: dict[str, str] = {}
     try:
         before = queue_image(run, profile, by_guard=by_guard)
-        for stage in STAGES:
-            if stage in active and not run.stage_done(stage):
-                before = active[stage]
-            elif not run.stage_done(stage):
-                before = queued[stage] = queue_stage(run, profile, plan, stage, before, by_guard=by_guard)
-        if queued:
+        for stages in plan.jobs:
+            missing = [stage for stage in stages if not run.stage_done(stage)]
+            before = next((active[stage] for stage in reversed(missing) if stage in active), before)
+            if new := [stage for stage in missing if stage not in active]:
+                before = queue_job(run, profile, plan, new, before, by_guard=by_guard)
+                queued |= dict.fromkeys(new, before)
+        if queued or not _guarded(run):
             watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
-            _queue_guard(run, profile, plan, watched)
+            _queue_guard(run, profile, plan, list(dict.fromkeys(watched)))
     except client.Refused as error:
         words = f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
         raise FtError(f"{error}. {words}") from None
     return queued
 
 
-def queue_stage(
-    run: RunDir, profile: ClusterProfile, plan: RunPlan, stage: str, after: str | None, *, by_guard: bool = False
-) -> str:
-    """Queue one stage to follow the job `after`; returns its job's id."""
-    nonce = _intend(run, stage)
-    comment = f"ftlib {run.name} {stage} {nonce}"
-    made = executor(profile, plan, stage, run.provenance(), run=run.path, comment=comment, after=after)
-    return _submitted(run, stage, made.queue(f"{stage} of {run.name}"), nonce, by_guard=by_guard)
+def queue_job(
+    run: RunDir, profile: ClusterProfile, plan: RunPlan, stages: Sequence[str], after: str | None, *,
+    by_guard: bool = False,
+) -> str:  # fmt: skip
+    """Queue the job that runs `stages` one after the other, to follow the job `after`; returns its id."""
+    nonce, name = _intend(run, stages), AND.join(stages)
+    comment = f"ftlib {run.name} {name} {nonce}"
+    made = executor(profile, plan, stages, run.provenance(), run=run.path, comment=comment, after=after)
+    for stage in stages:  # Slurm makes no folders for logs
+        (run.slurm / stage).mkdir(parents=True, exist_ok=True)
+    return _submitted(run, stages, made.queue(f"{name} of {run.name}"), nonce, by_guard=by_guard)
 
 
 def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
@@ -129,11 +143,17 @@ def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str 
     from jobs import image
 
     job = image.job_before(profile, Path(run.provenance()["checkout"]))
-    return _submitted(run, IMAGE, job, "", by_guard=by_guard) if job else None
+    return _submitted(run, [IMAGE], job, "", by_guard=by_guard) if job else None
+
+
+def _guarded(run: RunDir) -> bool:
+    """Whether the newest jobs have a guard: a submit that was killed may have queued the last stage and no guard."""
+    stages = [event["stage"] for event in events.read(run.events) if event["event"] == "submitted"]
+    return stages[-1:] == [GUARD]
 
 
 def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str]) -> None:
-    nonce = _intend(run, GUARD)
+    nonce = _intend(run, [GUARD])
     variables = batch.environment(profile, plan, STAGES[0], run=run.path, cache=Path(run.provenance()["cache"]))
     made = ModuleExecutor(
         run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]), module=f"jobs.guard {shlex.quote(str(run.path))}"
@@ -145,20 +165,26 @@ def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: l
         dependency="?".join(f"afternotok:{job}" for job in watched),
     )  # fmt: skip
     made.update_parameters(**words)
-    _submitted(run, GUARD, made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
+    _submitted(run, [GUARD], made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
 
 
-def _intend(run: RunDir, stage: str) -> str:
+def _intend(run: RunDir, stages: Sequence[str]) -> str:
     """Write down that a job is about to be queued; returns the word by which its comment tells it."""
     nonce = uuid.uuid4().hex[:12]
-    events.append(run.events, events.submit_writer(), "intended", stage=stage, nonce=nonce)
+    rows: list[tuple[events.Name, dict[str, object]]]
+    rows = [("intended", {"stage": stage, "nonce": nonce}) for stage in stages]
+    events.append_all(run.events, events.submit_writer(), rows)
     return nonce
 
 
-def _submitted(run: RunDir, stage: str, job: str, nonce: str, *, by_guard: bool) -> str:
-    lives = len(list(run.lives.glob(f"{stage}-*")))
-    said = {"stage": stage, "job_id": job, "nonce": nonce, "after_life": lives, "automatic": by_guard}
-    events.append(run.events, events.submit_writer(), "submitted", **said)
+def _submitted(run: RunDir, stages: Sequence[str], job: str, nonce: str, *, by_guard: bool) -> str:
+    """Write down that the job runs `stages`; returns it."""
+    rows: list[tuple[events.Name, dict[str, object]]] = []
+    for stage in stages:
+        lives = len(list(run.lives.glob(f"{stage}-*")))
+        row = {"stage": stage, "job_id": job, "nonce": nonce, "after_life": lives, "automatic": by_guard}
+        rows.append(("submitted", row))
+    events.append_all(run.events, events.submit_writer(), rows)
     return job
 
 
@@ -175,8 +201,9 @@ def adopt(run: RunDir) -> list[str]:
     for job in client.jobs() if open_intents else ():
         words = job.comment.split(" ")
         if len(words) == 4 and words[:2] == ["ftlib", run.name] and words[3] in open_intents:
-            _submitted(run, words[2], job.id, words[3], by_guard=False)
-            found.append(words[2])
+            stages = words[2].split(AND)
+            _submitted(run, stages, job.id, words[3], by_guard=False)
+            found += stages
     return found
 
 
@@ -187,4 +214,4 @@ def cancel(run: RunDir, job_ids: dict[str, str]) -> None:
     writer = events.submit_writer()
     for stage in reversed(list(job_ids)):
         events.append(run.events, writer, "cancelled", stage=stage, job_id=job_ids[stage], user=os.environ.get("USER"))
-    client.cancel(reversed(list(job_ids.values())))
+    client.cancel(dict.fromkeys(reversed(list(job_ids.values()))))  # a job of two stages once

@@ -19,7 +19,7 @@ from ftlib.slurm import batch, client
 from ftlib.sweepdir import SweepDir
 from jobs import guard, image
 from jobs.arrays import Arrays, Fed, record
-from jobs.chain import ModuleExecutor
+from jobs.chain import AND, ModuleExecutor
 from jobs.points import Need, active, fitting, need_of, share_datasets, threaded
 
 FEEDER = "feeder"
@@ -94,7 +94,7 @@ def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
         mine = [(words, job.id) for job in queue if (words := job.comment.split(" "))[-1] == nonce]
         found: dict[str, dict[str, str]] = {}  # index -> stage -> job
         for words, job in mine:
-            found.setdefault(job.partition("_")[2], {})[words[2]] = job
+            found.setdefault(job.partition("_")[2], {}).update(dict.fromkeys(words[2].split(AND), job))
         for index, jobs in found.items():
             run = RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2])
             record(run, jobs, dict.fromkeys(jobs, nonce))

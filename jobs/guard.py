@@ -42,7 +42,8 @@ def decide(run: RunDir) -> str:
     with run.claim():
         # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
         missing = [name for name in STAGES if not run.stage_done(name)]
-        client.cancel([jobs[name] for name in missing[1:] if name in jobs])
+        ended = jobs[missing[0]]
+        client.cancel(dict.fromkeys(jobs[name] for name in missing[1:] if jobs.get(name, ended) != ended))
         queued = chain.queue(run, profile, {}, by_guard=True)
     return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
 
@@ -56,7 +57,9 @@ def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
     log = events.read(run.events)
     if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
         return f"{stage} was cancelled by its owner; it stays so"
-    before = next((jobs[name] for name in reversed(STAGES[: STAGES.index(stage)]) if name in jobs), jobs.get("image"))
+    # An earlier stage may have run in the same job.
+    earlier = [jobs[name] for name in STAGES[: STAGES.index(stage)] if jobs.get(name, jobs[stage]) != jobs[stage]]
+    before = earlier[-1] if earlier else jobs.get("image")
     slurm = view.get(jobs[stage], Job("")).state
     # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
     by_dependency = view.get(before or "", Job("COMPLETED")).state in FAILED

@@ -127,7 +127,9 @@ def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
         return False, "completed"
     first = seen.stages[open_stages[0]]
     job = seen.answer.jobs.get(first.job_id or "")
-    words = queue.why_waits(job, time.time()) if first.state == "queued" and job else first.words
+    words = first.words
+    if first.state == "queued" and job and state.SLURM_STATES.get(job.state) == "queued":
+        words = queue.why_waits(job, time.time())
     # Where nobody could requeue it, the guard will.
     guard = seen.answer.jobs.get(seen.known.jobs.get("guard", ""))
     guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE

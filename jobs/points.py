@@ -13,6 +13,7 @@ from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
+from ftlib.slurm import batch
 from ftlib.slurm.client import Job
 from ftlib.state import ACTIVE, Journal
 from ftlib.sweepdir import SweepDir, share_prepared
@@ -50,8 +51,14 @@ class Need:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The stages that are tasks of its own; prepare is one job a dataset."""
+        """The stages that run in tasks of its own; prepare is one job a dataset."""
         return tuple(stage for stage in self.stages if stage != "prepare")
+
+    @property
+    def jobs(self) -> tuple[tuple[str, ...], ...]:
+        """`tasks`, those that share a task together."""
+        together = (tuple(stage for stage in stages if stage in self.tasks) for stages in self.plan.jobs)
+        return tuple(stages for stages in together if stages)
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,12 @@ class Chunk:
     """Points that go through the same arrays, each under its index."""
 
     needs: dict[int, Need]
-    stages: tuple[str, ...]  # without prepare
+    jobs: tuple[tuple[str, ...], ...]  # the stages of each array, without prepare
 
-    def asked(self, stage: str) -> StagePlan:
-        """What the array of a stage asks for: as much as the most demanding of its points."""
-        plans = [need.plan.stages[stage] for need in self.needs.values() if stage in need.stages]
+    def asked(self, profile: ClusterProfile, stages: Sequence[str]) -> StagePlan:
+        """What the array of some stages asks for: as much as the most demanding of its points."""
+        needs = [need for need in self.needs.values() if stages[0] in need.stages]
+        plans = [batch.request(profile, need.plan, stages) for need in needs]
         return plans[0].model_copy(
             update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min", "warning_s")}
         )
@@ -107,7 +115,7 @@ def fitting(needs: Sequence[Need], free: float) -> list[Need]:
     """The first of `needs` that `free` jobs of room hold, each dataset's prepare job counted once."""
     datasets: set[str] = set()
     for number, need in enumerate(needs):
-        free -= len(need.tasks) + ("prepare" in need.stages and need.dataset not in datasets)
+        free -= len(need.jobs) + ("prepare" in need.stages and need.dataset not in datasets)
         if free < 0:
             return list(needs[:number])
         datasets.add(need.dataset)
@@ -120,23 +128,24 @@ def chunks(needs: Iterable[Need], profile: ClusterProfile) -> list[Chunk]:
     most = profile.scheduler.max_array_size
     groups: dict[Any, list[Need]] = {}
     for need in needs:
-        shapes = tuple(_shape(need.plan, stage) for stage in need.tasks)
-        groups.setdefault((need.tasks, (need.before or "").partition("_")[0], shapes), []).append(need)
+        shapes = tuple(_shape(need.plan, stages) for stages in need.jobs)
+        groups.setdefault((need.jobs, (need.before or "").partition("_")[0], shapes), []).append(need)
     found = []
-    for (stages, follows, _), members in groups.items():
+    for (jobs, follows, _), members in groups.items():
         if follows:
             indexed = {int((need.before or "").partition("_")[2] or 0): need for need in members}
-            found.append(Chunk(dict(sorted(indexed.items())), stages))
+            found.append(Chunk(dict(sorted(indexed.items())), jobs))
         else:
             parts = [members[start : start + most] for start in range(0, len(members), most)]
-            found += [Chunk(dict(enumerate(part)), stages) for part in parts]
+            found += [Chunk(dict(enumerate(part)), jobs) for part in parts]
     return found
 
 
-def _shape(plan: RunPlan, stage: str) -> tuple[Any, ...]:
+def _shape(plan: RunPlan, stages: Sequence[str]) -> tuple[Any, ...]:
     """What must be equal in one array. Of memory and time the order of magnitude: an array asks for the most."""
-    asked = plan.stages[stage].model_dump(exclude={"estimate_min", "mem_gib", "time_min", "warning_s"})
-    near = [math.ceil(math.log2(getattr(plan.stages[stage], name))) for name in ("mem_gib", "time_min")]
+    request = plan.request(stages)
+    asked = request.model_dump(exclude={"estimate_min", "mem_gib", "time_min", "warning_s"})
+    near = [math.ceil(math.log2(getattr(request, name))) for name in ("mem_gib", "time_min")]
     return *asked.values(), *near, plan.compute_dtype, plan.threads, plan.deterministic
 
 

@@ -38,7 +38,10 @@ def start(run: RunDir, profile: ClusterProfile) -> int:
             print(f"Found the job of {stage} that an interrupted submit had queued; it belongs to this run.")
         queued = chain.queue(run, profile, _active(run))
     if queued:
-        print("Queued: " + ", ".join(f"{stage} {job}" for stage, job in queued.items()))
+        stages_of: dict[str, list[str]] = {}
+        for stage, job in queued.items():
+            stages_of.setdefault(job, []).append(stage)
+        print("Queued: " + ", ".join(f"{' and '.join(stages)} {job}" for job, stages in stages_of.items()))
     print(f"Watch it: make status RUN={run.name}   make logs RUN={run.name} FOLLOW=1")
     return DONE
 

@@ -102,7 +102,7 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
         # A trial that fails is not tried again by itself.
         once = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
         before = chain.queue_image(run, once, by_guard=False)
-        job = chain.queue_stage(run, once, RunPlan.model_validate(run.plan()), STAGE, before)
+        job = chain.queue_job(run, once, RunPlan.model_validate(run.plan()), [STAGE], before)
     where = stages[STAGE]["partition"]
     print(f"Queued: job {job}, of {limit_min} minutes at most, in {where}. Log: {run.slurm / STAGE}")
     return _follow(run, job, profile)

@@ -8,7 +8,8 @@ ft_outcome="$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"
 ft_words=
 if [ -s "$ft_outcome" ]; then
     read -r ft_code ft_words <"$ft_outcome"
-    [ "$ft_code" != 0 ] || exit 0
+    # Another stage may follow in this job.
+    [ "$ft_code" != 0 ] || return 0
 elif [ "$ft_code" -eq 0 ]; then
     ft_code=1 # nothing says that it is done
 fi

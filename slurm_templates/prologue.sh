@@ -8,6 +8,10 @@ trap : TERM
 FT_JOB="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 export FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
 FT_LOG="$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_0_log.out"
+# Where stages share the job, Slurm gave this shell the first one's log.
+[ -z "$FT_STAGES" ] || exec >>"$FT_LOG" 2>&1
+# The number of this stage's srun: it is the job's first unless another stage ran before it.
+FT_STEP=$((${FT_STEP:--1} + 1))
 
 # Lives share appended logs, one a rank: where this life's part begins.
 ft_sizes="$(cd "$FT_RUN/slurm/$FT_STAGE" && stat -c %n:%s "${FT_JOB}"_*_log.out 2>/dev/null | tr '\n' ' ')"
@@ -36,11 +40,11 @@ fi
 # Prints lives or gone; nothing where this node does not even tell of the shell's own step.
 ft_step() {
     scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
-        awk '$3 == "batch" && !it { it = "gone" } $3 == "0" { it = "lives" } END { print it }'
+        awk -v step="$FT_STEP" '$3 == "batch" && !it { it = "gone" } $3 == step { it = "lives" } END { print it }'
 }
 ft_gone() { [ "$(ft_step)" = gone ] && sleep 2 && [ "$(ft_step)" = gone ]; }
 ft_tasks() {
-    for ft_of in $(grep -lzxs "SLURM_STEP_ID=0" /proc/[0-9]*/environ); do
+    for ft_of in $(grep -lzxs "SLURM_STEP_ID=$FT_STEP" /proc/[0-9]*/environ); do
         grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "$ft_of" && grep -qzxs "FT_LIFE=$FT_LIFE" "$ft_of" && basename "${ft_of%/*}"
     done
 }
@@ -51,7 +55,7 @@ ft_step_began() {
     [ ! -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ] || return 0
     [ $((SECONDS - ft_asked)) -ge 60 ] || return 1
     ft_asked=$SECONDS
-    squeue -h -s -j "$FT_JOB" -o %i | grep -q '\.0$' && sleep 30
+    squeue -h -s -j "$FT_JOB" -o %i | grep -q "\.$FT_STEP\$" && sleep 30
 }
 ft_watch_step() {
     ft_asked=$SECONDS

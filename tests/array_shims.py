@@ -62,8 +62,9 @@ class Queue:
         return [(a, i) for a, job in self.arrays.items() for i, state in job["tasks"].items() if state in states]
 
     def of(self, stage: str) -> list[str]:
-        """The arrays of a stage, oldest first."""
-        return [array for array, job in self.arrays.items() if job["comment"].split(" ")[2] == stage]
+        """The arrays that run a stage (alone, or with another: export+evaluate), oldest first."""
+        names = {array: job["comment"].split(" ")[2] for array, job in self.arrays.items()}
+        return [array for array, name in names.items() if stage == name or stage in name.split("+")]
 
 
 def main(name: str, words: list[str]) -> int:

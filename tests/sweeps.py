@@ -15,6 +15,8 @@ from tests.array_shims import ACTIVE, Login, Queue
 from tests.wishes import copied_checkout
 
 TASKS = STAGES[1:]
+# The jobs of a point on the local Slurm, by the names of their stages; the first is one for a dataset.
+JOBS = ("prepare", "train", "export+evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def place(login: Login) -> SweepDir:
 
 
 def queued(login: Login, *states: str) -> Counter[str]:
-    """Tasks of each stage in one of the states."""
+    """Tasks of each kind of job in one of the states."""
     queue = login.queue
     return Counter(queue.arrays[array]["comment"].split(" ")[2] for array, _ in queue.tasks(*(states or ACTIVE)))
 
@@ -78,12 +80,13 @@ def complete(login: Login, *arrays: str) -> None:
     """Let every queued task of the arrays end well."""
     queue = login.queue
     for array in arrays:
-        stage = queue.arrays[array]["comment"].split(" ")[2]
+        stages = queue.arrays[array]["comment"].split(" ")[2].split("+")
         for index, now in queue.arrays[array]["tasks"].items():
             if now in ACTIVE:
                 run = run_of(login, array, index)
-                (run.outcomes / f"{stage}-1").write_text("0 done\n")
-                if stage == "prepare":
+                for stage in stages:
+                    (run.outcomes / f"{stage}-1").write_text("0 done\n")
+                if "prepare" in stages:
                     run.prepared_file.write_text("{}")
                     share_prepared(run, run.siblings())
                 queue.arrays[array]["tasks"][index] = "COMPLETED"

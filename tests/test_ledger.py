@@ -22,7 +22,7 @@ SBATCH = """script=$(for word; do :; done; echo "$word")
 sleep "${SLOW:-0}"
 number=$(($(cat "$QUEUE/../last" 2>/dev/null || echo 100) + 1)); echo $number >"$QUEUE/../last"
 echo "PENDING $(sed -n "s/^#SBATCH --comment='*\\([^']*\\)'*$/\\1/p" "$script")" >"$QUEUE/$number"
-[ -z "$KILL_PARENT" ] || kill -9 $PPID
+[ "$KILL_PARENT" != 1 ] && [ "$KILL_PARENT" != "$number" ] || kill -9 $PPID
 echo "Submitted batch job $number"
 """
 SQUEUE = """for job in "$QUEUE"/*; do
@@ -89,7 +89,8 @@ class Login:
     def set(self, stage: str, now: str) -> None:
         """The stage's newest job gets another state."""
         path = self.queue / state.submissions(self.run())[stage]
-        path.write_text(now + path.read_text().removeprefix("PENDING").removeprefix("RUNNING"))
+        _, comment = path.read_text().split(" ", 1)
+        path.write_text(f"{now} {comment}")
 
     def guard(self) -> str:
         """What the guard's job says."""
@@ -112,7 +113,7 @@ class Login:
             assert self.python("-m", "ftlib.slurm.settle", *words, FT_REQUEUE="0", SLURM_JOB_ID=job).returncode == 0
 
 
-ONE_EACH = Counter([*STAGES, "guard"])
+ONE_EACH = Counter(["prepare", "train", "export+evaluate", "guard"])
 
 
 @pytest.fixture
@@ -148,6 +149,19 @@ def test_a_submit_killed_between_its_intent_and_the_answer_is_adopted(login: Log
     adopted(login, "101")
 
 
+def test_the_job_of_two_stages_is_adopted_for_both(login: Login) -> None:
+    assert login.submit(KILL_PARENT="103").returncode == -9
+    assert login.jobs() == Counter(["prepare", "train", "export+evaluate"])
+    done = login.submit()
+    assert done.returncode == 0, done.stderr
+    assert "Found the job of export " in done.stdout and "Found the job of evaluate " in done.stdout
+    assert login.jobs() == ONE_EACH
+    jobs = state.submissions(login.run())
+    assert jobs["export"] == jobs["evaluate"] == "103"
+    assert login.python("-m", "jobs", "cancel", "--run", login.run().name).returncode == 0
+    assert login.jobs("CANCELLED")["export+evaluate"] == 1
+
+
 def test_an_orphan_that_has_failed_meanwhile_is_replaced(login: Login) -> None:
     """Only a job that can still run stands for its stage."""
     login.submit(KILL_PARENT="1")
@@ -180,7 +194,7 @@ def test_resume_queues_only_what_is_missing(login: Login) -> None:
     login.set("evaluate", "CANCELLED")
     for _ in range(2):
         assert login.python("-m", "jobs", "resume", "--run", run.name).returncode == 0
-    assert login.jobs("PENDING") == Counter({"train": 1, "export": 1, "evaluate": 1, "guard": 2})
+    assert login.jobs("PENDING") == Counter({"train": 1, "export+evaluate": 1, "guard": 2})
     assert login.jobs()["prepare"] == 1
 
 
@@ -238,7 +252,7 @@ def test_the_guard_goes_on_where_the_site_forbids_requeueing(training: Login) ->
     training.life("train", 1, "75 interrupted (time limit), saved at step 40", settled=True)
     ends(training)
     assert training.guard().startswith("queued anew: train ")
-    assert training.jobs("PENDING") == Counter({"train": 1, "export": 1, "evaluate": 1, "guard": 2})
+    assert training.jobs("PENDING") == Counter({"train": 1, "export+evaluate": 1, "guard": 2})
 
 
 def test_the_guard_is_not_stopped_by_the_claim_of_a_submit_that_was_killed(training: Login) -> None:
@@ -275,7 +289,37 @@ def test_the_guard_goes_on_where_slurm_cancelled_what_waited_for_a_done_stage(tr
     training.life("train", 1, "0 trained 40 steps")
     ends(training)
     assert training.guard().startswith("queued anew: export ")
-    assert training.jobs("PENDING") == Counter({"export": 1, "evaluate": 1, "guard": 2})
+    assert training.jobs("PENDING") == Counter({"export+evaluate": 1, "guard": 2})
+
+
+@pytest.fixture
+def exported(training: Login) -> Login:
+    """A run whose evaluation's turn has come, in the job of the export."""
+    training.life("train", 1, "0 trained 40 steps")
+    training.set("train", "COMPLETED")
+    training.set("export", "RUNNING")
+    training.life("export", 1, "0 exported the adapter")
+    return training
+
+
+def test_after_a_batch_shell_that_was_killed_between_two_stages_the_second_runs_alone(exported: Login) -> None:
+    exported.set("evaluate", "FAILED")
+    assert exported.guard().startswith("queued anew: evaluate ")
+    assert exported.jobs("PENDING") == Counter({"evaluate": 1, "guard": 2})
+
+
+def test_a_failed_evaluation_is_resumed_alone(exported: Login) -> None:
+    exported.life("evaluate", 1, "64 its base is gone", settled=True, code=64)
+    exported.set("evaluate", "FAILED")
+    assert "evaluate: " in exported.guard() and exported.jobs("PENDING")["evaluate"] == 0
+    done = exported.python("-m", "jobs", "resume", "--run", exported.run().name)
+    assert done.returncode == 0 and "Going on at evaluate (its base is gone)" in done.stdout, done.stderr
+    assert exported.jobs("PENDING") == Counter({"evaluate": 1, "guard": 2})
+
+
+def test_a_job_cancelled_in_its_second_stage_is_not_revived(exported: Login) -> None:
+    exported.set("evaluate", "CANCELLED")
+    assert "evaluate was cancelled by its owner" in exported.guard()
 
 
 @pytest.mark.parametrize("by", ["scancel", "make cancel"])

@@ -13,7 +13,7 @@ from ftlib import events, outcome, state
 from ftlib.rundir import STAGES
 from ftlib.slurm import batch
 from tests.array_shims import Login, quick_python
-from tests.sweeps import TASKS, complete, fail, feeder, fresh, place, queued, seeds, strangers, swept
+from tests.sweeps import JOBS, TASKS, complete, fail, feeder, fresh, place, queued, seeds, strangers, swept
 
 
 def test_indices_as_slurm_says_them() -> None:
@@ -30,22 +30,22 @@ def test_five_thousand_points_are_a_few_arrays_and_one_prepare_job(login: Login,
     )
     swept(login, name)
     queue = login.queue
-    assert queued(login) == {"prepare": 1, "train": 5000, "export": 5000, "evaluate": 5000, "feeder": 1}
-    assert [len(queue.of(stage)) for stage in STAGES] == [1, 5, 5, 5]  # ⌈5000 / 1001⌉
+    assert queued(login) == {"prepare": 1, "train": 5000, "export+evaluate": 5000, "feeder": 1}
+    assert [len(queue.of(stage)) for stage in JOBS] == [1, 5, 5]  # ⌈5000 / 1001⌉
     members = place(login).members()
     assert len(members) == 5000
     jobs_of = [state.submissions(run) for run in members]
     for stage in TASKS:
         assert len({found[stage] for found in jobs_of}) == 5000
     assert len({found["prepare"] for found in jobs_of}) == 1
-    # Each stage of a run has its own index in the three arrays that wait for each other task by task.
+    # Each run has its own index in the arrays that wait for each other task by task; two stages share a task.
+    assert all(found["export"] == found["evaluate"] != found["train"] for found in jobs_of)
     assert all(len({found[stage].partition("_")[2] for stage in TASKS}) == 1 for found in jobs_of)
-    first = {stage: queue.arrays[queue.of(stage)[0]]["dependency"] for stage in STAGES}
+    first = {name: queue.arrays[queue.of(name)[0]]["dependency"] for name in JOBS}
     assert first == {
         "prepare": "",
         "train": f"afterok:{queue.of('prepare')[0]}_0",
-        "export": f"aftercorr:{queue.of('train')[0]}",
-        "evaluate": f"aftercorr:{queue.of('export')[0]}",
+        "export+evaluate": f"aftercorr:{queue.of('train')[0]}",
     }
     # The same code for all, once.
     assert len({run.code.resolve() for run in members}) == 1
@@ -54,13 +54,13 @@ def test_five_thousand_points_are_a_few_arrays_and_one_prepare_job(login: Login,
     assert queued(login)["train"] == 5000
 
 
-@pytest.mark.parametrize(("most", "points"), [(210, 150), (3000, 1005), (1001, 340)])
+@pytest.mark.parametrize(("most", "points"), [(210, 150), (3000, 1505), (1001, 510)])
 def test_a_site_s_limit_is_never_exceeded_and_the_feeder_queues_the_rest(
     checkout: Path, tmp_path: Path, file: Callable[..., str], most: int, points: int
 ) -> None:
     login = fresh(checkout, tmp_path, MAX_SUBMIT=str(most))
     out = swept(login, file(seeds(points)), settings=f"cluster.scheduler.max_jobs={most}")
-    fits = (most - 2) // 3  # three stages a point; one prepare job, one feeder
+    fits = (most - 2) // 2  # two jobs a point; one prepare job, one feeder
     assert f"{points - fits} wait for room" in out
     for _ in range(math.ceil(points / fits) + 1):
         assert sum(queued(login).values()) <= most
@@ -74,12 +74,12 @@ def test_a_site_s_limit_is_never_exceeded_and_the_feeder_queues_the_rest(
             newest = queue.of("evaluate")[-1]
             half = len(queue.arrays[newest]["tasks"]) // 2
             assert f"afterany:{newest}_{half}" in last
-        complete(login, *(array for stage in STAGES for array in queue.of(stage)))
+        complete(login, *(array for name in JOBS for array in queue.of(name)))
         out = feeder(login) if last else ""
-    assert sum(queued(login, "COMPLETED")[stage] for stage in TASKS) == 3 * points
+    assert sum(queued(login, "COMPLETED")[name] for name in JOBS[1:]) == 2 * points
     assert all(run.stage_done("evaluate") for run in place(login).members())
     assert queued(login, "COMPLETED")["prepare"] == 1
-    assert len(login.queue.of("train")) == math.ceil(points / ((most - 2) // 3))
+    assert len(login.queue.of("train")) == math.ceil(points / ((most - 2) // 2))
 
 
 def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable[..., str]) -> None:
@@ -97,7 +97,7 @@ def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable
 
 def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Callable[..., str]) -> None:
     queue = login.queue
-    strangers(queue, 88)
+    strangers(queue, 90)
     name = file(seeds(7))
     assert "4 wait for room" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
     queue = login.queue
@@ -111,14 +111,14 @@ def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Ca
     assert all(run.stage_done("prepare") for run in place(login).members())
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_killed_submit_leaves_no_orphan_and_no_double(login: Login, file: Callable[..., str], at: int) -> None:
     name = file(seeds(6))
     wish = ("sweep", "--sweep", name, "--cluster", "local-slurm", "--set", "tracking.mode=disabled")
     assert login.jobs(*wish, KILL_AT=str(at)).returncode == -9
     assert len(login.queue.arrays) == at
     swept(login, name)
-    assert queued(login) == {"prepare": 1, "train": 6, "export": 6, "evaluate": 6, "feeder": 1}
+    assert queued(login) == {"prepare": 1, "train": 6, "export+evaluate": 6, "feeder": 1}
     for run in place(login).members():
         found = state.submissions(run)
         assert set(found) == {*STAGES}
@@ -144,7 +144,7 @@ def test_only_missing_and_failed_points_are_queued_again(login: Login, file: Cal
     assert "a bug" in feeder(login) and queued(login)["train"] == 7
     # A person's word counts more.
     again = swept(login, name)
-    assert "Queued: train 1 in 1 array, export 1 in 1 array, evaluate 1 in 1 array" in again
+    assert "Queued: train 1 in 1 array, export+evaluate 1 in 1 array" in again
     assert queued(login)["train"] == 8 and state.submissions(run)["train"] == f"{login.queue.of('train')[-1]}_0"
 
 
@@ -162,8 +162,8 @@ def test_a_failed_prepare_job_is_queued_again_for_all_its_points(login: Login, f
     swept(login, file(seeds(5)))
     queue = login.queue
     queue.arrays[queue.of("prepare")[0]]["tasks"]["0"] = "FAILED"
-    for stage in TASKS:
-        queue.arrays[queue.of(stage)[0]]["tasks"] = dict.fromkeys(map(str, range(5)), "CANCELLED")
+    for name in JOBS[1:]:
+        queue.arrays[queue.of(name)[0]]["tasks"] = dict.fromkeys(map(str, range(5)), "CANCELLED")
     queue.save()
     assert "prepare 1 in 1 array, train 5 in 1 array" in feeder(login)
     assert len({state.submissions(run)["prepare"] for run in place(login).members()}) == 1
@@ -239,7 +239,7 @@ def test_a_folder_that_is_another_run_s_is_not_taken_for_the_point(login: Login,
 def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Callable[..., str]) -> None:
     out = swept(login, file(seeds(7)), "--dry-run")
     assert [line for line in out.splitlines() if line.startswith("=====")] == [
-        "===== prepare.sbatch, 1 point =====", *(f"===== {stage}.sbatch, 7 points =====" for stage in TASKS)
+        "===== prepare.sbatch, 1 point =====", *(f"===== {name}.sbatch, 7 points =====" for name in JOBS[1:])
     ]  # fmt: skip
     assert "#SBATCH --array=0-6" in out and not (login.checkout / "runs").exists() and not login.file.exists()
 
@@ -309,7 +309,7 @@ def test_a_cancelled_point_leaves_the_dataset_to_the_others(login: Login, file: 
     first, *_ = place(login).members()
     done = login.jobs("cancel", "--run", first.name)
     assert done.returncode == 0, done.stderr
-    assert queued(login) == {"prepare": 1, "train": 2, "export": 2, "evaluate": 2, "feeder": 1}
+    assert queued(login) == {"prepare": 1, "train": 2, "export+evaluate": 2, "feeder": 1}
 
 
 def test_a_point_that_another_process_is_queueing_is_left_to_it(login: Login, file: Callable[..., str]) -> None:

@@ -1,6 +1,7 @@
 """RunPlan: RunSpec and ClusterProfile become each stage's resources, memory, time and cost. Pure."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from ftlib.errors import InputError
 from ftlib.plan import memory, throughput, zero
 from ftlib.plan.shapes import ModelShape
 from ftlib.profile import ClusterProfile, Gpu, Partition
+from ftlib.rundir import STAGES
 from ftlib.spec import Model, RunSpec, divisors
 
 # A GPU's memory is planned to this share; the rest is for what the formulas do not see.
@@ -25,7 +27,7 @@ WRITE_BYTES_PER_S = 0.5e9
 
 
 class StagePlan(Model):
-    """What one stage's job asks for, and what it computes on."""
+    """What one stage needs of its job, and what it computes on."""
 
     device: Literal["cpu", "cuda"] = Field(description="What the stage computes on; cuda only where its job has a GPU")
     partition: str
@@ -60,6 +62,36 @@ class RunPlan(Model):
     zero: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; none without ZeRO")
     stages: dict[str, StagePlan]
     notes: tuple[str, ...]
+
+    @property
+    def jobs(self) -> tuple[tuple[str, ...], ...]:
+        """The stages that each job of the chain runs, in order.
+
+        Export and evaluation share one allocation where both ask for GPUs (simulated ones included), so that the run
+        does not wait in the queue a second time. A stage without GPUs never holds another's.
+        """
+        export, evaluate = self.stages["export"], self.stages["evaluate"]
+        wanted = [(stage.partition, stage.qos, stage.nodes, stage.tasks_per_node) for stage in (export, evaluate)]
+        if export.gpus_per_node and evaluate.gpus_per_node and wanted[0] == wanted[1]:
+            return (*((stage,) for stage in STAGES[:-2]), STAGES[-2:])
+        return tuple((stage,) for stage in STAGES)
+
+    def request(self, stages: Sequence[str]) -> StagePlan:
+        """What the job that runs `stages` one after the other asks for: the most of each resource, all of their time.
+
+        The sum of the time limits may be longer than the partition allows (see ftlib.slurm.batch.request).
+        """
+        plans = [self.stages[stage] for stage in stages]
+        if len(plans) == 1:
+            return plans[0]
+        resources = ("gpus_per_node", "cpus_per_task", "mem_gib", "warning_s")
+        largest = {name: max(getattr(plan, name) for plan in plans) for name in resources}
+        estimates = [plan.estimate_min for plan in plans if plan.estimate_min is not None]
+        times = {
+            "time_min": sum(plan.time_min for plan in plans),
+            "estimate_min": sum(estimates) if len(estimates) == len(plans) else None,
+        }
+        return plans[0].model_copy(update={**largest, **times})
 
     @model_validator(mode="before")
     @classmethod
@@ -122,6 +154,11 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
             mem_gib=math.ceil(mem_gib), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
             warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
 
+    # Rows of the validation split: half of what is held out.
+    held_rows = tokens * spec.data.held_out / 2 / spec.data.seq_len
+    tflops = (gpu.bf16_tflops or throughput.LEAST_GPU_TFLOPS) if gpu else None
+    export_min = load_min + throughput.export_min(
+        shape, spec, tflops=tflops, threads=threads, validation_rows=held_rows)
     evaluation = throughput.evaluation_min(shape, spec, on_gpu=gpu is not None)
     judging = memory.evaluation_gpus(shape, spec, gpu.memory_gib, gpu_side.gpus_per_node) if gpu else 1
     host_gib = memory.train_host_gib(shape, spec, nodes=nodes, per_node=per_node)
@@ -132,14 +169,15 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
                   "limit": spec.resources.train_time_min, "warning_s": warning_s},
-        "export": {"gpu": not spec.zero.stage, "mem_gib": memory.export_host_gib(shape, spec), "minutes": 3 * load_min},
+        "export": {"gpu": not spec.zero.stage, "mem_gib": memory.export_host_gib(shape, spec), "minutes": export_min},
         "evaluate": {"gpu": True, "gpus": judging, "mem_gib": load_gib, "minutes": 2 * load_min + evaluation},
     }  # fmt: skip
     stages = {name: stage(name, **wanted) for name, wanted in asked.items()}
     hours = None
     if gpu and train_min is not None:
         # A started GPU is paid for while weights load, too.
-        hours = ((train_min + load_min) * world_size + (evaluation + 2 * load_min) * judging) / 60
+        judged_min = evaluation + 2 * load_min + (export_min if stages["export"].gpus_per_node else 0)
+        hours = ((train_min + load_min) * world_size + judged_min * judging) / 60
     accumulation = per_rank // micro_batch
     cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"

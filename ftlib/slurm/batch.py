@@ -55,10 +55,19 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
     return said
 
 
+def request(profile: ClusterProfile, plan: RunPlan, stages: Sequence[str]) -> StagePlan:
+    """What the job that runs `stages` asks for, its time limit cut to what the partition allows."""
+    asked = plan.request(stages)
+    most = profile.partition(gpu=asked.gpus_per_node > 0).max_time_min
+    return asked.model_copy(update={"time_min": min(asked.time_min, most)})
+
+
 def parameters(
-    profile: ClusterProfile, asked: StagePlan, *, name: str, setup: list[str], comment: str, dependency: str | None
-) -> dict[str, Any]:
-    """submitit's parameters for a job that runs one stage; `setup`: its shell lines before srun."""
+    profile: ClusterProfile, asked: StagePlan, *, name: str, setup: list[str], comment: str, dependency: str | None,
+    shared: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """submitit's parameters for a job that runs stages; `setup`: its shell lines before srun. `shared`: more than one
+    stage, so that the lines from the prologue to the epilogue are a loop's, which `setup` has begun."""
     partition = profile.partition(gpu=asked.gpus_per_node > 0)
     extra: dict[str, Any] = {"mem": f"{asked.mem_gib}G"}
     extra["requeue" if profile.scheduler and profile.scheduler.requeue else "no-requeue"] = True
@@ -72,7 +81,7 @@ def parameters(
         cpus_per_task=asked.cpus_per_task, exclude=profile.exclude,
         mail_user=profile.mail_user, mail_type="END,FAIL" if profile.mail_user else None,
         signal_delay_s=min(asked.warning_s, asked.time_min * 60 // 4),
-        teardown=[f". {TEMPLATES}/epilogue.sh"],
+        teardown=[f". {TEMPLATES}/epilogue.sh", *(["done"] if shared else [])],
         # A rank that crashes must not leave the others hanging; srun of 22.05 does not inherit cpus-per-task.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}", "--open-mode=append"],
     )  # fmt: skip
@@ -122,22 +131,53 @@ def ranges(numbers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in pairs)
 
 
-def setup(profile: ClusterProfile, environment: dict[str, str], run: Path) -> list[str]:
-    """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue."""
+def setup(
+    profile: ClusterProfile, environment: dict[str, str], run: Path, stages: Sequence[str], time_min: int
+) -> list[str]:
+    """Shell lines before srun: variables, modules, the code as it was at submit time, and the prologue.
+
+    stages: those that the job runs; time_min: its time limit.
+    """
     check_path(run)
-    return [*enter(profile, environment, run / "code"), f". {TEMPLATES}/prologue.sh"]
+    return [*enter(profile, environment, run / "code"), *_begin(stages, time_min)]
 
 
 def array_setup(
-    profile: ClusterProfile, environment: dict[str, str], runs: Path, folder: Path, *, prepared: bool
-) -> list[str]:
+    profile: ClusterProfile, environment: dict[str, str], runs: Path, folder: Path, stages: Sequence[str],
+    time_min: int, *, prepared: bool,
+) -> list[str]:  # fmt: skip
     """`setup` of an array's task, whose run is linked in `folder` by index; `prepared`: it looks for its dataset."""
     check_path(folder)
     link = f'"$(readlink {shlex.quote(str(folder))}/"$SLURM_ARRAY_TASK_ID")"'
     lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
     if prepared:
         lines.append('[ -e "$FT_RUN/prepared.json" ] || { echo "ftlib: its dataset was not prepared"; exit 64; }')
-    return [*_exports(profile, environment), *lines, f". {TEMPLATES}/prologue.sh"]
+    return [*_exports(profile, environment), *lines, *_begin(stages, time_min)]
+
+
+def _begin(stages: Sequence[str], time_min: int) -> list[str]:
+    """The prologue of the only stage, or the head of a loop over the stages that share the job.
+
+    A stage that is done is passed over, so that a job that was requeued in the second stage resumes there.
+    """
+    prologue = f". {TEMPLATES}/prologue.sh"
+    if len(stages) == 1:
+        return [prologue]
+    return [
+        f"FT_STAGES={shlex.quote(' '.join(stages))}",
+        # When Slurm will end the job, for the case that the controller cannot be asked.
+        f"export FT_ENDS=$(($(date +%s) + {60 * time_min}))",
+        "for FT_STAGE in $FT_STAGES; do",
+        """grep -qs '^0 ' "$FT_RUN/outcomes/$FT_STAGE"-[0-9]* && continue""",
+        prologue,
+    ]
+
+
+def output(stages: Sequence[str]) -> str:
+    """srun's options, as shell words, that put each rank's log into the stage's own folder where stages share a job."""
+    if len(stages) == 1:
+        return ""
+    return '--output "$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_%t_log.out" '  # srun obeys the last --output
 
 
 def enter(profile: ClusterProfile, environment: dict[str, str], code: Path) -> list[str]:
