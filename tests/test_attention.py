@@ -23,6 +23,7 @@ pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the tra
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode  # noqa: E402
 
 from ftlib.train import falcon  # noqa: E402
+
 ROWS = 2
 # The architectures that no recipe has, small; with fewer key heads than query heads.
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -68,7 +69,7 @@ def test_a_training_forward_reaches_fused_attention_and_never_waits_for_the_devi
         model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa", dtype=torch.bfloat16)
         falcon.isolate_documents(model)
         falcon.fuse_attention(model)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         names = ("input_ids", "labels", "position_ids")  # a packed batch, as collate makes it
         batch = {name: torch.zeros(ROWS, seq_len, dtype=torch.long) for name in names}
         with torch.autocast("cpu", torch.bfloat16):
