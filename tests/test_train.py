@@ -361,7 +361,7 @@ def test_a_finished_training_is_not_done_again(make_run: MakeRun, monkeypatch: p
     run = make_run(train={"steps": 3})
     live(run, 1)
     before = run.metrics_file.read_bytes()
-    monkeypatch.setattr(training, "load_base", lambda *_: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(training, "load_base", lambda *_, **__: pytest.fail("the model was loaded again"))
     assert live(run, 2).startswith("already trained: the checkpoint of step 3")
     assert run.metrics_file.read_bytes() == before
 
@@ -370,7 +370,7 @@ def test_a_flag_before_the_first_step_stops_at_once(make_run: MakeRun, monkeypat
     """Even while the base model is being loaded, which may take longer than a grace period."""
     run, stop = make_run(), StopFlag()
 
-    def slow(*_: Any) -> None:
+    def slow(*_: Any, **__: Any) -> None:
         stop.cause = "preemption"
         time.sleep(20)
 

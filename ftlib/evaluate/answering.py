@@ -28,6 +28,10 @@ def load(
         # A model that one GPU does not hold is laid over those of the job.
         place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map=place)
+    if device != "cpu":
+        from ftlib.train.falcon import fuse_attention
+
+        fuse_attention(loaded)
     if added is not None:
         from ftlib.train.model import add_rows
 

@@ -105,9 +105,12 @@ def enter_stage(model: Any, *, prompt: bool, adapter: bool) -> None:
             parameter.requires_grad_(adapter)
 
 
-def load_trained(spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path) -> torch.nn.Module:
-    """The model as it was trained: the base as in training with what `checkpoint` holds, ready to be judged."""
-    model = attach(load_base(spec, model_path, device), spec, model_path)
+def load_trained(
+    spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path, *, dtype: torch.dtype | None = None
+) -> torch.nn.Module:
+    """The model as it was trained: the base as in training with what `checkpoint` holds, ready to be judged.
+    dtype: what the training computed in, as for load_base."""
+    model = attach(load_base(spec, model_path, device, dtype=dtype), spec, model_path)
     load(model, checkpoint, trainable=False)
     return model.eval()
 

@@ -10,7 +10,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled as sharded
-from transformers.models.falcon import modeling_falcon as falcon
 from transformers.pytorch_utils import Conv1D
 
 from ftlib.data import tokenizing
@@ -18,16 +17,19 @@ from ftlib.errors import FtError, InputError, unknown
 from ftlib.modelfiles import WEIGHTS, loading
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import quantised, ranks
+from ftlib.train.falcon import fuse_attention, isolate_documents, make_quantizable
 
 
-def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None) -> PreTrainedModel:
-    """The base on `device`: linear layers of method.bits, else bf16 on a GPU and fp32 on a CPU. Attention is sdpa.
+def load_base(
+    spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None, *, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The base on `device`: linear layers of method.bits, the rest in `dtype`. Attention is sdpa.
     It has rows for new tokens, and keeps a packed row's documents apart. cache: where 4-bit weights are kept, to the
-    bit, for the next life. InputError: files that are missing or cannot be read; FtError: a layer that was not
-    quantised."""
+    bit, for the next life. dtype: what the plan computes in; without one, bf16 on a GPU and fp32 on a CPU.
+    InputError: files that are missing or cannot be read; FtError: a layer that was not quantised."""
     method, revision = spec.method, spec.model.revision
-    # What is not quantised (embeddings, norms, head) stays fp32 on a CPU: bf16 gains nothing there.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options: dict[str, Any] = {}
     if method.bits < 16:
         if not find_spec("bitsandbytes"):
@@ -39,8 +41,7 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision)
         if config.model_type == "falcon":
-            # Its own subclass of Linear is passed over where linear layers are quantised.
-            falcon.FalconLinear = torch.nn.Linear
+            make_quantizable()
         kept = None
         if cache and method.bits == 4:
             kept = quantised.place(cache, model_path, revision, method, dtype, device)
@@ -70,6 +71,8 @@ def load_base(spec: RunSpec, model_path: str, device: torch.device, cache: Path 
     if spec.tokens.add:
         add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
     isolate_documents(model)
+    if dtype is not torch.float32:
+        fuse_attention(model)
     return model
 
 
@@ -86,22 +89,6 @@ def add_rows(model: PreTrainedModel, tokenizer: tokenizing.Tokenizer, seed: int)
         known = weight[: min(tokenizer.added)].float()
         noise = torch.randn(len(tokenizer.added), weight.shape[1], generator=generator).to(weight.device)
         weight[tokenizer.added] = (known.mean(0) + 0.1 * known.std(0) * noise).to(weight.dtype)
-
-
-def isolate_documents(model: PreTrainedModel) -> None:
-    """Give Falcon the mask that others make of position ids: by itself the documents of a packed row see each other."""
-    if model.config.model_type != "falcon":
-        return
-
-    def mask(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        positions = kwargs.get("position_ids")
-        if positions is not None and kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-            document = (positions == 0).cumsum(dim=1)  # (rows, seq)
-            same = document[:, :, None] == document[:, None, :]
-            kwargs["attention_mask"] = same.tril()[:, None]
-        return args, kwargs
-
-    model.transformer.register_forward_pre_hook(mask, with_kwargs=True)
 
 
 def linear_names(config: Any) -> set[str]:

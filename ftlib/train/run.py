@@ -8,6 +8,7 @@ import ftlib.train.lean  # noqa: F401
 import contextlib
 from pathlib import Path
 
+import torch
 from torch import distributed as dist
 
 from ftlib import atomic, events
@@ -63,10 +64,11 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched(run, life, stop, "train"))
         model_path, cache = provenance["model_path"], Path(provenance["cache"])
+        dtype = getattr(torch, plan["compute_dtype"])
         if ranks.world_size() == 1:
-            base = interruptible(stop, lambda: load_base(spec, model_path, device, cache))
+            base = interruptible(stop, lambda: load_base(spec, model_path, device, cache, dtype=dtype))
         else:  # One rank alone must not leave while the others wait for it.
-            base = load_base(spec, model_path, device, cache)
+            base = load_base(spec, model_path, device, cache, dtype=dtype)
         model = methods.attach(base, spec, model_path)
         if provenance.get("init_adapter") and not found.step:
             methods.load(model, Path(provenance["init_adapter"]), trainable=True)

@@ -98,6 +98,10 @@ class FineTuner(Trainer):
         """Nothing: rows go to metrics.jsonl, and the Trainer's own history would be saved in every checkpoint."""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.activation_checkpointing:
+            # To switch it on, as the Trainer has just done, also makes the embedding's output require gradients, which
+            # only reentrant checkpointing needs. It would run the backward pass through every frozen layer.
+            self._bare().disable_input_require_grads()
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._rewritten:
             zero.mend(self.optimizer, [self.args.weight_decay, 0.0])
