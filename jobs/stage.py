@@ -148,7 +148,7 @@ def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.train.watch import watched
 
     with watched(run, life, stop, "evaluate"):
-        evaluation = evaluate(run, stop)
+        evaluation = evaluate(run, stop, attempt=life)
     console().print(evaluation_table(evaluation))
     report = write_report(run)
     base, tuned = evaluation["base"], evaluation["tuned"]

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ftlib import atomic, events
+from ftlib import atomic, events, outcome
 from ftlib.errors import InputError, Interrupted
 from ftlib.evaluate.scoring import copies, scores
 from ftlib.report.cost import stage_costs
 from ftlib.report.page import evaluation_table
 from ftlib.rundir import RunDir
+from ftlib.slurm import settle
 from ftlib.stop import StopFlag
 from tests.tiny_llama import write_model, write_run
 
@@ -223,6 +224,33 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
     for name in ("base", "tuned"):
         lines = (run.path / "evaluation" / f"{name}.jsonl").read_text().split("\n")
         assert len([line for line in lines if line.endswith("}")]) == 74
+
+
+def test_preemptions_of_an_evaluation_that_keeps_its_answers_never_stop_the_run(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftlib.evaluate import answering
+    from ftlib.evaluate.evaluate import evaluate, read_answers
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run = exported(tmp_path / "run", models, evaluate__batch=4)
+    run.lives.mkdir(exist_ok=True)
+    plain, stop = answering.Answerer.nll, StopFlag()
+
+    def stopped_after_a_batch(self: Any, *texts: list[str]) -> list[tuple[float, int]]:
+        stop.cause = "preemption"
+        return plain(self, *texts)
+
+    monkeypatch.setattr(answering.Answerer, "nll", stopped_after_a_batch)
+    for attempt in range(1, 12):
+        stop.cause = None
+        (run.lives / f"evaluate-{attempt}").write_text("1 local 0\n")
+        with pytest.raises(Interrupted):
+            evaluate(run, stop, attempt=attempt)
+        outcome.write(run.outcomes, outcome.Outcome("evaluate", attempt, 75, "interrupted (preemption)"))
+        verdict = settle.end(run.path, "evaluate", attempt, 75, "1", run.slurm / "evaluate" / "1_0_log.out")
+        assert verdict.do == "requeue", f"attempt {attempt}: {verdict.words}"
+    assert len(read_answers(run.path / "evaluation" / "base.jsonl")) == 44
 
 
 def test_an_adapter_alone_is_evaluated_over_its_base(tmp_path: Path, models: Path) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic
+from ftlib import atomic, events
 from ftlib.data import packing, tokenizing
 from ftlib.errors import InputError
 from ftlib.evaluate import scoring
@@ -21,6 +21,8 @@ from ftlib.stop import StopFlag
 SAMPLES = 3
 TINY = 20_000_000
 HELD_OUT = "held-out"
+# One event shows that an attempt made progress; an event per batch would make thousands of them.
+PROGRESS_EVENT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class Subject:
     is_base: bool = True
 
 
-def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
+def evaluate(run: RunDir, stop: StopFlag, attempt: int = 1) -> dict[str, Any]:
     """Score the run's models; returns what evaluation.json then holds. Raises InputError (missing files),
     Interrupted."""
     spec, provenance = run.spec(), run.provenance()
+    answered = _Progress(run, attempt)
     folder = run.path / "evaluation"
     folder.mkdir(exist_ok=True)
     questions = _questions(Path(run.prepared()["dataset"]) / "test.jsonl", spec.evaluate.pairs)
@@ -57,6 +60,7 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
                     lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in batch]
                     file.write("\n" * (file.tell() > 0) + "".join(lines))
                 answers[subject.name] |= {answer["index"]: answer for answer in batch}
+                answered.add(len(batch), subject.name)
     by_group: dict[str, dict[str, Any]] = {}
     for group in dict.fromkeys(question["group"] for question in questions.values()):
         its = [i for i, question in questions.items() if question["group"] == group]
@@ -68,6 +72,25 @@ def evaluate(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     atomic.write_json(folder / "samples.json", [_sample(*one) for one in shown])
     atomic.write_json(run.evaluation_file, evaluation)
     return evaluation
+
+
+class _Progress:
+    """Reports kept answers as progress events: the first batch of an attempt at once, later ones now and then."""
+
+    def __init__(self, run: RunDir, attempt: int) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._reported_at: float | None = None
+        self._answers = 0
+
+    def add(self, answers: int, model: str) -> None:
+        """Count answers that were just written to the file of `model`."""
+        self._answers += answers
+        now = time.monotonic()
+        if self._reported_at is not None and now - self._reported_at < PROGRESS_EVENT_S:
+            return
+        self._reported_at = now
+        events.progressed(self._run.path, "evaluate", self._attempt, f"{self._answers} answers, the last of {model}")
 
 
 def read_answers(store: Path) -> dict[int, Any]:
