@@ -1,4 +1,4 @@
-"""The shell around a stage on a real Slurm: waiting without a node, a killed slurmstepd, an environment not handed on."""
+"""The shell around a stage on a real Slurm: waiting without a node, a killed slurmstepd, what tasks inherit."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_a_step_whose_daemon_was_killed_is_ended_and_tried_again(slurm: Slurm, t
     job = queue(slurm, tmp_path, "srun sleep 300")
 
     def daemon() -> list[str]:
-        found = subprocess.run(["pgrep", "-f", rf"^slurmstepd: \[{job}\.0\]"], capture_output=True, text=True, timeout=9)
-        return found.stdout.split()
+        named = ["pgrep", "-f", rf"^slurmstepd: \[{job}\.0\]"]
+        return subprocess.run(named, capture_output=True, text=True, timeout=9).stdout.split()
 
     try:
         pids = until(daemon, 60, tmp_path)

@@ -161,7 +161,8 @@ def _modules(profile: ClusterProfile) -> list[str]:
 
 def _exports(environment: dict[str, str]) -> list[str]:
     # Before anything of ours is set, so that what a profile or a module sets stays.
-    return [f"unset {' '.join(NOT_INHERITED)}", *(f"export {n}={shlex.quote(value)}" for n, value in environment.items())]
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return [f"unset {' '.join(NOT_INHERITED)}", *exports]
 
 
 def check_path(path: Path) -> None:
