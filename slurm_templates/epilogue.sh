@@ -1,7 +1,7 @@
 # Last lines of every stage's batch script, on the host, right after srun. Sourced; decides how the job ends.
 # The outcome file is the truth; srun's exit code is a hint, because the first rank to leave decides it.
 ft_code=$?
-kill "$FT_WATCH" 2>/dev/null
+[ -z "$FT_WATCH" ] || kill "$FT_WATCH" 2>/dev/null
 # A node that Slurm had given up is back: the run is a later life's now, and this job's id, too.
 [ ! -e "$FT_RUN/lives/$FT_STAGE-$((FT_LIFE + 1))" ] || exit 75
 ft_outcome="$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"
@@ -37,8 +37,16 @@ read -r ft_node ft_mib ft_rest <<END
 $ft_rest
 END
 echo "ftlib: $ft_rest"
-sleep "$ft_number"
 
+# What the next attempt is to have: refused while the job runs, accepted right after the requeue. Waiting before the
+# new start is Slurm's, too, so that no node is held meanwhile.
+ft_changes=()
+[ "$ft_number" = 0 ] || ft_changes+=("StartTime=now+$ft_number")
+[ "$ft_node" = - ] || ft_changes+=("ExcNodeList=$ft_node")
+[ "$ft_mib" = - ] || ft_changes+=("MinMemoryNode=$ft_mib")
+
+# A requeue sends SIGTERM to every process of this shell; the scontrol that follows it must live.
+trap '' TERM
 ft_wait=1
 while [ "$ft_wait" -le 256 ]; do
     ft_requeued=
@@ -53,9 +61,8 @@ while [ "$ft_wait" -le 256 ]; do
         esac
     fi
     if [ -n "$ft_requeued" ]; then
-        # Refused while the job runs, accepted right after the requeue.
-        [ "$ft_node" = - ] || scontrol update "JobId=$FT_JOB" "ExcNodeList=$ft_node"
-        [ "$ft_mib" = - ] || scontrol update "JobId=$FT_JOB" "MinMemoryNode=$ft_mib"
+        [ "${#ft_changes[@]}" -eq 0 ] || scontrol update "JobId=$FT_JOB" "${ft_changes[@]}" ||
+            echo "ftlib: the requeued job was not changed: ${ft_changes[*]}"
         # Slurm ends this shell when it takes the job back.
         for _ in $(seq 300); do sleep 1; done
         exit 75

@@ -35,43 +35,15 @@ if [ "$FT_LIFE" -gt 1 ]; then
     "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE"
 fi
 
-# A killed slurmstepd leaves its srun waiting until the time limit, and its task without anyone to end it: no longer
-# than one save. (scontrol listpids asks this node alone, not the controller.)
-# Prints lives or gone; nothing where this node does not even tell of the shell's own step.
-ft_step() {
-    scontrol listpids "$SLURM_JOB_ID" "$SLURMD_NODENAME" |
-        awk -v step="$FT_STEP" '$3 == "batch" && !it { it = "gone" } $3 == step { it = "lives" } END { print it }'
-}
-ft_gone() { [ "$(ft_step)" = gone ] && sleep 2 && [ "$(ft_step)" = gone ]; }
-ft_tasks() {
-    for ft_of in $(grep -lzxs "SLURM_STEP_ID=$FT_STEP" /proc/[0-9]*/environ); do
-        grep -qzxs "SLURM_JOB_ID=$SLURM_JOB_ID" "$ft_of" && grep -qzxs "FT_LIFE=$FT_LIFE" "$ft_of" && basename "${ft_of%/*}"
-    done
-}
-# A step that is killed at once is never seen alive here. Its task may be; the controller is asked once a minute.
-ft_step_began() {
-    [ "$(ft_step)" != lives ] || return 0
-    [ -z "$(ft_tasks)" ] || return 0
-    [ ! -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ] || return 0
-    [ $((SECONDS - ft_asked)) -ge 60 ] || return 1
-    ft_asked=$SECONDS
-    squeue -h -s -j "$FT_JOB" -o %i | grep -q "\.$FT_STEP\$" && sleep 30
-}
-ft_watch_step() {
-    ft_asked=$SECONDS
-    # Without its batch shell it has nothing to watch, and nobody would end it.
-    until ft_step_began; do kill -0 $$ || return; sleep 1; done
-    until ft_gone; do sleep 5; done
-    if [ -s "$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE" ]; then
-        sleep 60 # ended as it should; other nodes, or an absent controller, may keep srun for a while
-    else
-        echo "ftlib: the step's slurmstepd is gone; ending the step"
-        kill -TERM $(ft_tasks)
-        for _ in $(seq 30); do [ -z "$(ft_tasks)" ] || sleep 1; done
-        kill -KILL $(ft_tasks)
-    fi
-    pkill -KILL -P $$ -x srun
-} 2>/dev/null
-ft_watch_step &
+# Nothing that the stage needs is here: the outcome says so, and the epilogue acts by it.
+if [ -n "$FT_REFUSED" ]; then
+    echo "64 $FT_REFUSED; then make resume RUN=$(basename "$FT_RUN")" >"$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"
+    FT_WATCH=
+    (exit 64)
+    . slurm_templates/epilogue.sh
+fi
+
+# It must not hold the shell's output: who reads that to its end would wait for it.
+bash slurm_templates/watch.sh $$ "$FT_LOG" "$FT_STEP" </dev/null >/dev/null 2>&1 &
 FT_WATCH=$!
 disown

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,21 @@ n=$(($(cat "$CALLS.n" 2>/dev/null || echo 0) + 1)); echo $n >"$CALLS.n"
 """
 
 
+# The prologue's and epilogue's pauses are skipped; the step watch, a process of its own, would spin without its.
+SLEEP = """#!/bin/bash
+! grep -qz watch.sh /proc/$PPID/cmdline || exec /bin/sleep "$@"
+"""
+MODULE = """
+module() {
+    case "$1 $2" in
+    "load lua") export LD_LIBRARY_PATH=/lua ;;
+    "load silent") echo "silent(3):ERROR:105: Unable to locate a modulefile for 'silent'" >&2 ;; # Tcl's, and 0
+    load*) echo "Lmod has detected the following error: The following module(s) are unknown: \"$2\"" >&2; return 1 ;;
+    esac
+}
+"""
+
+
 @pytest.fixture
 def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
     """Runs prologue, a command in srun's place, and epilogue; scontrol and sleep are shims on PATH."""
@@ -75,15 +91,15 @@ def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
     (run / "plan.json").write_text('{"micro_batch": 8, "accumulation": 2}')
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, body in {"scontrol": SCONTROL, "sleep": "#!/bin/bash\nexit 0\n"}.items():
+    for name, body in {"scontrol": SCONTROL, "sleep": SLEEP, "squeue": "#!/bin/bash\n"}.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
 
-    def go(command: str, **environment: str) -> tuple[int, list[str]]:
+    def go(command: str, *, before: str = "", **environment: str) -> tuple[int, list[str]]:
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
         Path(f"{calls}.n").unlink(missing_ok=True)
-        script = f". slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n"
+        script = f"{before}\n. slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n"
         said = {"FT_RUN": str(run), "FT_STAGE": "train", "FT_REQUEUE": "1", "SLURM_JOB_ID": "7", "CALLS": str(calls)}
         said["FT_PYTHON"] = sys.executable
         done = subprocess.run(
@@ -158,6 +174,76 @@ def test_host_memory_that_ran_out_is_asked_for_half_again(shell) -> None:  # typ
     words = 'echo "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0" >>"$FT_LOG"; (exit 137)'
     code, calls = shell(words, SLURM_MEM_PER_NODE="4000")
     assert (code, calls) == (75, ["requeue Incomplete 7", "update JobId=7 MinMemoryNode=6000"])
+
+
+def test_nothing_is_held_while_a_new_try_waits(shell) -> None:  # type: ignore[no-untyped-def]
+    words = 'echo "OSError: [Errno 116] Stale file handle" >>"$FT_LOG"; (exit 1)'
+    assert shell(words) == (75, ["requeue Incomplete 7", "update JobId=7 StartTime=now+30"])
+
+
+def test_what_follows_the_requeue_outlives_the_sigterm_that_slurm_then_sends(shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """slurmd sends it to every process of the batch shell, so to the scontrol that excludes the node, too."""
+    warned = SCONTROL.replace('echo "$@" >>"$CALLS"', '[ "$1" != update ] || kill -TERM $$\necho "$@" >>"$CALLS"')
+    (tmp_path / "bin" / "scontrol").write_text(warned)
+    code, calls = shell(says(76), SLURMD_NODENAME="n2")
+    assert (code, calls) == (75, ["requeue Incomplete 7", "update JobId=7 ExcNodeList=n2"])
+
+
+def test_the_step_watch_does_not_hold_the_jobs_output(shell) -> None:  # type: ignore[no-untyped-def]
+    began = time.monotonic()
+    assert shell('grep -qz watch.sh /proc/$FT_WATCH/cmdline; kill -STOP "$FT_WATCH"; ' + says(0)) == (0, [])
+    assert time.monotonic() - began < 15  # its end is not waited for
+
+
+@pytest.mark.parametrize("module", ["nosuch/1", "silent"])
+def test_a_module_that_cannot_be_loaded_ends_the_stage_and_says_so(shell, tmp_path: Path, module: str) -> None:  # type: ignore[no-untyped-def]
+    load = f"{MODULE}\n. slurm_templates/modules.sh lua {module} lua"
+    assert shell("echo ran >>$CALLS", before=load, SLURMD_NODENAME="n2") == (64, [])
+    words = (tmp_path / "a b's run" / "outcomes" / "train-1").read_text()
+    assert words.startswith(f"64 module load {module} failed on n2: ") and "make resume RUN=" in words
+    assert ("unknown" if module == "nosuch/1" else "Unable to locate") in words
+
+
+def test_a_module_replaces_what_the_login_shell_had(shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    unset = f"unset {' '.join(batch.NOT_INHERITED)}"
+    for name, load, found in (("a", ". slurm_templates/modules.sh lua", "/lua"), ("b", "", "")):
+        said = tmp_path / name
+        shell(f'echo "$LD_LIBRARY_PATH" >{said}; {says(0)}', before=f"{unset}\n{MODULE}\n{load}", LD_LIBRARY_PATH="/x")
+        assert said.read_text() == f"{found}\n"
+
+
+WATCH_SCONTROL = """#!/bin/bash
+echo "$@" >>"$CALLS"
+echo "PID JOBID STEPID LOCALID GLOBALID"
+echo "1 7 batch 0 0"
+[ ! -e "$CALLS.step" ] || echo "2 7 0 0 0"
+"""
+
+
+def test_a_step_that_is_seen_costs_no_look_at_the_nodes_processes(tmp_path: Path) -> None:
+    """The node's own slurmd is asked; /proc is searched only once the step is missed, and then the step is ended."""
+    calls, tools = tmp_path / "calls", tmp_path / "bin"
+    tools.mkdir()
+    for name, body in {"scontrol": WATCH_SCONTROL, "find": '#!/bin/bash\necho find >>"$CALLS"\n'}.items():
+        (tools / name).write_text(body)
+        (tools / name).chmod(0o755)
+    Path(f"{calls}.step").touch()
+    (tmp_path / "outcomes").mkdir()
+    said = {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls), "FT_RUN": str(tmp_path), "FT_STAGE": "train"}
+    said |= {"FT_LIFE": "1", "FT_JOB": "7", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "FT_WATCH_S": "3"}
+    log = tmp_path / "log"
+    watch = subprocess.Popen(
+        ["bash", "slurm_templates/watch.sh", str(os.getpid()), str(log)], cwd=CHECKOUT, env={**os.environ, **said}
+    )
+    try:
+        time.sleep(5)
+        seen = calls.read_text().splitlines()
+        assert seen and set(seen) == {"listpids 7 n1"} and len(seen) <= 3
+        Path(f"{calls}.step").unlink()
+        watch.wait(timeout=30)
+        assert "slurmstepd is gone" in log.read_text() and "find" in calls.read_text()
+    finally:
+        watch.kill()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from ftlib.profile import ClusterProfile, Partition
 
 GUARD_MIN = 10
 TEMPLATES = "slurm_templates"
+# sbatch hands the login shell's whole environment to the job. These of it would put other libraries in front of the
+# locked ones, or (SLURM_EXPORT_ENV, which sbatch sets under SBATCH_EXPORT=NONE) have srun start the tasks without any
+# variable at all. PYTHONPATH and the like are set below.
+NOT_INHERITED = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONHOME", "SLURM_EXPORT_ENV")
 
 
 def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path | None, cache: Path) -> dict[str, str]:
@@ -28,7 +32,10 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
         # Caches fill small home folders.
         "HF_HOME": str(modelfiles.hf_home(cache)),
         "XDG_CACHE_HOME": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
-        "WANDB_CACHE_DIR": str(cache / "wandb"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        # Where W&B keeps its settings (WANDB_CONFIG_DIR) stays the person's: their login may be there.
+        "WANDB_CACHE_DIR": str(cache / "wandb"), "WANDB_DATA_DIR": str(cache / "wandb-data"),
+        "WANDB_ARTIFACT_DIR": str(cache / "wandb-artifacts"),
         # ~/.local would leak into the locked environment.
         "PYTHONNOUSERSITE": "1",
         "PYTHONUNBUFFERED": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": "",
@@ -152,7 +159,7 @@ def array_setup(
     lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
     if prepared:
         lines.append('[ -e "$FT_RUN/prepared.json" ] || { echo "ftlib: its dataset was not prepared"; exit 64; }')
-    return [*_exports(profile, environment), *lines, *_begin(stages, time_min)]
+    return [*_exports(environment), *lines, *_modules(profile), *_begin(stages, time_min)]
 
 
 def _begin(stages: Sequence[str], time_min: int) -> list[str]:
@@ -181,14 +188,21 @@ def output(stages: Sequence[str]) -> str:
 
 
 def enter(profile: ClusterProfile, environment: dict[str, str], code: Path) -> list[str]:
-    """Shell lines of every job: variables, modules, and into the snapshot of the code."""
-    return [*_exports(profile, environment), f"cd {shlex.quote(str(code))} || exit 1"]
+    """Shell lines of every job: variables, into the snapshot of the code, and modules."""
+    return [*_exports(environment), f"cd {shlex.quote(str(code))} || exit 1", *_modules(profile)]
 
 
-def _exports(profile: ClusterProfile, environment: dict[str, str]) -> list[str]:
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    modules = [*profile.modules, profile.container.module if profile.container else None]
-    return [*lines, *(f"module load {shlex.quote(module)}" for module in modules if module)]
+def _modules(profile: ClusterProfile) -> list[str]:
+    """The shell line, in the snapshot of the code, that loads the profile's modules; none where it names none."""
+    names = [*profile.modules, profile.container.module if profile.container else None]
+    quoted = [shlex.quote(name) for name in names if name]
+    return [f". {TEMPLATES}/modules.sh {' '.join(quoted)}"] if quoted else []
+
+
+def _exports(environment: dict[str, str]) -> list[str]:
+    # Before anything of ours is set, so that what a profile or a module sets stays.
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    return [f"unset {' '.join(NOT_INHERITED)}", *exports]
 
 
 def check_path(path: Path) -> None:

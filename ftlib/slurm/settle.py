@@ -139,6 +139,9 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
         if decision.exclude_node:
             node = _node_of(next((rank for rank, text in logs.items() if found.line and found.line in text), 0))
             _exclude(run, adjusted, node, found.line)
+            # Slurm sets the whole list: the owner's nodes and those of earlier attempts would be in it no more.
+            owner = _read(run, "provenance.json").get("profile", {}).get("exclude")
+            node = ",".join(dict.fromkeys([*filter(None, [owner]), *excluded_nodes(run)]))
         asked = os.environ.get("SLURM_MEM_PER_NODE", "")
         if decision.memory_factor != 1 and asked.isdigit():
             memory = str(int(int(asked) * decision.memory_factor))
