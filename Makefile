@@ -110,11 +110,14 @@ tiny-base: $(TRAIN) ## train anew the base model of MODEL=tiny
 
 setup: $(TRAIN) ## install all that runs need; the other targets do it when they need it: PYTHON= VENV=
 
-test: $(TRAIN) $(DEV) ## run the tests; REQUIRE=slurm: without Slurm they fail; ARGS="-k word" goes to pytest
-	@exec $(PY) -m pytest $(value ARGS)
+# Side by side, see tests/schedule.py. ARGS="-n 0" runs them one after the other, in one process.
+PYTEST := $(PY) -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+
+test: $(TRAIN) $(DEV) ## run the tests (15 minutes on two cores); REQUIRE=slurm: without Slurm they fail; ARGS="-n 0 -k word" goes to pytest
+	@exec $(PYTEST) $(value ARGS)
 
 test-all: $(TRAIN) $(DEV) ## run the tests that are too long for every change, too: ARGS=
-	@exec $(PY) -m pytest -m "" $(value ARGS)
+	@exec $(PYTEST) -m "" $(value ARGS)
 
 lint: $(DEV) ## ruff and mypy
 	@$(PY) -m ruff check .

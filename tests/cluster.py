@@ -1,24 +1,69 @@
-"""The `slurm` fixture: the local test cluster of env/local_slurm, up and healthy, and what tests ask of it.
+"""The `slurm` fixture: a local test cluster of env/local_slurm, up and healthy, and what tests ask of it.
 
-A cluster that is already up stays as it was. One that the fixture starts stays up for the next run, except where CI is
-set. Where it cannot run, tests skip with the reason; with REQUIRE=slurm they fail.
+Each process that runs tests has a cluster of its own: the usual one (`make cluster`) or, where another process has it,
+one beside it, with -2, -3, … behind its folder's name. The usual one stays as it was if it is up, and stays up for the
+next run, except where CI is set. The others begin afresh and end with their process. Where a cluster cannot run, tests
+skip with the reason; with REQUIRE=slurm they fail.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, NoReturn
 
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "env/local_slurm/cluster.py"
 SACCT_FIELDS = ("JobID", "JobName", "State", "ExitCode", "QOS", "Account", "ReqTRES", "NodeList", "Start", "End")
+# More than there are workers.
+MOST_CLUSTERS = 32
 # What a job finds in its surroundings must be this cluster's, even where the tests themselves run inside a job.
 FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_")
+
+
+# Where `make cluster` starts one.
+USUAL = Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm")
+_held: list[IO[str]] = []
+
+
+def claim() -> None:
+    """Choose this process's cluster, which no other process uses, before any module of tests asks where it is.
+
+    For as long as this process runs it holds a lock beside the cluster's folder. Nothing is started yet.
+    """
+    if os.geteuid() != 0:
+        return  # only root starts clusters
+    # Worker gw1 takes the second one in each run where it can, and so on.
+    first = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    USUAL.parent.mkdir(parents=True, exist_ok=True)
+    for number in (*range(first, MOST_CLUSTERS), *range(first)):
+        folder = USUAL.with_name(f"{USUAL.name}-{number + 1}") if number else USUAL
+        lock = open(f"{folder}.tests", "w")  # noqa: SIM115 - open until this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        _held.append(lock)
+        if number:
+            os.environ["FTLIB_SLURM_DIR"] = str(folder)
+        return
+    pytest.exit(f"{MOST_CLUSTERS} other processes test beside {USUAL}")
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Two clusters that start at once would find the same ports free."""
+    with open(f"{USUAL}.starting", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Slurm:
@@ -82,17 +127,26 @@ def command(name: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), name], text=True, capture_output=True, timeout=600)
 
 
+def _skip(why: str) -> NoReturn:
+    if "slurm" in os.environ.get("REQUIRE", ""):
+        pytest.fail(f"no local Slurm: {why}")
+    pytest.skip(f"no local Slurm: {why}")
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Slurm]:
-    """The local cluster, or a skip with the reason (a failure with REQUIRE=slurm)."""
+    """This process's cluster, or a skip with the reason (a failure with REQUIRE=slurm)."""
+    if os.geteuid() != 0:
+        _skip("its daemons, which tests also kill, need root")
+    folder = Path(os.environ.get("FTLIB_SLURM_DIR") or USUAL)
+    if folder != USUAL:
+        command("down")
     was_up = command("status").returncode == 0
     if not was_up:
-        started = command("up")
+        with _one_at_a_time():
+            started = command("up")
         if started.returncode != 0:
-            reason = f"no local Slurm: {started.stderr.strip() or started.stdout.strip()}"
-            if "slurm" in os.environ.get("REQUIRE", ""):
-                pytest.fail(reason)
-            pytest.skip(reason)
-    yield Slurm(Path(os.environ.get("FTLIB_SLURM_DIR") or "/tmp/ftlib-slurm") / "slurm.conf")
-    if not was_up and os.environ.get("CI"):
+            _skip(started.stderr.strip() or started.stdout.strip())
+    yield Slurm(folder / "slurm.conf")
+    if folder != USUAL or (not was_up and os.environ.get("CI")):
         command("down")

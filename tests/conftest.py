@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import cluster, schedule
 from tests.cluster import slurm as slurm
 from tests.seen import site as site
 from tests.sweeps import checkout as checkout
@@ -19,9 +22,15 @@ from tests.sweeps import login as login
 for _name in [name for name in os.environ if name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS") or name.startswith("OPT_")]:
     del os.environ[_name]
 
+# A Slurm command that finds no configuration asks DNS for one: 10 s for each where no name server answers.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 _REQUIRED = os.environ.get("REQUIRE", "").replace(",", " ").split()
-_not_run: Counter[str] = Counter()
+# Reason -> tests. What whole files give as theirs every worker finds: it is counted once.
+_skipped: Counter[str] = Counter()
+_skipped_whole: Counter[str] = Counter()
 _deselected: list[pytest.Item] = []
+DESELECTED = "not selected by -k, -m or --deselect"
 
 
 @pytest.fixture
@@ -32,10 +41,42 @@ def odd_dir(tmp_path: Path) -> Path:
     return path
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.fixture(autouse=True)
+def _no_cluster_stays() -> Iterator[None]:
+    """Commands that run in this process name their cluster in its environment: the next test has none."""
+    before = os.environ.get("SLURM_CONF")
+    yield
+    os.environ.pop("SLURM_CONF", None)
+    if before is not None:
+        os.environ["SLURM_CONF"] = before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # The bare GPU machine has no pytest-timeout; pyproject.toml's settings for it are no mistake there.
+    if importlib.util.find_spec("pytest_timeout") is None:
+        for name in ("timeout", "timeout_method"):
+            parser.addini(name, "of pytest-timeout, which is not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # With workers this process runs no test itself.
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        cluster.claim()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return schedule.workers(len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "slurm" in getattr(item, "fixturenames", ()):
+        if schedule.on_slurm(item):
             item.add_marker(pytest.mark.slurm)
+    if hasattr(config, "workerinput"):
+        left_out = "nightly" if "not nightly" in config.option.markexpr else None
+        schedule.arrange(items, left_out=left_out)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -43,7 +84,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
-    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    text = report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else str(report.longrepr)
     return text.removeprefix("Skipped: ")
 
 
@@ -59,9 +100,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         needs = next((name for name in _REQUIRED if item.get_closest_marker(name)), None)
         if needs:
             _fail_skip(report, needs)
-        else:
-            _not_run[_reason(report)] += 1
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Where the list is written, reports come in from all workers."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped[_reason(report)] += 1
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,21 +121,31 @@ def pytest_make_collect_report(
         if needs:
             _fail_skip(report, needs)
         else:
-            _not_run[f"{_reason(report)} (all of {collector.nodeid})"] += 1
+            _skipped_whole[f"{_reason(report)} (all of {collector.nodeid})"] += 1
     return report
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker has ended, and hands over what it alone knew. Every one of them has collected all tests."""
+    for reason, count in getattr(node, "workeroutput", {}).get("not_run", {}).items():
+        _skipped_whole[reason] = max(count, _skipped_whole[reason])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
     """Outermost, so that the list stands after pytest's own closing line: the last thing a person reads."""
+    if _deselected:
+        _skipped_whole[DESELECTED] = len(_deselected)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = dict(_skipped_whole)
     yield
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or session.config.option.collectonly:
         return
     if session.shouldstop or session.shouldfail or exitstatus not in (0, 1):
         reporter.write_line("The run was cut short: the list of what did not run is not whole.")
-    if _deselected:
-        _not_run["not selected by -k, -m or --deselect"] = len(_deselected)
-    reporter.write_line("Not run:" if _not_run else "Not run: nothing.")
-    for reason, count in sorted(_not_run.items()):
+    not_run = _skipped + _skipped_whole
+    reporter.write_line("Not run:" if not_run else "Not run: nothing.")
+    for reason, count in sorted(not_run.items()):
         reporter.write_line(f"  {count} {'test' if count == 1 else 'tests'}: {reason}")

@@ -125,6 +125,7 @@ def test_login_commands_import_nothing_heavy(checkout: Path, tmp_path: Path, wor
         cwd=checkout,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
@@ -140,7 +141,9 @@ def test_the_ground_imports_no_jobs_and_login_packages_no_torch() -> None:
     ]
     code = f"import sys, importlib\nfor name in {modules}: importlib.import_module(name)\n"
     code += f"print([n for n in ('jobs', *{HEAVY}) if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -149,7 +152,9 @@ def test_no_space_left_is_told_before_anything_is_made(checkout: Path) -> None:
         pytest.skip("a file system of one MiB can be mounted by root alone")
     runs = checkout / "runs"
     runs.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)], capture_output=True, timeout=120
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
     try:
@@ -157,7 +162,7 @@ def test_no_space_left_is_told_before_anything_is_made(checkout: Path) -> None:
         assert "no space left for run tiny-" in told and "MiB free" in told
         assert list(runs.iterdir()) == []
     finally:
-        subprocess.run(["umount", str(runs)], check=True)
+        subprocess.run(["umount", str(runs)], check=True, timeout=120)
         runs.rmdir()
 
 

@@ -162,5 +162,7 @@ def test_the_generator_gives_as_many_as_asked_and_functions_that_are_in_no_train
 def test_checking_a_file_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "datasets", "peft", "tokenizers", "numpy", "bitsandbytes"}
     code = f"import sys, ftlib.data.sources; print(sorted({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout == "[]\n"

@@ -42,7 +42,11 @@ def fetched(home: Path, data: DataSpec) -> subprocess.CompletedProcess[str]:
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
         environment.pop(name, None)
     return subprocess.run(
-        [sys.executable, "-c", code, data.model_dump_json()], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, data.model_dump_json()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -106,7 +110,9 @@ def test_a_cached_model_counts_where_it_is_of_the_revision_that_was_asked_for(
 def test_checking_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "datasets", "tokenizers", "numpy", "pyarrow"}
     code = f"import sys, ftlib.data.hub; print(sorted({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout == "[]\n"
 
 

@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ftlib.slurm import container
 from ftlib.slurm.diagnose import from_log
 from jobs import image as images
 from tests.array_shims import Login
+from tests.processes import started
 from tests.wishes import CHECKOUT, copied_checkout, jobs, planned, site, spec
 
 LOCAL = Path(os.environ.get("FTLIB_APPTAINER_DIR") or "/tmp/ftlib-apptainer") / "bin" / "apptainer"
@@ -96,8 +98,11 @@ Run = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Run:
-    """Starts container.sh as srun would, in a run folder with a hard name; Apptainer is a shim, or the real one."""
+def task(tmp_path: Path) -> Iterator[Run]:
+    """Starts container.sh as srun would, in a run folder with a hard name; Apptainer is a shim, or the real one.
+
+    What a test leaves running ends with it.
+    """
     run = tmp_path / "it's \"my\", $run: `x`"
     for folder in ("outcomes", "code"):
         (run / folder).mkdir(parents=True)
@@ -109,14 +114,16 @@ def task(tmp_path: Path) -> Run:
     def start(*words: str, apptainer: str = str(shim), image: str = str(tmp_path / "i.sif"), **env: str) -> object:
         said = {"FT_RUN": str(run), "FT_STAGE": "train", "FT_LIFE": "1", "SLURM_JOB_ID": "7", "HF_TOKEN": "geheim"}
         script = str(CHECKOUT / "slurm_templates" / "container.sh")
-        return subprocess.Popen(
+        process = started(
             ["bash", script, apptainer, image, "0123", *words],
             cwd=run / "code", env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **said, **env},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        return running.enter_context(process)
 
     start.run = run  # type: ignore[attr-defined]
-    return start  # type: ignore[return-value]
+    with ExitStack() as running:
+        yield start  # type: ignore[misc]
 
 
 def outcome(task: Run) -> str:
@@ -260,13 +267,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
         path = shutil.which(program)
         assert path is not None
         shutil.copy(path, root / "bin" / program)
-        for library in re.findall(r"(/\S+)", subprocess.run(["ldd", path], capture_output=True, text=True).stdout):
+        libraries = subprocess.run(["ldd", path], capture_output=True, text=True, timeout=60).stdout
+        for library in re.findall(r"(/\S+)", libraries):
             (root / library[1:]).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(library, root / library[1:])
     (root.parent / "small.def").write_text(SMALL)
     target = root.parent / "i.sif"
     words = ["--build-arg", "BOOTSTRAP=localimage", "--build-arg", f"FROM={root}", str(target), "small.def"]
-    done = subprocess.run([APPTAINER, "build", *words], cwd=root.parent, capture_output=True, text=True)
+    done = subprocess.run([APPTAINER, "build", *words], cwd=root.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "tested" in done.stdout + done.stderr, done.stdout + done.stderr
     return str(target)
 

@@ -25,7 +25,9 @@ MEASURED = (
 def test_the_default_run_learns_what_its_base_does_not_know(tmp_path: Path) -> None:
     checkout = copied_checkout(tmp_path)
     command = [sys.executable, "-m", "jobs", "submit", "--cluster", "local"]
-    done = subprocess.run([sys.executable, "-c", MEASURED, *command], cwd=checkout, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], cwd=checkout, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (name,) = run_names(checkout)
     scores = json.loads((checkout / "runs" / name / "evaluation.json").read_text())

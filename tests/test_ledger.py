@@ -10,11 +10,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ftlib import events, state
 from ftlib.rundir import STAGES, RunDir
+from tests.processes import started
 from tests.wishes import CHECKOUT, run_names
 
 # The queue is a folder: a file a job, "STATE comment". What each command says is what the real one says.
@@ -172,11 +174,10 @@ def test_an_orphan_that_has_failed_meanwhile_is_replaced(login: Login) -> None:
 
 def test_two_submits_at_once_make_one_run(login: Login) -> None:
     wish = [sys.executable, "-m", "jobs", "submit", "--cluster", "local-slurm", "--set", SETTINGS]
-    both = [
-        subprocess.Popen(wish, cwd=login.checkout, env={**login.env, "SLOW": "0.2"}, stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate(timeout=60) for process in both]
+    options: dict[str, Any] = {"cwd": login.checkout, "env": {**login.env, "SLOW": "0.2"}, "stdout": -1, "stderr": -1}
+    with started(wish, **options) as one, started(wish, **options) as other:
+        both = one, other
+        said = [process.communicate(timeout=120) for process in both]
     codes = sorted(process.returncode for process in both)
     assert codes in ([0, 0], [0, 64]), said
     assert codes == [0, 0] or any("another process" in err for _, err in said)
@@ -221,11 +222,11 @@ def test_a_task_that_slurm_lost_sight_of_ends_when_a_later_life_begins(tmp_path:
         "import sys; from pathlib import Path; from ftlib.rundir import RunDir; from jobs import stage;"
         "stage.leave_when_superseded(RunDir(Path(sys.argv[1])), 'train', 4, every_s=0.05)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=2)
-    (tmp_path / "lives" / "train-5").touch()
-    assert process.wait(timeout=10) == 70
+    with started([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+        (tmp_path / "lives" / "train-5").touch()
+        assert process.wait(timeout=60) == 70
 
 
 # -- the guard ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 
 from ftlib import checkpoint, metrics
 from ftlib.rundir import RunDir
+from tests.processes import started
 from tests.wishes import jobs, run_names, status
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
@@ -72,27 +73,23 @@ def test_the_same_wish_is_the_same_run(whole: RunDir, checkout: Path) -> None:
 @pytest.fixture
 def second(checkout: Path, whole: RunDir) -> Iterator[tuple[subprocess.Popen[str], RunDir]]:
     """The same wish as another run, on its way in a process group of its own, some steps into training."""
-    process = subprocess.Popen(
+    with started(
         [sys.executable, "-m", "jobs", "submit", "--cluster", "local", "--new", "--set", SHORT],
         cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    run = None
-    while time.monotonic() < deadline and process.poll() is None:
-        others = [name for name in run_names(checkout) if name.startswith(f"{whole.name}-")]
-        run = RunDir(checkout / "runs" / others[-1]) if others else None
-        if run and len(metrics.read_metrics(run.metrics_file)) > 22:
-            break
-        time.sleep(0.05)
-    assert run and process.poll() is None
-    yield process, run
-    with_children = os.getpgid(process.pid) if process.poll() is None else None
-    if with_children:
-        os.killpg(with_children, signal.SIGKILL)
+    ) as process:
+        deadline = time.monotonic() + 120
+        run = None
+        while time.monotonic() < deadline and process.poll() is None:
+            others = [name for name in run_names(checkout) if name.startswith(f"{whole.name}-")]
+            run = RunDir(checkout / "runs" / others[-1]) if others else None
+            if run and len(metrics.read_metrics(run.metrics_file)) > 22:
+                break
+            time.sleep(0.05)
+        assert run and process.poll() is None
+        yield process, run
     shutil.rmtree(run.path)
 
 

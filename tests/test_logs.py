@@ -16,6 +16,7 @@ from ftlib import outcome
 from ftlib.outcome import Outcome
 from ftlib.rundir import STAGES
 from jobs import cli, logs
+from tests.processes import started
 from tests.seen import ARRAYS, RUNNING, Site, life, waiting
 from tests.wishes import CHECKOUT
 
@@ -84,7 +85,7 @@ def test_ctrl_c_ends_it_without_a_word(site: Site, words: list[str]) -> None:
     outcome.write(run.outcomes, Outcome("prepare", 1, 0, ""))
     life(run, "train", 1, "working\n", at=100)
     command = [*status(site.runs)[:-1], *words, "--run", run.name]
-    with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stdout.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)

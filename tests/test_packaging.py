@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import started
+
 ROOT = Path(__file__).parent.parent
 LOCKS = [ROOT / "env" / name for name in ("login.lock", "train.lock", "deepspeed.lock", "dev.lock")]
 VALUES = ["MODEL", "DATA", "CLUSTER", "SET", "RUN", "STAGE", "SWEEP", "NODES"]
@@ -44,7 +46,7 @@ class Checkout:
     def make(self, *args: str, **env: str) -> tuple[list[str], list[str]]:
         """Run make; the argv that its Python got, and the set-up stages that it asked for."""
         env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | env
-        done = subprocess.run(["make", *args], cwd=self.folder, env=env, capture_output=True, text=True)
+        done = subprocess.run(["make", *args], cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         stages = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("stage ")]
         return json.loads(done.stdout.splitlines()[-1]), stages
@@ -97,7 +99,7 @@ def test_an_environment_is_made_only_where_the_site_allows_it(checkout: Checkout
     python = checkout.folder / ".venv" / "bin" / "python"
     works = python.read_text()
     python.write_text("#!/bin/sh\n[ \"$4\" != --before ] || { echo 'the checkout is in your home' >&2; exit 64; }\n")
-    done = subprocess.run(["make", "env"], cwd=checkout.folder, capture_output=True, text=True)
+    done = subprocess.run(["make", "env"], cwd=checkout.folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "the checkout is in your home" in done.stderr and "stage train" not in done.stderr
     python.write_text(works)
     assert checkout.make("env", "CLUSTER=x") == (["-m", "jobs", "env", "--cluster=x"], ["train"])
@@ -121,11 +123,13 @@ def test_a_changed_lock_is_installed(checkout: Checkout) -> None:
 
 
 def test_pytest_gets_its_own_arguments(checkout: Checkout) -> None:
-    assert checkout.make("test", "ARGS=-x -k 'a or b'")[0] == ["-m", "pytest", "-x", "-k", "a or b"]
+    beside = ["-m", "pytest", "-n", "auto", "--dist", "loadgroup", "--no-loadscope-reorder"]
+    assert checkout.make("test", "ARGS=-x -k 'a or b'")[0] == [*beside, "-x", "-k", "a or b"]
+    assert checkout.make("test-all", "ARGS=-n 0")[0] == [*beside, "-m", "", "-n", "0"]
 
 
 def test_help_lists_every_target() -> None:
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300).stdout
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony is not None
     lines = [line.split(maxsplit=1) for line in said.splitlines()[1:]]
@@ -168,7 +172,7 @@ class TestSetUp:
         (odd_dir / "env").mkdir()
         shutil.copy(ROOT / "env" / "setup.sh", odd_dir / "env")
         venv = odd_dir / ".venv"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=300)
         pip = next(venv.glob("lib/python*/site-packages")) / "pip"
         pip.mkdir()
         (pip / "__init__.py").touch()
@@ -179,6 +183,7 @@ class TestSetUp:
         return subprocess.run(
             ["sh", "env/setup.sh", stage, ".venv", f".venv/.{stage}-2"],
             cwd=venv.parent, env=os.environ | {"PIP_DOES": pip_does} | env, capture_output=True, text=True,
+            timeout=300,
         )  # fmt: skip
 
     def test_only_a_whole_one_leaves_a_stamp_and_an_old_stamp_goes(self, venv: Path) -> None:
@@ -203,10 +208,9 @@ class TestSetUp:
         assert self.set_up(venv, "pass").returncode == 0 and (venv / "whole").exists()
 
     def test_a_second_one_at_the_same_time_waits_for_its_user(self, venv: Path) -> None:
-        with subprocess.Popen(["sh", "-c", "read line", "env/setup.sh"], stdin=subprocess.PIPE) as other:
+        with started(["sh", "-c", "read line", "env/setup.sh"], stdin=subprocess.PIPE) as other:
             (venv / "setup.pid").write_text(f"{os.uname().nodename} {other.pid}\n")
             second = self.set_up(venv, "pass")
-            other.kill()
         assert second.returncode == 69 and f"process {other.pid}" in second.stderr
         assert self.set_up(venv, "pass").returncode == 0
 
@@ -216,8 +220,11 @@ class TestSetUp:
         assert refused.returncode == 69 and "other content" in refused.stderr and (venv / "bin").exists()
 
 
+BESIDE = ("-n", "2", "--dist", "loadgroup")
+
+
 class TestWhatCouldNotRun:
-    """The list at the end of a test run, and REQUIRE."""
+    """The list at the end of a test run, and REQUIRE; in one process and in several."""
 
     TESTS = """
 import pytest
@@ -239,7 +246,8 @@ pytest.skip("no sbatch", allow_module_level=True)
     def run(self, folder: Path, *args: str, require: str = "") -> tuple[int, str]:
         tests = folder / "tests"
         tests.mkdir()
-        shutil.copy(ROOT / "tests" / "cluster.py", tests)
+        for name in ("cluster.py", "schedule.py"):
+            shutil.copy(ROOT / "tests" / name, tests)
         # Without the fixtures that need the project itself.
         text = (ROOT / "tests" / "conftest.py").read_text()
         (tests / "conftest.py").write_text(re.sub(r"from tests\.(seen|sweeps) import .*\n", "", text))
@@ -247,12 +255,15 @@ pytest.skip("no sbatch", allow_module_level=True)
         (tests / "test_a.py").write_text(self.TESTS)
         (tests / "test_b.py").write_text(self.WHOLE_FILE)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
-        env = os.environ | {"REQUIRE": require}
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        env = os.environ | {"REQUIRE": require, "FTLIB_SLURM_DIR": str(folder / "slurm")}
+        for variable in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):
+            env.pop(variable, None)
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout
 
-    def test_the_last_lines_say_what_did_not_run_and_why(self, odd_dir: Path) -> None:
-        code, said = self.run(odd_dir)
+    @pytest.mark.parametrize("workers", [(), BESIDE], ids=["one process", "two"])
+    def test_the_last_lines_say_what_did_not_run_and_why(self, odd_dir: Path, workers: tuple[str, ...]) -> None:
+        code, said = self.run(odd_dir, *workers)
         assert code == 0
         assert said.splitlines()[-5:] == [
             "Not run:",
@@ -262,16 +273,18 @@ pytest.skip("no sbatch", allow_module_level=True)
             "  1 test: no sbatch (all of tests/test_b.py)",
         ]
 
-    def test_what_was_not_selected_is_said_too(self, odd_dir: Path) -> None:
-        _, said = self.run(odd_dir, "-k", "runs", "tests/test_a.py")
+    @pytest.mark.parametrize("workers", [(), BESIDE], ids=["one process", "two"])
+    def test_what_was_not_selected_is_said_too(self, odd_dir: Path, workers: tuple[str, ...]) -> None:
+        _, said = self.run(odd_dir, *workers, "-k", "runs", "tests/test_a.py")
         assert said.splitlines()[-2:] == ["Not run:", "  3 tests: not selected by -k, -m or --deselect"]
 
     def test_a_run_that_was_cut_short_says_so(self, odd_dir: Path) -> None:
         _, said = self.run(odd_dir, "-x", require="slurm")
         assert "The run was cut short" in said
 
-    def test_a_required_test_that_did_not_run_is_a_failure(self, odd_dir: Path) -> None:
-        code, said = self.run(odd_dir, require="slurm")
+    @pytest.mark.parametrize("workers", [(), BESIDE], ids=["one process", "two"])
+    def test_a_required_test_that_did_not_run_is_a_failure(self, odd_dir: Path, workers: tuple[str, ...]) -> None:
+        code, said = self.run(odd_dir, *workers, require="slurm")
         assert code != 0
         for reason in ("no Slurm", "no cluster", "no sbatch"):
             assert f"not run, though REQUIRE=slurm asks for it: {reason}" in said

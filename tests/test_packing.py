@@ -130,7 +130,8 @@ def test_two_at_once_both_end_with_the_one_dataset(tmp_path: Path, model: Path) 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(timeout=120)
+        assert not thread.is_alive()
     assert len({run.prepared()["dataset"] for run in runs}) == 1
     assert [path.name for path in (tmp_path / "cache" / "datasets").iterdir()] == [runs[0].prepared()["digest"]]
 
@@ -205,7 +206,13 @@ def test_a_model_of_the_hub_that_cannot_be_had_says_where_it_was_looked_for(tmp_
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     for words in (
         f"Looked for tokenizer.json or tokenizer.model and tokenizer_config.json in the cache {tmp_path}/hub",

@@ -100,7 +100,7 @@ def test_every_recipe_names_data_and_layers_that_are_there(name: str) -> None:
 def test_the_samples_are_what_their_script_makes(tmp_path: Path) -> None:
     script = tmp_path / "make_samples.py"
     script.write_text((CHECKOUT / "samples" / "make_samples.py").read_text())
-    subprocess.run([sys.executable, str(script)], check=True)
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
     for made in tmp_path.glob("*.jsonl"):
         assert made.read_bytes() == (CHECKOUT / "samples" / made.name).read_bytes()
 
@@ -219,5 +219,7 @@ def test_layers_are_printed_without_weights_or_torch() -> None:
         f"import sys; from jobs.cli import main; main(['layers', '--cluster', 'local']); "
         f"print(sorted({heavy!r} & set(sys.modules)))"
     )
-    alone = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    alone = subprocess.run(
+        [sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True, timeout=120
+    )
     assert alone.stdout.splitlines()[-1] == "[]"

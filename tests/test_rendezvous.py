@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from tests.processes import started
 
 pytest.importorskip("torch", reason="training needs torch: the train extra")
 
@@ -33,19 +36,16 @@ def processes(port: int, *present: int, world: int = 2, wait_s: float = 60, **na
     """What the ranks that are present print."""
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"FT_RENDEZVOUS_S": str(wait_s), "PYTHONPATH": str(Path(__file__).parents[1]), **names}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEET],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in present
-    ]  # fmt: skip
-    try:
-        return [process.communicate(timeout=60)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    with ExitStack() as running:
+        ranks = [
+            running.enter_context(started(
+                [sys.executable, "-c", MEET],
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ))
+            for rank in present
+        ]  # fmt: skip
+        return [process.communicate(timeout=180)[0] for process in ranks]
 
 
 @pytest.fixture

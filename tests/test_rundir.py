@@ -56,7 +56,9 @@ def test_one_writer_at_a_time(run: RunDir) -> None:
 
 
 def test_a_dead_writers_claim_is_taken_over_but_not_another_machines(run: RunDir) -> None:
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, timeout=120
+    )
     (run.path / "writer").write_text(f"{socket.gethostname()} {gone.stdout.strip()}")
     with run.claim():
         pass

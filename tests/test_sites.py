@@ -20,6 +20,7 @@ import pytest
 from ftlib import recipe
 from ftlib.profile import ClusterProfile
 from tests.cluster import Slurm
+from tests.processes import started
 from tests.wishes import RECIPES, copied_checkout, jobs, site
 
 REAL = [name for name in recipe.names(RECIPES) if not name.startswith("tiny")]
@@ -76,17 +77,14 @@ def controller(profile: ClusterProfile, folder: Path, slurm: Slurm) -> Iterator[
     environment = {**slurm.env, "SLURM_CONF": str(conf)}
     program = shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     assert program
-    with (folder / "out").open("w") as out:
-        daemon = subprocess.Popen([program, "-D"], env=environment, stdout=out, stderr=out)
-    try:
+    log = folder / "out"
+    with log.open("w") as out, started([program, "-D"], env=environment, stdout=out, stderr=out) as daemon:
         deadline = time.monotonic() + 20
-        while b" is UP" not in subprocess.run(["scontrol", "ping"], env=environment, capture_output=True).stdout:
-            assert time.monotonic() < deadline and daemon.poll() is None, (folder / "out").read_text()
+        ping = ["scontrol", "ping"]
+        while b" is UP" not in subprocess.run(ping, env=environment, capture_output=True, timeout=60).stdout:
+            assert time.monotonic() < deadline and daemon.poll() is None, log.read_text()
             time.sleep(0.2)
         yield environment
-    finally:
-        daemon.kill()
-        daemon.wait()
 
 
 def scripts(text: str) -> dict[str, str]:
@@ -115,11 +113,17 @@ def test_every_recipes_scripts_are_accepted_by_the_site(name: str, slurm: Slurm,
             assert list(found) == ["prepare", "train", "export", "evaluate"]
             for stage, script in found.items():
                 tested = subprocess.run(
-                    ["sbatch", "--test-only"], input=script, env=environment, capture_output=True, text=True
+                    ["sbatch", "--test-only"],
+                    input=script,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=120,
                 )
                 assert tested.returncode == 0, f"{model} {stage}: {tested.stderr}"
                 side = profile.partition(gpu=stage in ("train", "evaluate")).name
                 assert f"in partition {side}" in tested.stderr
         # It does refuse what the site has not.
         refused = script.replace("--gres=gpu:", "--gres=gpu:none")
-        assert subprocess.run(["sbatch", "--test-only"], input=refused, env=environment, text=True).returncode != 0
+        answer = subprocess.run(["sbatch", "--test-only"], input=refused, env=environment, text=True, timeout=60)
+        assert answer.returncode != 0

@@ -17,6 +17,7 @@ from ftlib import outcome
 from ftlib.rundir import RunDir
 from jobs import smoke
 from tests.cluster import Slurm
+from tests.processes import started
 from tests.wishes import CHECKOUT, copied_checkout, jobs, run_names, site
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
@@ -41,7 +42,8 @@ def made_venv(folder: Path, checkout: Path) -> Path:
     locks = {"login": ["login.lock"], "train": ["train.lock", "deepspeed.lock", "torch.txt"]}
     for stage, files in locks.items():
         text = b"".join((checkout / "env" / name).read_bytes() for name in files)
-        number = subprocess.run(["cksum"], input=text, capture_output=True, check=True).stdout.split()[0].decode()
+        summed = subprocess.run(["cksum"], input=text, capture_output=True, check=True, timeout=60)
+        number = summed.stdout.split()[0].decode()
         (folder / f".{stage}-{number}").touch()
     return folder
 
@@ -73,7 +75,7 @@ def test_a_smoke_run_without_slurm_ends_with_what_it_measured(tmp_path: Path) ->
 def test_ctrl_c_ends_a_smoke_run_in_words(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "jobs", "smoke", "--cluster", "local"]
     log = tmp_path / "said"
-    with log.open("w") as out, subprocess.Popen(words, stdout=out, stderr=out, cwd=copied_checkout(tmp_path)) as one:
+    with log.open("w") as out, started(words, stdout=out, stderr=out, cwd=copied_checkout(tmp_path)) as one:
         soon(log, "packages")
         one.send_signal(2)
         assert one.wait(60) == 75
@@ -114,7 +116,7 @@ class TestOnSlurm:
         shutil.copytree(CHECKOUT, origin, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "cluster.yaml"))
         git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(origin)]
         for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
-            subprocess.run([*git, *words], check=True)
+            subprocess.run([*git, *words], check=True, timeout=60)
         venv = made_venv(tmp_path / "venv", CHECKOUT)
         return tmp_path, {**slurm.env, "VENV": str(venv)}
 
@@ -162,16 +164,16 @@ class TestOnSlurm:
         request.addfinalizer(lambda: slurm.run(["scancel", blocker]))
         words = [sys.executable, "-m", "jobs", "smoke", "--cluster", "local-slurm", "--set"]
         words.append(f"cluster.scheduler.slurm_conf={slurm.env['SLURM_CONF']}")
-        options: dict[str, Any] = {"cwd": folder / "origin", "env": environment, "text": True}
+        options: dict[str, Any] = {"cwd": folder / "origin", "env": environment}
         log = folder / "said"
-        with log.open("w") as out, subprocess.Popen(words, stdout=out, stderr=out, **options) as first:
+        with log.open("w") as out, started(words, stdout=out, stderr=out, **options) as first:
             soon(log, "PENDING")
             first.send_signal(2)
             assert first.wait(30) != 0
         said = log.read_text()
         job = re.search(r"Queued: job (\d+)", said)
         assert job and f"scancel {job[1]} ends it" in said and "Traceback" not in said
-        with log.open("w") as out, subprocess.Popen(words, stdout=out, stderr=out, **options) as second:
+        with log.open("w") as out, started(words, stdout=out, stderr=out, **options) as second:
             soon(log, "PENDING")
             slurm.run(["scancel", job[1]])
             assert second.wait(60) == 1

@@ -25,6 +25,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.slurm.client import Job
 from ftlib.slurm.queue import Answer, why_waits
 from jobs import cli, look, runs
+from tests.processes import started
 from tests.seen import ARRAYS, RUNNING, Site, only, shown, told, waiting
 from tests.wishes import CHECKOUT
 
@@ -263,10 +264,8 @@ def test_a_terminal_is_redrawn_and_a_pipe_gets_what_has_changed(site: Site) -> N
     command = status(site.runs, "--watch")
     master, slave = pty.openpty()
     with (
-        subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True) as piped,
-        subprocess.Popen(
-            command, cwd=CHECKOUT, stdout=slave, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-        ) as drawn,
+        started(command, cwd=CHECKOUT, stdout=subprocess.PIPE) as piped,
+        started(command, cwd=CHECKOUT, stdout=slave, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}) as drawn,
     ):
         os.close(slave)
         assert piped.stdout

@@ -133,6 +133,7 @@ def test_the_same_seed_gives_the_same_rows_in_another_process_and_another_seed_o
             capture_output=True,
             text=True,
             check=True,
+            timeout=120,
         ).stdout.strip()
         for seed in ("1", "2")
     }

@@ -241,7 +241,9 @@ def test_a_fresh_process_goes_on_and_its_sudden_death_loses_nothing(make_run: Ma
     run = make_run()
     live(run, 1, stop_after=8)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    killed = subprocess.run([sys.executable, "-c", KILLED_AT, str(run.path)], env=environment, capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_AT, str(run.path)], env=environment, capture_output=True, timeout=300
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert [folder.name for folder in checkpoint.committed(run.checkpoints)] == ["step-00000016", "step-00000010"]
     live(run, 3)
@@ -353,7 +355,9 @@ def test_a_life_imports_only_what_it_uses() -> None:
     heavy = ("pandas", "datasets", "torch._inductor.compile_fx", "wandb")
     code = f"import sys, ftlib.train.run; print([name for name in {heavy} if name in sys.modules])"
     root = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True, timeout=300
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -437,7 +441,9 @@ def test_a_disk_that_fills_while_saving_harms_nothing(
     make_run: MakeRun, uninterrupted: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800k", "none", run.checkpoints], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=800k", "none", run.checkpoints], capture_output=True, timeout=300
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system is not allowed here")
     # Room is checked before each save; here it goes between the check and the write.
@@ -453,7 +459,7 @@ def test_a_disk_that_fills_while_saving_harms_nothing(
         live(run, 3)
         assert adapter_sha(run) == adapter_sha(uninterrupted)
     finally:
-        subprocess.run(["umount", "--lazy", run.checkpoints], check=True)
+        subprocess.run(["umount", "--lazy", run.checkpoints], check=True, timeout=300)
 
 
 def test_wandb_is_offline_inside_the_run_and_never_in_the_way(

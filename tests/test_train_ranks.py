@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ftlib.rundir import RunDir
 pytest.importorskip("torch", reason="training needs torch: the train extra")
 pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
 
+from tests.processes import started
 from tests.test_train import adapter_sha, trajectory, write_base, write_dataset, write_run
 
 pytestmark = pytest.mark.slow
@@ -56,16 +58,14 @@ def live(run: RunDir, life: int, stop_after: int = 0, world: int = 2) -> list[st
     port = str(random.randint(20_000, 30_000))
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", RANK, str(run.path), str(life), str(stop_after)]
     processes = []
-    for rank in range(world):
-        names = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-c", RANK, str(run.path), str(life), str(stop_after)]
-        processes.append(
-            subprocess.Popen(
-                command, env={**os.environ, **names}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    with ExitStack() as running:
+        for rank in range(world):
+            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            one = started(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            processes.append(running.enter_context(one))
+        said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world, said
     return said
 
