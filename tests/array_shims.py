@@ -146,7 +146,8 @@ class Login:
         tools = place / "bin"
         tools.mkdir()
         for name in ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun"):
-            (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {name} "$@"\n')
+            program = shlex.join([sys.executable, "-SE", __file__, name])
+            (tools / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
             (tools / name).chmod(0o755)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.env = {**kept, "PATH": f"{tools}:{os.environ['PATH']}", "QUEUE": str(self.file), **limits}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -36,8 +37,10 @@ def text(case: str) -> str:
     said = {"cache": str(cache), "checkout": str(CHECKOUT)}
     made = chain.scripts(profile, planned(spec(model), profile), run=RUN, provenance=said)
     whole = "\n".join(f"===== {name} =====\n{script}" for name, script in made)
-    # Neither this machine's folders nor the locks of the day.
-    return whole.replace(container.lock(CHECKOUT / "env"), "LOCK").replace(str(CHECKOUT), "/checkout")
+    # Neither this machine's folders, as the shell reads them, nor the locks of the day.
+    for folder in (shlex.quote(str(CHECKOUT)), str(CHECKOUT)):
+        whole = whole.replace(folder, "/checkout")
+    return whole.replace(container.lock(CHECKOUT / "env"), "LOCK")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,14 +87,18 @@ module() {
 
 @pytest.fixture
 def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """Runs prologue, a command in srun's place, and epilogue; scontrol and sleep are shims on PATH."""
+    """Runs prologue, a command in srun's place, and epilogue; Slurm's commands and sleep are shims on PATH.
+
+    A real sacct without a configuration would ask DNS for one, which takes long where no name server answers.
+    """
     run = tmp_path / "a b's run"
     for folder in ("events", "outcomes", "lives", "slurm/train"):
         (run / folder).mkdir(parents=True)
     (run / "plan.json").write_text('{"micro_batch": 8, "accumulation": 2}')
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, body in {"scontrol": SCONTROL, "sleep": SLEEP, "squeue": "#!/bin/bash\n"}.items():
+    shims = {"scontrol": SCONTROL, "sleep": SLEEP, "squeue": "#!/bin/bash\n", "sacct": "#!/bin/sh\nexit 1\n"}
+    for name, body in shims.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
 
@@ -102,14 +109,17 @@ def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
         script = f"{before}\n. slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n"
         said = {"FT_RUN": str(run), "FT_STAGE": "train", "FT_REQUEUE": "1", "SLURM_JOB_ID": "7", "CALLS": str(calls)}
         said["FT_PYTHON"] = sys.executable
-        done = subprocess.run(
-            ["bash", "-c", script],
-            cwd=CHECKOUT,
-            env={**os.environ, **said, "STATE": "RUNNING", "PATH": f"{tools}:{os.environ['PATH']}", **environment},
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        # Not into a pipe: what the shell leaves in the background would hold it open, and this would wait for that.
+        with (tmp_path / "log").open("a") as out:
+            done = subprocess.run(
+                ["bash", "-c", script],
+                cwd=CHECKOUT,
+                env={**os.environ, **said, "STATE": "RUNNING", "PATH": f"{tools}:{os.environ['PATH']}", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=120,
+            )
         return done.returncode, calls.read_text().splitlines() if calls.exists() else []
 
     return go

@@ -129,6 +129,12 @@ def test_a_rank_that_never_arrives_is_named_with_what_to_look_at(monkeypatch: py
     assert not found.ok and found.words.startswith("rank 1 did not arrive within 1 s") and "NCCL_SOCKET" in found.mend
 
 
+@pytest.fixture
+def home_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder is not above this checkout, wherever that is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
 def shim(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command of a site that this machine is not."""
     (folder / name).write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
@@ -160,7 +166,9 @@ def test_submit_refuses_a_checkout_in_a_small_home_too() -> None:
     assert "/blue/lab" in refused.stderr and "Traceback" not in refused.stderr
 
 
-def test_a_home_that_is_nearly_full_by_its_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_is_nearly_full_by_its_quota(
+    home_elsewhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shim(
         tmp_path,
         "df",
@@ -174,7 +182,7 @@ def test_a_home_that_is_nearly_full_by_its_quota(tmp_path: Path, monkeypatch: py
     environment.require(site("local", **{"storage.home_gib": 40}), Path("/blue"))
 
 
-def test_a_module_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_is_not_there(home_elsewhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASH_FUNC_module%%", '() { [ "$2" = cuda ] || { echo "unknown: $2" >&2; return 1; }; }')
     said = faults(tmp_path, modules=["cuda", "apptaner/1.4"])
     assert said.startswith("module load apptaner/1.4 fails: unknown: apptaner/1.4. 'module spider apptaner'")
