@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos gpu-check lock clean
+.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos same-as gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -19,6 +19,7 @@ VALUES := MODEL DATA CLUSTER SET RUN STAGE SWEEP NODES
 FLAGS := DRY_RUN NEW JSON FOLLOW WATCH
 # A flag is on when it is set, not empty and not 0.
 # Values go through the environment, word for word: neither make nor the shell reads the $, quotes or newlines in them.
+export COMMIT
 unexport $(VALUES) $(FLAGS)
 $(foreach v,$(VALUES),$(eval export OPT_$v := $$(value $v)))
 option = --$(shell echo $1 | tr A-Z_ a-z-)
@@ -129,6 +130,9 @@ bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
 
 chaos: $(TRAIN) ## kill runs in every way on the local Slurm, and write docs/chaos.md (half an hour): ARGS="--kills 12"
 	@exec $(PY) -m benchmarks.chaos --write docs/chaos.md $(value ARGS)
+
+same-as: $(TRAIN) ## run every method and print every script in COMMIT= and in this tree, and compare (10 min): ARGS="--only qlora"
+	@exec $(PY) -m benchmarks.same_as $(if $(value COMMIT),--commit="$$COMMIT") $(value ARGS)
 
 test-image: $(TRAIN) $(DEV) ## runs inside the image beside runs outside it, on the local Slurm, into docs/image.md (half an hour; root)
 	@exec $(PY) -m benchmarks.image --write docs/image.md $(value ARGS)

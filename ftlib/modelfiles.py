@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, 
 @contextmanager
 def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | None = None) -> Iterator[None]:
     """Load tokenizer or weights of `model` (a folder or a hub name) inside this context.
-    InputError: a folder lacks the `needed` files (TOKENIZER, WEIGHTS or both), or they cannot be fetched or read."""
+    InputError: a folder lacks the `needed` files (TOKENIZER, WEIGHTS or both), they cannot be fetched or read, or they
+    cannot be loaded without running Python code of the model's own."""
     folder = Path(model)
     local = folder.is_absolute() or folder.exists()
     missing = [" or ".join(group) for group in needed if not any((folder / name).is_file() for name in group)]
@@ -91,7 +93,13 @@ def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | Non
         raise InputError(f"model.name: {folder} {looked}. {_how_to_stage('<name on the hub>', folder)}")
     try:
         yield
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"model.name: the weights of {model} hold Python objects besides tensors, which are never loaded here. "
+            "Allowed: *.safetensors, or *.bin with tensors alone") from error
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(_needs_own_code(model)) from error
         found = " ".join(str(error).split())[:400]
         if local:
             raise InputError(f"model.name: the files in {folder} cannot be loaded: {found}") from error
@@ -99,6 +107,13 @@ def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | Non
             f"model.name: {model}{f' (revision {revision})' if revision else ''} could not be loaded. Looked for "
             f"{' and '.join(map(' or '.join, needed))} in the cache {hub_cache()}{network()}. {found} "
             + _how_to_stage(model, Path("/path/to", folder.name))) from error
+
+
+def _needs_own_code(model: str) -> str:
+    return (
+        f"model.name: {model} cannot be loaded without Python code that comes with it ('auto_map' in its config.json "
+        "or tokenizer_config.json), and such code is never run here. Allowed: models whose architecture and tokenizer "
+        "are part of transformers, such as the Llama, Mistral, Qwen and Falcon families")
 
 
 def hub_cache() -> Path:

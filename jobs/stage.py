@@ -28,6 +28,7 @@ SUPERSEDED = 70
 def run(folder: str, stage: str) -> None:
     """Run `stage` of the run at `folder`; ends the process with the outcome's exit code."""
     stop = StopFlag().install()
+    _close_stdin()
     # A terminal's Ctrl-C reaches every process of the group; the foreground one decides and sends SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     rundir = RunDir(Path(folder))
@@ -44,6 +45,15 @@ def run(folder: str, stage: str) -> None:
     sys.stderr.flush()
     # Not sys.exit: the outcome is committed, and an abandoned load or a library's thread must not change the end.
     os._exit(code)
+
+
+def _close_stdin() -> None:
+    """Read nothing from whatever the submitting shell had as standard input: a library that asks a question there (such
+    as whether to run a model's own code) gets no answer."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    if nothing != 0:  # it is 0 where standard input was closed
+        os.dup2(nothing, 0)
+        os.close(nothing)
 
 
 def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: float = 5) -> None:

@@ -78,7 +78,7 @@ def pretrained(model: str, revision: str | None, add: Sequence[str]) -> tuple[An
     from transformers import AddedToken, AutoTokenizer
 
     with modelfiles.loading(model, modelfiles.TOKENIZER, revision):
-        hf = AutoTokenizer.from_pretrained(model, revision=revision)
+        hf = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     new = [token for token in dict.fromkeys(add) if token not in hf.get_vocab()]
     hf.add_tokens([AddedToken(token, normalized=False) for token in new])
     return hf, hf.convert_tokens_to_ids(new) if new else []

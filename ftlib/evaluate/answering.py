@@ -27,7 +27,8 @@ def load(
     with modelfiles.loading(model, modelfiles.WEIGHTS, revision):
         # A model that one GPU does not hold is laid over those of the job.
         place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
-        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=kind, device_map=place)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=kind, device_map=place, trust_remote_code=False)
     if device != "cpu":
         from ftlib.train.falcon import fuse_attention
 

@@ -131,7 +131,9 @@ class _Parts:
         how = rows, min(ROWS, len(rows)), self.batch, self.stop
         found: dict[str, Any] = {}
         if merged is not None:
-            plain = interruptible(self.stop, lambda: AutoModelForCausalLM.from_pretrained(str(merged)).to(self.device))
+            plain = interruptible(
+                self.stop,
+                lambda: AutoModelForCausalLM.from_pretrained(str(merged), trust_remote_code=False).to(self.device))
             isolate_documents(plain)
             prompt = put_prompt(plain, self.prompt_folder) if self.spec.method.kind == "two-stage" else []
             other = logits_of(plain.eval(), self.device, prompt=prompt)

@@ -67,9 +67,9 @@ def write_consolidated(
     """Write weights, config and tokenizer tensor by tensor, without a GPU, and read them again.
     Returns what equality.json says: a file's tensor must be its master, rounded once. Raises FtError, Interrupted."""
     revision, dtype = spec.model.revision, getattr(torch, spec.export.dtype)
-    config = AutoConfig.from_pretrained(model_path, revision=revision)
+    config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=False)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     # Each tied weight once, as transformers saves it.
     own = {name: parameter.to(dtype) for name, parameter in skeleton.named_parameters()}
     found = masters(checkpoint)

@@ -39,7 +39,7 @@ def load_base(
             bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
     transformers.utils.logging.disable_progress_bar()
     with loading(model_path, WEIGHTS, revision):
-        config = AutoConfig.from_pretrained(model_path, revision=revision)
+        config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=False)
         if config.model_type == "falcon":
             make_quantizable()
         kept = None
@@ -51,6 +51,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             str(kept) if found else model_path, revision=revision, dtype=dtype, attn_implementation="sdpa",
             device_map=None if sharded() else {"": str(device)},  # ZeRO 3 places each shard itself.
+            trust_remote_code=False,
             **options)
     model.config.use_cache = False
     if method.bits < 16:
@@ -94,7 +95,7 @@ def add_rows(model: PreTrainedModel, tokenizer: tokenizing.Tokenizer, seed: int)
 def linear_names(config: Any) -> set[str]:
     """Names of the linear layers a model of this config has, without the output head."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = skeleton.get_output_embeddings()
     linear = (torch.nn.Linear, Conv1D)
     return {name for name, module in skeleton.named_modules() if isinstance(module, linear) and module is not head}
