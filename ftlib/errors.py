@@ -3,13 +3,14 @@
 FtError                 1   something went wrong that is nobody's input
 ├── InputError         64   the user's input is wrong: spec, data, names, files
 ├── Unavailable        69   a service we need does not answer (the scheduler)
-└── Interrupted        75   saved on request: run me again
+├── Interrupted        75   saved on request: run me again
+└── BadGpu             76   a GPU of this node is missing or faulty: run me again on another node
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-DONE, INPUT_WRONG, UNAVAILABLE, RUN_AGAIN = 0, 64, 69, 75
+DONE, INPUT_WRONG, UNAVAILABLE, RUN_AGAIN, RUN_ELSEWHERE = 0, 64, 69, 75, 76
 
 
 class FtError(Exception):
@@ -45,6 +46,12 @@ class Interrupted(FtError):
 
     def __reduce__(self) -> "tuple[type[Interrupted], tuple[str, int | None]]":
         return Interrupted, (self.cause, self.step)
+
+
+class BadGpu(FtError):
+    """This node's GPUs are not what Slurm says they are; another node will do."""
+
+    exit_code = RUN_ELSEWHERE
 
 
 def closest(name: str, valid: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from types import ModuleType
 from ftlib import events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
+from ftlib.slurm import allocation
 from ftlib.stop import StopFlag
 
 # On a CPU bitsandbytes looks for a faster kernel on a hub when it is imported, and warns; its own serve.
@@ -77,6 +78,9 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
     began = time.monotonic()
     try:
+        # Before torch is imported, which reads the variable when it first looks for GPUs.
+        allocation.check(stage, rundir.stage_plan(stage), os.environ)
+        allocation.narrow(rundir.stage_plan(stage), os.environ)
         works = {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}
         work = works[stage] if stage in works else importlib.import_module(f"jobs.{stage}").main
         words = str(work(rundir, life, stop))

@@ -17,7 +17,8 @@ from typing import Any
 
 ACTIVE = ("PENDING", "RUNNING")
 # Stands for the jobs' interpreter: a stage is a second of sleep that saves when it is warned; all else is real.
-# While a file `held` lies beside it no prepare ends, and a run with a file `long` trains until it is warned.
+# While a file `held` lies beside it no prepare ends, a run with a file `long` trains until it is warned, and one with a
+# file `slow` does the same in the stage that the file names. run/pids/STAGE-ATTEMPT shows that a stage is at work.
 QUICK = """#!/bin/bash
 [ "$3" = jobs.stage ] || [ "$3" = submitit.core._submit ] || exec {python} "$@"
 run=$FT_RUN stage=$FT_STAGE
@@ -25,6 +26,9 @@ say() {{ printf '%s\\n' "$1" >"$run/outcomes/.q" && mv "$run/outcomes/.q" "$run/
 trap 'say "75 interrupted (preemption), saved"; exit 75' TERM USR2
 while [ $stage = prepare ] && [ -e {folder}/held ]; do sleep 0.2; done
 seconds={seconds}
+echo "quick: $stage"
+mkdir -p "$run/pids" && touch "$run/pids/$stage-$FT_LIFE"
+[ "$stage-$FT_LIFE" != "$(cat "$run/slow" 2>/dev/null)-1" ] || seconds=300
 [ "$stage-$FT_LIFE" != train-1 ] || [ ! -e "$run/long" ] || seconds=300
 sleep $seconds & wait $!
 [ ! -e "$run/fails" ] || [ $stage != train ] || {{ say "1 it always fails"; exit 1; }}

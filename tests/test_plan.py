@@ -6,6 +6,9 @@ import pytest
 
 from ftlib.errors import InputError
 from ftlib.plan import memory, throughput
+from ftlib.plan.plan import RunPlan
+from ftlib.rundir import STAGES
+from ftlib.slurm import batch
 from tests.wishes import LLAMA_7B, planned, site, spec
 
 
@@ -35,6 +38,42 @@ def test_llama_7b_fits_an_a100_and_cpu_stages_hold_no_gpu() -> None:
         "evaluate": 1,
     }
     assert plan.gpu_hours and plan.gpu_hours > 0
+
+
+def test_export_and_evaluation_share_one_job_where_both_need_a_gpu() -> None:
+    two = (("prepare",), ("train",), ("export", "evaluate"))
+    one_each = tuple((stage,) for stage in STAGES)
+    assert planned(spec("llama2-7b"), site("a100")).jobs == planned(spec(), site("local-slurm")).jobs == two
+    # Without a GPU there is none to share; ZeRO's shards are joined on a CPU, which must hold no GPU meanwhile.
+    assert planned(spec(), site("local")).jobs == one_each
+    whole = spec("llama2-7b", method__kind="full", zero__stage=3, train__global_batch=16, resources__gpus_per_node=8)
+    assert planned(whole, site("a100")).jobs == one_each
+
+
+def test_a_shared_job_asks_for_the_most_of_each_resource_and_all_of_the_time() -> None:
+    profile = site("a100")
+    plan = planned(spec("llama2-7b"), profile)
+    stages = {name: dict(plan.stages[name]) for name in STAGES}
+    stages["export"] |= {"mem_gib": 35, "time_min": 30, "estimate_min": 5.0, "cpus_per_task": 4, "warning_s": 130}
+    stages["evaluate"] |= {"mem_gib": 19, "time_min": 26, "estimate_min": 3.0, "gpus_per_node": 2, "warning_s": 120}
+    plan = RunPlan.model_validate({**dict(plan), "stages": stages})
+    asked = batch.request(profile, plan, ("export", "evaluate"))
+    assert (asked.mem_gib, asked.time_min, asked.estimate_min, asked.gpus_per_node) == (35, 56, 8.0, 2)
+    assert (asked.cpus_per_task, asked.warning_s) == (8, 130)
+    # Alone, each asks for its own; together, never for more time than the partition gives.
+    assert batch.request(profile, plan, ("export",)) == plan.stages["export"]
+    stages["evaluate"]["time_min"] = 20_160
+    longer = RunPlan.model_validate({**dict(plan), "stages": stages})
+    assert batch.request(profile, longer, ("export", "evaluate")).time_min == 20_160
+
+
+def test_the_time_of_an_export_follows_its_device() -> None:
+    """Four forward passes over 64 rows are a minute of a GPU's work and hours of a CPU's."""
+    wish = spec("llama2-7b")
+    cpu = throughput.export_min(LLAMA_7B, wish, tflops=None, threads=4, validation_rows=64)
+    gpu = throughput.export_min(LLAMA_7B, wish, tflops=312, threads=4, validation_rows=64)
+    assert cpu > 120 and gpu < 10
+    assert planned(wish, site("a100")).stages["export"].time_min < 60
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(16, 1), (16, 4), (12, 2), (7, 1)])

@@ -52,6 +52,35 @@ def test_thousands_of_tasks_are_one_question_and_a_sweep_is_one_line(
     assert len(told(capsys, "--sweep", "lr")["runs"]) == len(made)
 
 
+@pytest.mark.parametrize(
+    ("slurm", "ends", "expected"),
+    [
+        ("PENDING", [], ("queued", "queued")),
+        ("RUNNING", [], ("running", "queued")),
+        ("RUNNING", [Outcome("export", 1, 0, "exported")], ("completed", "running")),
+        ("FAILED", [Outcome("export", 1, 1, "a bug")], ("failed", "cancelled")),
+        ("FAILED", [Outcome("export", 1, 0, "exported")], ("completed", "failed")),
+        ("CANCELLED", [Outcome("export", 1, 75, "interrupted")], ("cancelled", "cancelled")),
+        ("UNKNOWN", [], ("running", "queued")),
+    ],
+)
+def test_of_two_stages_in_one_job_the_second_waits_for_the_first(
+    slurm: str, ends: list[Outcome], expected: tuple[str, str]
+) -> None:
+    done = {stage: [Outcome(stage, 1, 0, "done")] for stage in ("prepare", "train")}
+    known = state.Journal(
+        [], ends={**done, "export": ends, "evaluate": []}, lives=dict.fromkeys(STAGES, 1) | {"evaluate": 0},
+        jobs=dict.fromkeys(("export", "evaluate"), "7"), nonces=dict.fromkeys(STAGES, ""),
+    )  # fmt: skip
+    found = state.stages(known, {"7": Job(slurm, "Resources")})
+    if slurm == "RUNNING" and ends:
+        known.lives["evaluate"] = 1
+        found = state.stages(known, {"7": Job(slurm)})
+    assert (found["export"].state, found["evaluate"].state) == expected
+    if expected == ("running", "queued"):
+        assert found["evaluate"].words == "in the same job, after export"
+
+
 def test_an_answer_stands_for_the_least_poll_interval(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

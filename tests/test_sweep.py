@@ -97,7 +97,7 @@ def test_what_other_jobs_have_taken_is_left_to_them(login: Login, file: Callable
 
 def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Callable[..., str]) -> None:
     queue = login.queue
-    strangers(queue, 90)
+    strangers(queue, 92)
     name = file(seeds(7))
     assert "4 wait for room" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
     queue = login.queue

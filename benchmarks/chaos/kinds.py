@@ -70,7 +70,7 @@ def signalled(view: View, random: Random) -> None:
     if len(view.workers) > 1 and random.random() < 0.5:
         processes.signal_to(random.choice(view.workers).pid, signal.SIGUSR2)
     else:
-        slurm.say("scancel", "-s", "USR2", f"{job_of(view)}.0")
+        slurm.say("scancel", "-s", "USR2", processes.step_of(view.workers[0]))
     processes.thaw(view.workers)
 
 

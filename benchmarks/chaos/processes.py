@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -77,8 +78,15 @@ def _is_task(pid: int) -> bool:
 
 
 def step_daemons(job: str) -> list[int]:
-    """The slurmstepd of each node of the job's step 0."""
-    return [pid for pid, name, _, _ in _all() if name == "slurmstepd" and f"[{job}.0]" in _command(pid)]
+    """The slurmstepd of each node of the step that the job's script runs now: the second where a stage ran before."""
+    step = re.compile(rf"\[{re.escape(job)}\.\d+\]")
+    return [pid for pid, name, _, _ in _all() if name == "slurmstepd" and step.search(_command(pid))]
+
+
+def step_of(worker: Worker) -> str:
+    """The worker's step as scancel names it, such as 17.1."""
+    said = _environment(worker.pid)
+    return f"{said['FT_JOB']}.{said['SLURM_STEP_ID']}"
 
 
 def batch_shell(job: str) -> int | None:

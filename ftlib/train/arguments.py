@@ -9,24 +9,26 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ftlib.errors import InputError
+from ftlib.errors import BadGpu, InputError
 from ftlib.plan import zero
+from ftlib.slurm.allocation import VISIBLE
 from ftlib.spec import RunSpec
 from ftlib.train import ranks
 
 
 def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.device:
     """Pin the threads, set the deterministic mode, and name the device that the plan gives this rank of `stage`.
-    InputError where it is not there."""
+    InputError where there is no GPU for it, BadGpu where the node shows fewer than it should."""
     torch.set_num_threads(int(plan["threads"]))
     # What our pinned libraries say of each other is of no use to a person who reads the log.
     for library in ("accelerate", "peft", "transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     for logger in ("accelerate.accelerator", "bitsandbytes"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    on_gpu = plan["stages"][stage]["device"] == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
+    asked = plan["stages"][stage]
+    on_gpu = asked["device"] == "cuda"
+    if on_gpu:
+        _check_gpus(stage, asked)
     if not on_gpu if spec.train.deterministic is None else spec.train.deterministic:
         # cuBLAS reads it when the first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -38,6 +40,18 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _check_gpus(stage: str, asked: dict[str, Any]) -> None:
+    """What Slurm gave was checked when the stage began (ftlib.slurm.allocation); here, what CUDA finds of it."""
+    node, shown = os.uname().nodename, os.environ.get(VISIBLE, "not set")
+    if not torch.cuda.is_available():
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
+        raise InputError(
+            f"{stage}: the plan asks for a GPU, but torch {torch.__version__} ({built}) finds none on {node} "
+            f"({VISIBLE}: {shown}). make env CLUSTER=… says whether driver, packages or the partition are at fault")
+    if (count := torch.cuda.device_count()) < asked["gpus_per_node"]:
+        raise BadGpu(f"{stage}: node {node} shows {count} of its {asked['gpus_per_node']} GPUs ({VISIBLE}: {shown})")
 
 
 def training_arguments(
@@ -57,7 +71,7 @@ def training_arguments(
         sharing = zero.config(
             spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu,
             compute_dtype=plan["compute_dtype"], universal=universal)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=plan["compute_dtype"] == "bfloat16",
         use_cpu=not on_gpu, seed=train.seed, data_seed=train.seed,
         per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
@@ -73,3 +87,10 @@ def training_arguments(
         # Saving, validating, logging and tracking are ours: in this order, at every step, and across lives.
         save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
         logging_nan_inf_filter=False)
+    if on_gpu and world == 1 and not sharing:
+        # A Trainer that counts two GPUs spreads each batch over both: a doubled batch, in another order. The stage's
+        # entry shows this process one; here it holds even where CUDA was looked at before. (Trainer does the same for
+        # a model that lies on several GPUs.)
+        _ = arguments.device  # counts them
+        arguments._n_gpu = 1
+    return arguments
