@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from ftlib.errors import InputError
 from ftlib.plan import zero
 from ftlib.spec import RunSpec
-from ftlib.train import ranks
+from ftlib.train import kernels, ranks
 
 
 def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.device:
@@ -27,12 +27,10 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     on_gpu = plan["stages"][stage]["device"] == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise InputError("the plan asks for a GPU, but this process sees none. On which node and partition is it?")
-    if not on_gpu if spec.train.deterministic is None else spec.train.deterministic:
-        # cuBLAS reads it when the first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Filling fresh memory only helps code that reads what it never wrote, and costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic = spec.train.deterministic
+    if deterministic is None:
+        deterministic = not on_gpu
+    kernels.choose(on_gpu=on_gpu, deterministic=deterministic)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
