@@ -34,6 +34,33 @@ def write_text(target: Path, text: str) -> None:
     fsync(target.parent)
 
 
+def create_text(target: Path, text: str) -> bool:
+    """`write_text`, unless something is at `target` already; whether it is ours that is there now."""
+    temporary = temporary_beside(target)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            # Over NFS a call may succeed and say this, when its first answer was lost.
+            return temporary.stat().st_nlink == 2
+        except OSError:  # a file system without hard links
+            try:
+                with target.open("x", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except FileExistsError:
+                return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(target.parent)
+    return True
+
+
 def write_json(target: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(target, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftlib import atomic
+from ftlib.errors import INPUT_WRONG
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,30 @@ class Outcome:
 def write(folder: Path, outcome: Outcome) -> None:
     """Commit the outcome of a life."""
     folder.mkdir(exist_ok=True)
-    words = " ".join(outcome.words.split())
-    atomic.write_text(folder / f"{outcome.stage}-{outcome.life}", f"{outcome.code} {words}\n")
+    atomic.write_text(folder / f"{outcome.stage}-{outcome.life}", _line(outcome))
+
+
+def create(folder: Path, outcome: Outcome) -> bool:
+    """Commit the outcome of an attempt unless it has one; whether this one stands. For ranks other than 0."""
+    folder.mkdir(exist_ok=True)
+    return atomic.create_text(folder / f"{outcome.stage}-{outcome.life}", _line(outcome))
+
+
+def settle(folder: Path, outcome: Outcome) -> Outcome:
+    """Commit the outcome of an attempt, for rank 0; returns the one that stands. That is an earlier one in which
+    another rank says that the input is wrong: what rank 0 sees later (a lost connection, srun's SIGTERM) follows from
+    it, and would be tried again."""
+    if create(folder, outcome):
+        return outcome
+    for standing in read(folder, outcome.stage):
+        if standing.life == outcome.life and standing.code == INPUT_WRONG:
+            return standing
+    write(folder, outcome)
+    return outcome
+
+
+def _line(outcome: Outcome) -> str:
+    return f"{outcome.code} {' '.join(outcome.words.split())}\n"
 
 
 def read(folder: Path, stage: str | None = None) -> list[Outcome]:

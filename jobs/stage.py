@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ftlib import events, outcome
-from ftlib.errors import DONE, FtError, Interrupted
+from ftlib.errors import DONE, INPUT_WRONG, FtError, Interrupted
 from ftlib.rundir import RunDir
 from ftlib.slurm import allocation
 from ftlib.stop import StopFlag
@@ -93,8 +93,15 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
     except Exception as error:  # the last resort: every end of a life leaves an outcome
         traceback.print_exc()
         words, code, event = f"{type(error).__name__}: {error}", 1, "failed"
-    if rank == 0:
-        outcome.write(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+    if rank and code == INPUT_WRONG:
+        # srun ends the other ranks now, and rank 0 could not say why.
+        words += f" (rank {rank} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"
+        outcome.create(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+        print(f"{stage}: {words}", flush=True)
+    elif rank == 0:
+        stands = outcome.settle(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+        if stands.code != code:
+            words, code, event = stands.words, stands.code, "failed"
         now = time.monotonic()
         took = {"seconds": round(now - began, 1), "signal_s": stop.at and round(now - stop.at, 2)}
         events.append(rundir.events, writer, event, stage=stage, life=life, code=code, words=words, **took)
@@ -115,7 +122,9 @@ def _set_rank() -> int:
     from submitit import JobEnvironment
 
     # The first node of the list, resolved where the task runs; a port of the job's own below the ephemeral ones.
-    os.environ["MASTER_ADDR"] = JobEnvironment().hostnames[0]
+    # On a single node nobody else shall reach the processes.
+    nodes = JobEnvironment().hostnames
+    os.environ["MASTER_ADDR"] = nodes[0] if len(nodes) > 1 else "127.0.0.1"
     os.environ["MASTER_PORT"] = str(10_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)
     return int(os.environ["RANK"])
 

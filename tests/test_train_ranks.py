@@ -50,14 +50,14 @@ os._exit(0)  # as jobs.stage ends: an interpreter's exit with a library's thread
 """
 
 
-def live(run: RunDir, life: int, stop_after: int = 0, world: int = 2) -> list[str]:
+def live(run: RunDir, life: int, stop_after: int = 0, world: int = 2, **variables: str) -> list[str]:
     """One life of so many processes, the global batch of 4 shared out; what each printed."""
     plan = json.loads(run.plan_file.read_text())
     cut = {"micro_batch": 1, "accumulation": 4 // world, "world_size": world}
     run.plan_file.write_text(json.dumps({**plan, **cut}))
     port = str(random.randint(20_000, 30_000))
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DS_ACCELERATOR": "cpu"}
+    common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DS_ACCELERATOR": "cpu", **variables}
     command = [sys.executable, "-c", RANK, str(run.path), str(life), str(stop_after)]
     processes = []
     with ExitStack() as running:
@@ -79,14 +79,16 @@ def test_two_ranks_stop_and_go_on_as_one(tmp_path: Path) -> None:
         write_run(tmp_path / name / "the-run", tmp_path / "base", tmp_path / "data", train=train)
         for name in ("interrupted", "whole")
     ]
-    said = live(runs[0], 1, stop_after=5)
+    # It compares every collective's kind and shape over all ranks, and raises where one rank makes another call.
+    checked = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    said = live(runs[0], 1, stop_after=5, **checked)
     assert all("STOPPED 5 preemption" in words for words in said)
     folder = checkpoint.folder_for(runs[0].checkpoints, 5)
     files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "adapter_model.safetensors"} <= set(files)
     assert checkpoint.problems(folder, run="the-run") == []
     assert not list(runs[0].checkpoints.rglob(".tmp-*")), "each rank's share has moved into its place"
-    live(runs[0], 2)
+    live(runs[0], 2, **checked)
     live(runs[1], 1)
     assert trajectory(runs[0]) == trajectory(runs[1])
     assert adapter_sha(runs[0], 12) == adapter_sha(runs[1], 12)

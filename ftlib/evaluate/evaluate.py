@@ -166,8 +166,11 @@ def _answer(
     import torch
 
     from ftlib.evaluate import answering
+    from ftlib.train import kernels
 
     spec, plan = run.spec(), run.plan()
+    # Not deterministic: the loss of a response has no deterministic kernel on a GPU, and kept answers are not redone.
+    kernels.choose(on_gpu=plan["stages"]["evaluate"]["device"] == "cuda", deterministic=False)
     model = answering.load(
         subject.path, device=plan["stages"]["evaluate"]["device"], dtype=spec.export.dtype,
         revision=spec.model.revision, adapter=subject.adapter,

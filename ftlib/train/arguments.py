@@ -13,7 +13,7 @@ from ftlib.errors import BadGpu, InputError
 from ftlib.plan import zero
 from ftlib.slurm.allocation import VISIBLE
 from ftlib.spec import RunSpec
-from ftlib.train import ranks
+from ftlib.train import kernels, ranks
 
 
 def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.device:
@@ -29,12 +29,10 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     on_gpu = asked["device"] == "cuda"
     if on_gpu:
         _check_gpus(stage, asked)
-    if not on_gpu if spec.train.deterministic is None else spec.train.deterministic:
-        # cuBLAS reads it when the first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Filling fresh memory only helps code that reads what it never wrote, and costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic = spec.train.deterministic
+    if deterministic is None:
+        deterministic = not on_gpu
+    kernels.choose(on_gpu=on_gpu, deterministic=deterministic)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,8 +1,12 @@
-"""What the ranks of one training job agree on. With one process every function is local and free."""
+"""What the ranks of one training job agree on. With one process every function is local and free.
+
+What they tell each other is JSON, never a pickle: the store listens on the network, and whoever reaches it can write
+there. So all that is read from it is data of bounded size, and no secret is put into it."""
 
 import itertools
+import json
 import os
-import pickle
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -10,11 +14,16 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from ftlib.errors import FtError, Interrupted
+from ftlib.errors import FtError, InputError, Interrupted, Unavailable
 from ftlib.stop import StopFlag
 
 store: dist.Store | None = None  # of rendezvous: ranks that need no collective hear of each other through it
 _turns = itertools.count()
+# Most that one rank tells the others: a checkpoint's files with their checksums, say.
+GATHERED_BYTES = 64 << 20
+# Most of an error that rank 0 tells the others.
+ERROR_BYTES = 64 << 10
+_ERRORS: dict[str, type[FtError]] = {kind.__name__: kind for kind in (FtError, InputError, Unavailable)}
 
 
 def world_size() -> int:
@@ -25,6 +34,11 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number; 0 writes the run's files."""
     return int(os.environ.get("RANK", "0"))
+
+
+def here() -> str:
+    """This node, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def say(words: str) -> None:
@@ -55,12 +69,23 @@ def agreed(stop: StopFlag, save_due: bool) -> tuple[str | None, bool]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's value, in order of rank, on every rank. Collective."""
+    """Every rank's value, in order of rank, on every rank. Collective. value: what JSON can hold (a tuple becomes a
+    list). FtError on all ranks when one rank's takes more than GATHERED_BYTES."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    size = torch.tensor([message.numel()], device=device())
+    sizes = [torch.empty_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    lengths = [int(length) for length in sizes]
+    if max(lengths) > GATHERED_BYTES:
+        raise FtError(f"a rank has {max(lengths):,} bytes to tell the others, more than {GATHERED_BYTES:,}")
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device())
+    padded[: message.numel()] = message
+    messages = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(messages, padded)
+    both = zip(messages, lengths, strict=True)
+    return [json.loads(bytes(text[:length].cpu().numpy())) for text, length in both]
 
 
 def summed(*values: float) -> list[float]:
@@ -81,14 +106,40 @@ def first_alone(work: Callable[[], None]) -> None:
     if rank() == 0:
         try:
             work()
-        except FtError as found:
-            error = found
-        store.set(key, pickle.dumps(error))
+        except FtError as raised:
+            error = raised
+        store.set(key, _error_to_text(error))
     else:
         store.wait([key], timedelta(days=7))
-        error = pickle.loads(store.get(key))
+        error = _error_from_text(store.get(key))
     if error is not None:
         raise error
+
+
+def _error_to_text(error: FtError | None) -> str:
+    """An error for the other ranks; None: there was none."""
+    if error is None:
+        return "null"
+    if isinstance(error, Interrupted):
+        return json.dumps({"kind": "Interrupted", "cause": error.cause, "step": error.step})
+    kind = next((name for name, known in _ERRORS.items() if type(error) is known), "FtError")
+    # JSON takes at most six bytes for a character.
+    return json.dumps({"kind": kind, "message": str(error)[: ERROR_BYTES // 8]})
+
+
+def _error_from_text(found: bytes) -> FtError | None:
+    """What `_error_to_text` wrote; what is anything else is an FtError itself."""
+    try:
+        if len(found) > ERROR_BYTES:
+            raise ValueError
+        told = json.loads(found)
+        if told is None:
+            return None
+        if told["kind"] == "Interrupted":
+            return Interrupted(str(told["cause"]), None if told["step"] is None else int(told["step"]))
+        return _ERRORS[told["kind"]](str(told["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return FtError(f"what rank 0 left for rank {rank()} in the store is not readable: {found[:80]!r}")
 
 
 def barrier() -> None:

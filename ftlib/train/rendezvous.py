@@ -1,21 +1,25 @@
-"""The processes of a training find each other and prove that they can talk, before anything is loaded; or are named."""
+"""The processes of a training find each other and prove that they can talk, before anything is loaded; or are named.
+
+First they meet at a store of rank 0 (torch's TCPStore). Then each pair of nodes exchanges data over TCP (probe.py).
+Only then is the process group made, whose first collective is one of all ranks. Store and door take a connection from
+anyone who reaches the node, as torch's and NCCL's own sockets do; with all processes on one node they listen on
+127.0.0.1."""
 
 import contextlib
-import itertools
+import ipaddress
 import os
 import socket
-import statistics
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from ftlib.errors import FtError
-from ftlib.train import ranks
+from ftlib.train import probe, ranks
+from ftlib.train.ranks import here
 
 # Imports from a busy shared file system take minutes.
 WAIT_S = float(os.environ.get("FT_RENDEZVOUS_S", "600"))
@@ -23,9 +27,8 @@ WAIT_S = float(os.environ.get("FT_RENDEZVOUS_S", "600"))
 COLLECTIVE_S = 1800.0
 # Ports tried one after the other, beginning with MASTER_PORT: another program may have taken some.
 PORTS = 8
-PROBE_BYTES = {"nccl": 64 << 20, "gloo": 4 << 20}
-# Beside the median of all nodes.
-SLOW = 3.0
+# To make the process group and sum over all ranks once: NCCL's set-up opens a connection for each pair of GPUs.
+GROUP_S = 300.0
 
 
 def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WAIT_S) -> None:
@@ -35,23 +38,23 @@ def connect(*, on_gpu: bool, name: str, always: bool = False, wait_s: float = WA
     if ranks.world_size() == 1:
         if not always:
             return
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | address)
-    deadline, timeout = time.monotonic() + wait_s, timedelta(seconds=COLLECTIVE_S)
-    store = _serve(name) if ranks.rank() == 0 else _find(name, deadline, wait_s)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | meeting)
+    deadline = time.monotonic() + wait_s
+    if ranks.rank() == 0:
+        store, address = _serve(name), os.environ["MASTER_ADDR"]
+    else:
+        store, address = _find(name, deadline, wait_s)
     ranks.store = store
+    if not _is_loopback(address):  # other nodes are there, too
+        variable = "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME"
+        address = probe.listen_address(address, variable=variable)
+    store.set(f"here/{ranks.rank()}", probe.entry(here(), address))
     _roll_call(store, deadline, wait_s)
-    group = {"rank": ranks.rank(), "world_size": ranks.world_size(), "timeout": timeout}
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, **group)
-    if ranks.world_size() > 1:
-        _preflight(store, deadline)
-
-
-def here() -> str:
-    """This node, as Slurm calls it."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    probe.every_pair(store, name)
+    _make_group(store, on_gpu=on_gpu)
 
 
 def node_of(rank: int) -> str:
@@ -66,12 +69,19 @@ def node_of(rank: int) -> str:
 
 
 def _serve(name: str) -> dist.TCPStore:
-    """The store, and a door that tells its port to who asks: a store's client would wait for a stranger for ever."""
-    store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+    """The store, and a door that tells its port to who asks: a store's client would wait for a stranger for ever.
+    Both listen where MASTER_ADDR is: on 127.0.0.1 alone, or on all interfaces, since other nodes may know this one by
+    another of its addresses than it does itself."""
+    place = "127.0.0.1" if _is_loopback(os.environ["MASTER_ADDR"]) else "0.0.0.0"
+    listener = socket.create_server((place, 0), backlog=2048)
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        place, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
+        timeout=timedelta(seconds=COLLECTIVE_S))
     first, taken = int(os.environ["MASTER_PORT"]), []
     for port in range(first, first + PORTS):
         try:
-            door = socket.create_server(("", port))
+            door = socket.create_server((place, port))
         except OSError:
             taken.append(str(port))
             continue
@@ -82,6 +92,13 @@ def _serve(name: str) -> dist.TCPStore:
     raise FtError(f"ports {first} to {first + PORTS - 1} are in use on {here()}: the processes cannot meet")
 
 
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        return False
+
+
 def _answer(door: socket.socket, words: bytes) -> None:
     while True:
         asking, _ = door.accept()
@@ -89,15 +106,18 @@ def _answer(door: socket.socket, words: bytes) -> None:
             asking.sendall(words)
 
 
-def _find(name: str, deadline: float, wait_s: float) -> dist.TCPStore:
+def _find(name: str, deadline: float, wait_s: float) -> tuple[dist.TCPStore, str]:
+    """Rank 0's store, and the address of this node from which it was reached."""
     address, first = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     while time.monotonic() < deadline:
         for port in range(first, first + PORTS):
             with contextlib.suppress(OSError):  # Nobody there yet, or a stranger.
                 with socket.create_connection((address, port), timeout=5) as door, door.makefile("rb") as said:
                     words = said.read(4096).decode(errors="replace").splitlines()
-                if len(words) == 2 and words[0] == name:
-                    return dist.TCPStore(address, int(words[1]), timeout=timedelta(seconds=COLLECTIVE_S))
+                    own_address = str(door.getsockname()[0])
+                if len(words) == 2 and words[0] == name and words[1].isdigit():
+                    store = dist.TCPStore(address, int(words[1]), timeout=timedelta(seconds=COLLECTIVE_S))
+                    return store, own_address
         time.sleep(0.2)
     raise FtError(
         f"rank 0 on {address} did not open port {first} to {first + PORTS - 1} within {wait_s:.0f} s; "
@@ -106,7 +126,6 @@ def _find(name: str, deadline: float, wait_s: float) -> dist.TCPStore:
 
 def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
     """All ranks are here, or all that are leave with the names of those that are not."""
-    store.set(f"here/{ranks.rank()}", here())
     world = range(ranks.world_size())
     if ranks.rank() == 0:
         missing = list(world)
@@ -118,70 +137,40 @@ def _roll_call(store: dist.TCPStore, deadline: float, wait_s: float) -> None:
         words = f"{named} did not arrive within {wait_s:.0f} s; {came} of {len(world)} processes did"
         store.set("all here", words if named else "")
     store.wait(["all here"], timedelta(seconds=max(1.0, deadline - time.monotonic()) + 30))
-    if words := store.get("all here").decode():
+    if words := store.get("all here")[: probe.ENTRY_BYTES].decode(errors="replace"):
         raise FtError(words)
 
 
-def _preflight(store: dist.TCPStore, deadline: float) -> None:
-    """Each node's first rank exchanges a block with every other's; then all ranks sum one. Who fails is named."""
-    nodes: dict[str, int] = {}
-    for rank in range(ranks.world_size()):
-        nodes.setdefault(store.get(f"here/{rank}").decode(), rank)
-    names, leaders = list(nodes), list(nodes.values())
-    block = torch.ones(PROBE_BYTES[dist.get_backend()] // 4, device=ranks.device())
-    if ranks.rank() in leaders and len(names) > 1:
-        place = leaders.index(ranks.rank())
-        for turn in range(1, 1 << (len(names) - 1).bit_length()):
-            if (other := place ^ turn) < len(names):
-                taken = _exchange(block, leaders[other], deadline)
-                store.set(f"pair/{min(place, other)}/{max(place, other)}", str(taken))
-    if not _within(lambda: [dist.all_reduce(block, async_op=True)], deadline) or float(block[0]) != ranks.world_size():
-        cut = [f"{a} and {b}" for (a, b), taken in _pairs(store, names).items() if taken is None]
-        raise FtError(
-            f"the processes are here, but cannot talk: {'; '.join(cut) or 'a sum over all ranks'} did not come through "
-            f"(rank {ranks.rank()} on {here()}). Is the profile's NCCL_SOCKET_IFNAME right? Is a node cut off?")
-    if ranks.rank() == 0 and (words := slow_words(_pairs(store, names))):
-        print(words, flush=True)
+def _make_group(store: dist.TCPStore, *, on_gpu: bool) -> None:
+    """The process group, and a sum over all ranks as its first collective: a subset must not come first with NCCL.
+    FtError when that takes longer than GROUP_S. NCCL's own set-up waits without an end, so it is done in a thread
+    that can be left behind; the process ends then (jobs/stage.py), and the thread with it."""
+    backend = "nccl" if on_gpu else "gloo"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+    done: Future[float] = Future()
 
+    def make() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # of this thread
+            dist.init_process_group(
+                backend, store=store, rank=ranks.rank(), world_size=ranks.world_size(), device_id=device,
+                timeout=timedelta(seconds=COLLECTIVE_S))
+            one = torch.ones(1, device=ranks.device())
+            if ranks.world_size() > 1:
+                dist.all_reduce(one)
+            done.set_result(float(one))
+        except BaseException as error:
+            done.set_exception(error)
 
-def slow_words(pairs: dict[tuple[str, str], float | None]) -> str:
-    """Which nodes are slow with all others, from the seconds each pair's exchange took; empty without any."""
-    best: dict[str, float] = {}
-    for pair, taken in pairs.items():
-        for node in pair if taken is not None else ():
-            best[node] = min(best.get(node, taken), taken)
-    if len(best) < 3:
-        return ""  # Of two nobody knows which.
-    middle = statistics.median(best.values())
-    slow = [f"{node} ({taken / middle:.1f} times the median)" for node, taken in best.items() if taken > SLOW * middle]
-    return f"slow nodes in the network: {', '.join(slow)}; cluster.exclude leaves a node out" if slow else ""
-
-
-def _pairs(store: dist.TCPStore, names: list[str]) -> dict[tuple[str, str], float | None]:
-    found: dict[tuple[str, str], float | None] = {}
-    for a, b in itertools.combinations(range(len(names)), 2):
-        said = store.get(f"pair/{a}/{b}").decode() if store.check([f"pair/{a}/{b}"]) else "None"
-        found[names[a], names[b]] = None if said == "None" else float(said)
-    return found
-
-
-def _exchange(block: torch.Tensor, other: int, deadline: float) -> float | None:
-    """Seconds of the second of two exchanges (the first also connects); None where it did not come through."""
-    got = torch.empty_like(block)
-    for _ in range(2):
-        began = time.monotonic()
-        both = [dist.P2POp(dist.isend, block, other), dist.P2POp(dist.irecv, got, other)]
-        if not _within(lambda both=both: dist.batch_isend_irecv(both), deadline):
-            return None
-    return time.monotonic() - began
-
-
-def _within(start: Callable[[], list[Any]], deadline: float) -> bool:
-    """Whether the asynchronous work that `start` begins is done in time."""
-    try:
-        for work in start():
-            work.wait(timedelta(seconds=max(1.0, deadline - time.monotonic())))
-    except RuntimeError as error:
-        print(f"rank {ranks.rank()} on {here()}: {error}", flush=True)
-        return False
-    return True
+    threading.Thread(target=make, daemon=True).start()
+    wait([done], timeout=GROUP_S)
+    where = f"(rank {ranks.rank()} on {here()}). NCCL_DEBUG=INFO in the partition's 'environment' tells more"
+    failed = f"the processes are here, but cannot talk: {backend} over all ranks"
+    if not done.done():
+        raise FtError(f"{failed} was not ready within {GROUP_S:.0f} s {where}")
+    if isinstance(error := done.exception(), RuntimeError):
+        first_line = str(error).partition("\n")[0]
+        raise FtError(f"{failed} failed: {first_line} {where}") from error
+    if (found := done.result()) != ranks.world_size():
+        raise FtError(f"{failed} summed {ranks.world_size()} ones to {found:g} {where}")

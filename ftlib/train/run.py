@@ -47,7 +47,7 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     first = ranks.rank() == 0
     if first:
         atomic.sweep_temporaries(run.checkpoints)
-    found = ranks.gathered(saving.find(run) if first else None)[0]
+    found = saving.Found.from_json(ranks.gathered(saving.find(run).to_json() if first else None)[0])
     if (found.step >= total or found.early) and not found.evaluation_due:
         return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
     if first and (life > 1 or found.step):

@@ -9,8 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -45,6 +46,17 @@ class Found:
     def complete(self) -> bool:
         """Whether nothing is left to train."""
         return self.early or self.step >= self.total
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold, for the other ranks."""
+        return {**asdict(self), "folder": str(self.folder) if self.folder else None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Found":
+        """What `to_json` gave."""
+        folder, best = values["folder"], values["best"]
+        own = {"folder": Path(folder) if folder else None, "best": (float(best[0]), int(best[1])) if best else None}
+        return cls(**{**values, **own})
 
 
 def find(run: RunDir) -> Found:

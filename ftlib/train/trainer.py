@@ -98,7 +98,7 @@ class FineTuner(Trainer):
         """Nothing: rows go to metrics.jsonl, and the Trainer's own history would be saved in every checkpoint."""
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.args.activation_checkpointing:
+        if self.spec.gradient_checkpointing:
             # To switch it on, as the Trainer has just done, also makes the embedding's output require gradients, which
             # only reentrant checkpointing needs. It would run the backward pass through every frozen layer.
             self._bare().disable_input_require_grads()
