@@ -134,7 +134,7 @@ test-image: $(TRAIN) $(DEV) ## runs inside the image beside runs outside it, on 
 # environment serves. The pack itself needs a Python with pip alone.
 BARE := $(and $(value PYTHON),$(wildcard .gpu-wheels/*.whl))
 PACKING := $(findstring --pack,$(value ARGS))
-gpu-check: $(if $(BARE),,$(if $(PACKING),$(LOGIN),$(TRAIN))) ## what only a GPU can show, in ten minutes (docs/gpu.md): ARGS="basics --out FOLDER"; without a network ARGS=--pack, then PYTHON=
+gpu-check: $(if $(BARE),,$(if $(PACKING),$(LOGIN),$(TRAIN))) ## what only a GPU can show, in ten minutes: ARGS="basics --out FOLDER" ARGS=--pack PYTHON= (docs/gpu.md)
 	@exec $(if $(BARE),"$$PYTHON",$(PY)) -m benchmarks.gpu_check $(value ARGS)
 
 lock: $(DEV) ## remake env/*.lock from pyproject.toml; ARGS=--upgrade takes newer versions
