@@ -137,8 +137,12 @@ same-as: $(TRAIN) ## run every method and print every script in COMMIT= and in t
 test-image: $(TRAIN) $(DEV) ## runs inside the image beside runs outside it, on the local Slurm, into docs/image.md (half an hour; root)
 	@exec $(PY) -m benchmarks.image --write docs/image.md $(value ARGS)
 
-gpu-check: $(TRAIN) $(DEV) ## measure on this machine's GPU: tests, large models' speed, memory and resume; ARGS=llama2-7b
-	@exec $(PY) -m benchmarks.gpu_check $(value ARGS)
+# On a machine without a network the pack brings what that machine's own Python (PYTHON=) lacks; elsewhere the virtual
+# environment serves. The pack itself needs a Python with pip alone.
+BARE := $(and $(value PYTHON),$(wildcard .gpu-wheels/*.whl))
+PACKING := $(findstring --pack,$(value ARGS))
+gpu-check: $(if $(BARE),,$(if $(PACKING),$(LOGIN),$(TRAIN))) ## what only a GPU can show, in ten minutes: ARGS="basics --out FOLDER" ARGS=--pack PYTHON= (docs/gpu.md)
+	@exec $(if $(BARE),"$$PYTHON",$(PY)) -m benchmarks.gpu_check $(value ARGS)
 
 lock: $(DEV) ## remake env/*.lock from pyproject.toml; ARGS=--upgrade takes newer versions
 	@sh env/lock.sh $(PY) $(value ARGS)
