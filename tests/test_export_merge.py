@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -221,12 +222,18 @@ print(before, peak)
 """
 
 
-@pytest.mark.parametrize("kind", ["kind=qlora", pytest.param("kind=lora method.dora=true", marks=pytest.mark.nightly)])
-def test_the_memory_of_a_merge_does_not_grow_with_the_model(kind: str, tmp_path: Path, root: Path) -> None:
-    """Anonymous memory: the interpreter, one shard, four fp32 copies of the largest tensor. The whole model in fp32
-    would be four times that."""
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [("kind=qlora", 8), *(pytest.param(kind, 24, marks=pytest.mark.nightly)
+                          for kind in ("kind=qlora", "kind=lora method.dora=true", "kind=lora method.base_bits=8"))],
+)  # fmt: skip
+def test_the_memory_of_a_merge_does_not_grow_with_the_model(
+    kind: str, layers: int, tmp_path: Path, root: Path
+) -> None:
+    """Anonymous memory: the interpreter and the adapter, one shard, four fp32 copies of the largest tensor. The whole
+    model in fp32 would be several times that."""
     config = transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=1024, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=8, tie_word_embeddings=False)  # fmt: skip
     base = tmp_path / "base"
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(base)
@@ -235,12 +242,16 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_model(kind: str, tmp_path:
     settings = f"{SMALL} model.name='{base}' method.{kind} method.train_layers=[] method.rank=4"
     run = make_run(tmp_path / "a-run", root / "cache", "tiny-llama3", settings)
     trained = checkpoint_of(run, tmp_path / "checkpoint")
-    largest, shard = 4 * 1024 * 2048, 16_000_000
+    largest, shard = 4 * 512 * 1024, 8_000_000
     parameters = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    # glibc returns a freed block above this size at once. Without it the limit follows the blocks, up to 32 MiB: the
+    # tensors of a model with billions of parameters are above that, this one's are below.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(run.path), str(trained), str(tmp_path / "merged"), str(shard)],
-        capture_output=True, text=True, timeout=300, check=True)
+        env=environment, capture_output=True, text=True, timeout=300, check=True)
     before, peak = map(int, done.stdout.split()[-2:])
-    allowed = shard + 4 * largest
-    assert 4 * parameters > 4 * allowed
-    assert peak - before < 1.1 * allowed, f"{(peak - before) / 2**20:.0f} MiB of {allowed / 2**20:.0f}"
+    allowed = shard + 4 * largest + (trained / "adapter_model.safetensors").stat().st_size
+    print(f"{(peak - before) / 2**20:.1f} MiB, of {allowed / 2**20:.1f} allowed")
+    assert 4 * parameters > 3 * allowed
+    assert peak - before < allowed, f"{(peak - before) / 2**20:.0f} MiB of {allowed / 2**20:.0f}"
