@@ -191,7 +191,7 @@ def small_shards(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 def test_ten_interruptions_cost_no_finished_shard_and_no_compared_row(
     small_shards: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each attempt commits one piece at least, reports it, and none is made twice; the files are as without any stop."""
+    """Each attempt commits one piece at least and reports it; none is made twice; the files are as without a stop."""
     run, life = small_shards, 0
     exporting.export(run, 1, StopFlag())
     whole = {path.name: path.read_bytes() for path in (run.export / "merged").iterdir()}
