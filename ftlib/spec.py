@@ -179,6 +179,8 @@ class ExportSpec(Model):
     max_logit_diff: float = Field(
         0.05, gt=0, description="Allowed mean |difference| of logits to the trained model's, as a share of their spread"
     )
+    equality_minutes: float = Field(
+        10, gt=0, description="Time for comparing logits, in minutes; at least one batch of rows is compared")
 
 
 class EvaluateSpec(Model):

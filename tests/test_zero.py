@@ -20,6 +20,7 @@ import transformers  # noqa: E402
 
 from ftlib.data.dataset import PackedRows, collate  # noqa: E402
 from ftlib.errors import FtError  # noqa: E402
+from ftlib.evaluate import agreement  # noqa: E402
 from ftlib.export.run import export  # noqa: E402
 from ftlib.export.weights import masters  # noqa: E402
 from ftlib.train import zero  # noqa: E402
@@ -103,6 +104,16 @@ def test_two_ranks_stop_save_their_shards_and_go_on_alike_and_one_rank_nearly(pl
     _a_shard_of_another_step_is_passed_over(same)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shards_of_a_bfloat16_training_are_exported(place: Path, stage: int) -> None:
+    """What GPUs compute in. At stage 1 DeepSpeed then takes another optimizer, with another layout of its shards."""
+    run = wish(place, "bf16", stage, data={"seq_len": 48})
+    run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
+    live(run, 1, world=2)
+    assert trajectory(run)[-1][1] < trajectory(run)[0][1]
+    _the_export_is_what_was_trained(run)
+
+
 def _the_export_is_what_was_trained(run: RunDir) -> None:
     """The validation loss of the files that plain transformers loads is the one that training ended with."""
     words = export(run, 1, StopFlag())
@@ -115,6 +126,27 @@ def _the_export_is_what_was_trained(run: RunDir) -> None:
     with torch.no_grad():
         loss = float(model.float()(**inputs, use_cache=False).loss)
     assert loss == pytest.approx(trajectory(run)[-1][-1], rel=2e-3)
+    _evaluation_requires_the_validation_loss(run, model)
+
+
+def _evaluation_requires_the_validation_loss(run: RunDir, model: Any) -> None:
+    """The loss that training measured at the checkpoint, of all rows or of the first; other weights are refused."""
+    (run.path / "evaluation").mkdir()
+    file = run.path / "evaluation" / "validation-loss.json"
+    for rows in (512, 8):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(agreement, "ROWS", rows)
+            agreement.require_validation_loss(run, model, StopFlag())
+        found = json.loads(file.read_text())
+        assert found["expected"] == trajectory(run)[-1][-1]
+        assert found["rows"] == min(rows, 36) and found["of_rows"] == 36
+        assert found["allowed"] == pytest.approx(0.005 * found["expected"]) or rows == 8
+        file.unlink()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(FtError, match="the exported weights are not the trained ones: their validation loss is"):
+        agreement.require_validation_loss(run, model, StopFlag())
+    assert not file.exists()
 
 
 def _a_shard_of_another_step_is_passed_over(run: RunDir) -> None:

@@ -151,7 +151,7 @@ def _validating(view: View) -> bool:
 
 
 def _exporting(view: View) -> bool:
-    return view.started() and _temporary(view.run.export)
+    return view.started() and (view.run.export / ".unfinished").exists()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ftlib import atomic, events
 from ftlib.data import packing, tokenizing
 from ftlib.errors import InputError
 from ftlib.evaluate import scoring
+from ftlib.evaluate.agreement import require_validation_loss
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 
@@ -175,6 +176,8 @@ def _answer(
         subject.path, device=plan["stages"]["evaluate"]["device"], dtype=spec.export.dtype,
         revision=spec.model.revision, adapter=subject.adapter,
         added=(tokenizer, spec.train.seed) if subject.is_base else None)
+    if spec.zero.stage and subject.name == "tuned":
+        require_validation_loss(run, model, stop)
     new, prefix = spec.evaluate.max_new_tokens, []
     if subject.prompt:
         from ftlib.train.methods import put_prompt

@@ -14,6 +14,12 @@ CUDA_RESERVED_GIB = 1.5
 NF4_BYTES = {False: (4 + 0.5) / 8, True: (4 + 0.127) / 8}
 OPTIMIZER_BYTES = {"adamw_8bit": 2, "paged_adamw_8bit": 2}
 ADAM_FP32_BYTES = 8
+# Python with torch, transformers and bitsandbytes.
+INTERPRETER_GIB = 3
+# A shard of merged weights; held-out rows that an export compares, and logits of a batch of them. As ftlib/export has
+# them, which may not be imported here; tests/test_export_plan.py compares.
+SHARD_BYTES = 5_000_000_000
+COMPARED_ROWS, COMPARED_LOGITS = 64, 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +93,47 @@ def train_host_gib(shape: ModelShape, spec: RunSpec, *, nodes: int, per_node: in
     return load_host_gib(shape) + 2 * per_node + zero.host_bytes(shape.params, spec, nodes) / GIB
 
 
-def export_host_gib(shape: ModelShape, spec: RunSpec) -> float:
-    """Host memory to merge in fp32 (the weights once, a shard being written) or to join ZeRO's shards; interpreter."""
-    if not spec.export.merged:
-        return load_host_gib(shape)
+def export_host_gib(shape: ModelShape, spec: RunSpec, *, on_gpu: bool) -> float:
+    """Host memory of the export stage: the interpreter, and the largest of what it does one after another.
+
+    The merge (ftlib/export/shards.py) holds one shard and four fp32 copies of the largest tensor, whatever the model's
+    size, and the adapter. The comparison (ftlib/export/equality.py) holds logits, and on a CPU a model too: the trained
+    one, then the merged one. ZeRO's shards are joined instead.
+    """
     if spec.zero.stage:
-        return zero.consolidation_bytes(shape.params, spec) * 1.1 / GIB + 3
-    return 4 * shape.params * 1.25 / GIB + 3
+        return zero.consolidation_bytes(shape.params, spec) * 1.1 / GIB + INTERPRETER_GIB
+    dtype_bytes = 4 if spec.export.dtype == "float32" else 2
+    shard = min(SHARD_BYTES, dtype_bytes * shape.params)
+    largest = max(p.size for p in shape.parameters)
+    merge = shard + 4 * 4 * largest + 4 * added_params(shape, spec) if spec.export.merged else 0
+    # The reference's, the other's, and what is computed with them.
+    comparison: float = 3 * 4 * _compared_logits(shape, spec)
+    if not on_gpu:
+        fp32_rest = 4 * (shape.params - shape.linear_params)
+        trained = shape.linear_params * {4: NF4_BYTES[spec.method.double_quant], 8: 1, 16: 4}[spec.method.bits]
+        comparison += max(trained + fp32_rest, dtype_bytes * shape.params) + 4 * added_params(shape, spec)
+    return max(merge, comparison) / GIB + INTERPRETER_GIB
+
+
+def export_gpu_gib(shape: ModelShape, spec: RunSpec) -> float:
+    """GPU memory of the export stage where adapters are merged, in GiB: four fp32 copies of a tensor, then the trained
+    model and after it the merged one, each with the activations of a forward pass. A merged model that is larger than
+    the GPU is read from its files layer by layer (ftlib/export/run.py, load_merged); none of it is planned."""
+    if spec.zero.stage:
+        return 0.0
+    largest = max(p.size for p in shape.parameters)
+    rows = max(1, _compared_logits(shape, spec) // (shape.vocab * spec.data.seq_len))
+    tokens = rows * spec.data.seq_len
+    # One layer's working set, and logits with a copy while their real tokens are picked.
+    forward = 2 * (8 * shape.hidden + 4 * shape.intermediate) * tokens + 2 * 2 * shape.vocab * tokens
+    trained = training(shape, spec, 1).weights_gib * GIB + 4 * (own_params(shape, spec) + added_params(shape, spec))
+    return max(4 * 4 * largest, trained + forward) / GIB + CUDA_RESERVED_GIB
+
+
+def _compared_logits(shape: ModelShape, spec: RunSpec) -> int:
+    """Logits of one batch of the export's comparison: at most COMPARED_LOGITS, but a row at least."""
+    row = shape.vocab * spec.data.seq_len
+    return max(row, min(COMPARED_LOGITS, COMPARED_ROWS * row))
 
 
 def load_host_gib(shape: ModelShape) -> float:

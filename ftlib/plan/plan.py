@@ -169,7 +169,8 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
         "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
                   "limit": spec.resources.train_time_min, "warning_s": warning_s},
-        "export": {"gpu": not spec.zero.stage, "mem_gib": memory.export_host_gib(shape, spec), "minutes": export_min},
+        "export": {"gpu": not spec.zero.stage, "minutes": export_min,
+                   "mem_gib": memory.export_host_gib(shape, spec, on_gpu=gpu is not None)},
         "evaluate": {"gpu": True, "gpus": judging, "mem_gib": load_gib, "minutes": 2 * load_min + evaluation},
     }  # fmt: skip
     stages = {name: stage(name, **wanted) for name, wanted in asked.items()}

@@ -1,6 +1,6 @@
 """How long stages take: the floor from FLOPs and peak, and a stated share of it."""
 
-from ftlib.plan.memory import own_params
+from ftlib.plan.memory import COMPARED_ROWS, own_params
 from ftlib.plan.shapes import ModelShape
 from ftlib.spec import RunSpec
 
@@ -13,8 +13,6 @@ CPU_FLOPS_PER_THREAD, CPU_STEP_S = 40e9, 0.03
 LEAST_GPU_TFLOPS = 60.0
 # What a node reads from and writes to a shared file system in a second, carefully.
 READ_BYTES_PER_S, WRITE_BYTES_PER_S = 0.5e9, 0.5e9
-# Validation rows that the export's comparison reads at most (ftlib/export/run.py, ROWS).
-COMPARED_ROWS = 64
 # Published decoding speed of a 7B model in bf16 (NexusRaven's evaluation): batch steps a second.
 DECODE_STEPS_PER_S_7B, PARAMS_7B = 31.0, 6.7e9
 CPU_DECODE_STEPS_PER_S = 60.0
@@ -42,20 +40,23 @@ def export_min(
     shape: ModelShape, spec: RunSpec, *, tflops: float | None, threads: int, validation_rows: float
 ) -> float:
     """Minutes to merge, write and compare the exported weights, on a GPU of `tflops` or on `threads` of a CPU.
+    The comparison takes export.equality_minutes at most.
 
     The merge reads the base and writes the result; the comparison loads both, and lets the trained and the exported
-    model read the same rows, twice where adapter and merged weights are compared. `validation_rows`: how many there
-    are to compare, an estimate. ZeRO's shards are joined and compared as they are.
+    model read the same rows, and the trained base once more under the exported adapter. `validation_rows`: how many
+    there are to compare, an estimate. ZeRO's shards are joined and compared as they are.
     """
     read_s, write_s = 2 * shape.params / READ_BYTES_PER_S, 2 * shape.params / WRITE_BYTES_PER_S
     if spec.zero.stage:  # fp32 masters are read and written, and the files are read again
         return (6 * read_s + 2 * write_s) / 60
-    passes = 4 if spec.export.merged else 2
+    passes = 3 if spec.export.merged else 2
     tokens = passes * min(COMPARED_ROWS, max(1.0, validation_rows)) * spec.data.seq_len
     forward = 2 * shape.matmul_params + 2 * spec.data.seq_len * shape.hidden * shape.layers
     flops_per_s = tflops * 1e12 * ASSUMED_EFFICIENCY if tflops else threads * CPU_FLOPS_PER_THREAD
     files_s = 3 * read_s + write_s if spec.export.merged else read_s
-    return (files_s + tokens * forward / flops_per_s) / 60
+    # One batch is compared in any case; more only within the budget.
+    compared_s = min(tokens * forward / flops_per_s, 60 * spec.export.equality_minutes)
+    return (files_s + compared_s) / 60
 
 
 def evaluation_min(shape: ModelShape, spec: RunSpec, *, on_gpu: bool) -> float:

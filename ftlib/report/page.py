@@ -113,7 +113,31 @@ def _files(run: RunDir) -> str:
                "from transformers import AutoTokenizer",
                f"model = {auto}.from_pretrained({str(model)!r})",
                f"tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})"]
-    return f"## Where it lies\n\n{listed}\n\nTo load it:\n\n{_code('python', snippet)}"
+    parts = ["## Where it lies", listed, *_equality(run), "To load it:", _code("python", snippet)]
+    return "\n\n".join(parts)
+
+
+def _equality(run: RunDir) -> list[str]:
+    """What was compared to say that the files are the trained model: one paragraph, or none for an old run."""
+    file, losses = run.export / "equality.json", run.path / "evaluation" / "validation-loss.json"
+    if not file.exists():
+        return []
+    equality = json.loads(file.read_text(encoding="utf-8"))
+    if equality["compared"] == "weights":
+        said = f"All {equality['tensors']:,} exported tensors are the trained ones, rounded to {equality['dtype']}."
+    else:
+        tokens, at_most = equality["tokens"], equality.get("tokens_at_most", equality["tokens"])
+        share = equality["mean_abs"] / equality["spread"] if equality["spread"] else 0.0
+        said = (
+            f"The exported model's logits were compared with the trained model's on {tokens:,} of {at_most:,} held-out "
+            f"tokens: they differ by {share:.2%} of their spread on average, and {equality['top1_agreement']:.1%} of "
+            "the tokens have the same first choice.")
+    if losses.exists():
+        loss = json.loads(losses.read_text(encoding="utf-8"))
+        said += (
+            f" Their validation loss is {loss['found']:.4f} on {loss['rows']:,} of {loss['of_rows']:,} rows; training "
+            f"measured {loss['expected']:.4f}.")
+    return [said]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -106,11 +106,12 @@ def enter_stage(model: Any, *, prompt: bool, adapter: bool) -> None:
 
 
 def load_trained(
-    spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path, *, dtype: torch.dtype | None = None
+    spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path, cache: Path | None = None, *,
+    dtype: torch.dtype | None = None,
 ) -> torch.nn.Module:
     """The model as it was trained: the base as in training with what `checkpoint` holds, ready to be judged.
-    dtype: what the training computed in, as for load_base."""
-    model = attach(load_base(spec, model_path, device, dtype=dtype), spec, model_path)
+    cache: where training keeps 4-bit weights. dtype: what the training computed in, as for load_base."""
+    model = attach(load_base(spec, model_path, device, cache, dtype=dtype), spec, model_path)
     load(model, checkpoint, trainable=False)
     return model.eval()
 

@@ -1,6 +1,7 @@
 """The base model, quantised for real, and its LoRA adapter."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,44 @@ from ftlib.train import quantised, ranks
 from ftlib.train.falcon import fuse_attention, isolate_documents, make_quantizable
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseSource:
+    """What `from_pretrained` is called with to load the base of a training."""
+
+    path: str  # The model's files, or the folder where its 4-bit weights are kept.
+    arguments: dict[str, Any]
+    keep_at: Path | None  # Where the 4-bit weights are kept for the next attempt; None where that does not pay.
+    was_kept: bool  # Whether `path` is that folder: the weights are then quantized already.
+
+
+def base_source(
+    spec: RunSpec, model_path: str, config: Any, device: torch.device, cache: Path | None, dtype: torch.dtype | None
+) -> BaseSource:
+    """Where the base of a training comes from and how it is loaded; config: the model's. Damaged 4-bit weights in
+    `cache` are removed. The export reads the very same base, one tensor at a time (ftlib/export/base.py).
+    dtype: as for load_base; a tensor is converted to it before anything else, such as quantizing it."""
+    method, revision = spec.method, spec.model.revision
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if config.model_type == "falcon":
+        make_quantizable()
+    keep_at = None
+    if cache and method.bits == 4:
+        keep_at = quantised.place(cache, model_path, revision, method, dtype, device)
+    was_kept = keep_at is not None and quantised.sound(keep_at, remove=ranks.rank() == 0)
+    arguments: dict[str, Any] = {
+        "revision": revision, "dtype": dtype, "attn_implementation": "sdpa",
+        # ZeRO 3 places each shard itself.
+        "device_map": None if sharded() else {"": str(device)}}
+    # Kept weights say themselves how they were quantised.
+    if method.bits < 16 and not was_kept:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=method.bits == 4, load_in_8bit=method.bits == 8, bnb_4bit_quant_type=method.quant_type,
+            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
+    path = str(keep_at) if was_kept else model_path
+    return BaseSource(path=path, arguments=arguments, keep_at=keep_at, was_kept=was_kept)
+
+
 def load_base(
     spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None, *, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
@@ -28,51 +67,33 @@ def load_base(
     bit, for the next life. dtype: what the plan computes in; without one, bf16 on a GPU and fp32 on a CPU.
     InputError: files that are missing or cannot be read; FtError: a layer that was not quantised."""
     method, revision = spec.method, spec.model.revision
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    options: dict[str, Any] = {}
-    if method.bits < 16:
-        if not find_spec("bitsandbytes"):
-            raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=method.bits == 4, load_in_8bit=method.bits == 8, bnb_4bit_quant_type=method.quant_type,
-            bnb_4bit_use_double_quant=method.double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
+    if method.bits < 16 and not find_spec("bitsandbytes"):
+        raise InputError(f"method: a {method.bits}-bit base needs bitsandbytes, which is not installed")
     transformers.utils.logging.disable_progress_bar()
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=False)
-        if config.model_type == "falcon":
-            make_quantizable()
-        kept = None
-        if cache and method.bits == 4:
-            kept = quantised.place(cache, model_path, revision, method, dtype, device)
-        found = kept is not None and quantised.sound(kept, remove=ranks.rank() == 0)
-        if found:
-            options = {}  # They say themselves how they were quantised.
-        model = AutoModelForCausalLM.from_pretrained(
-            str(kept) if found else model_path, revision=revision, dtype=dtype, attn_implementation="sdpa",
-            device_map=None if sharded() else {"": str(device)},  # ZeRO 3 places each shard itself.
-            trust_remote_code=False,
-            **options)
+        source = base_source(spec, model_path, config, device, cache, dtype)
+        model = AutoModelForCausalLM.from_pretrained(source.path, **source.arguments, trust_remote_code=False)
     model.config.use_cache = False
     if method.bits < 16:
         count = check_quantised(model, linear_names(config))
         kind = method.quant_type if method.bits == 4 else "int8"
-        before = " (kept from an earlier life)" if found else ""
+        before = " (kept from an earlier life)" if source.was_kept else ""
         ranks.say(f"base model: {count} linear layers quantised to {kind}{before}")
         for module in quantised_layers(model).values():
             # 4-bit: with it on, an evaluation repacks the weights for inference for good, and later training
             # gets no gradient through them.
             module.support_avx512bf16_for_cpu = False
-        if found:
+        if source.was_kept:
             model.config._name_or_path = model.name_or_path = model_path
-        elif kept is not None and ranks.rank() == 0:
-            quantised.keep(model, kept)
+        elif source.keep_at is not None and ranks.rank() == 0:
+            quantised.keep(model, source.keep_at)
     else:
-        ranks.say(f"base model: not quantised, {str(dtype).removeprefix('torch.')}")
+        ranks.say(f"base model: not quantised, {str(source.arguments['dtype']).removeprefix('torch.')}")
     if spec.tokens.add:
         add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
     isolate_documents(model)
-    if dtype is not torch.float32:
+    if source.arguments["dtype"] is not torch.float32:
         fuse_attention(model)
     return model
 
@@ -84,12 +105,25 @@ def add_rows(model: PreTrainedModel, tokenizer: tokenizing.Tokenizer, seed: int)
         return
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    for weight in {id(layer.weight): layer.weight for layer in layers}.values():
-        known = weight[: min(tokenizer.added)].float()
-        noise = torch.randn(len(tokenizer.added), weight.shape[1], generator=generator).to(weight.device)
-        weight[tokenizer.added] = (known.mean(0) + 0.1 * known.std(0) * noise).to(weight.dtype)
+    weights = list({id(layer.weight): layer.weight for layer in layers}.values())
+    noises = added_noise(tokenizer, seed, [weight.shape[1] for weight in weights])
+    for weight, noise in zip(weights, noises, strict=True):
+        fill_added(weight, tokenizer, noise)
+
+
+def added_noise(tokenizer: tokenizing.Tokenizer, seed: int, widths: Sequence[int]) -> list[torch.Tensor]:
+    """For each layer with a row a token, what tells its added tokens' rows from each other: (added, width), fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(len(tokenizer.added), width, generator=generator) for width in widths]
+
+
+@torch.no_grad()
+def fill_added(weight: torch.Tensor, tokenizer: tokenizing.Tokenizer, noise: torch.Tensor) -> None:
+    """Set the added tokens' rows of an embedding or head, `weight` (vocabulary, width), in place."""
+    known = weight[: min(tokenizer.added)].float()
+    rows = known.mean(0) + 0.1 * known.std(0) * noise.to(weight.device)
+    weight[tokenizer.added] = rows.to(weight.dtype)
 
 
 def linear_names(config: Any) -> set[str]:

@@ -125,6 +125,8 @@ class FineTuner(Trainer):
         cause, save_due = ranks.agreed(self.stop, self.cadence.due(step))
         every, keep, last = self.spec.eval_every_steps, self.spec.keep_every_steps, step == self.args.max_steps
         self.evaluation_due = every is not None and (step % every == 0 or last)
+        # What is exported out of ZeRO's shards must have the loss that is measured here (ftlib/evaluate/agreement.py).
+        self.evaluation_due |= last and self.is_deepspeed_enabled
         if cause or last or save_due or (keep is not None and step % keep == 0):
             self.save()
         if cause:

@@ -34,9 +34,24 @@ def prepare(*, on_gpu: bool) -> None:
 
 def save(engine: Any, folder: Path, step: int) -> None:
     """Put this rank's shard into its share of a checkpoint. Collective."""
+    _name_the_stage(engine)
     engine.save_checkpoint(str(folder), tag=f"{TAG}{step}")
     for script in folder.glob("zero_to_*.py"):
         script.unlink()
+
+
+def _name_the_stage(engine: Any) -> None:
+    """Let the optimizer's state say its ZeRO stage, for those who join or rewrite the shards.
+    With stage 1 in bf16 and gradients accumulated in fp32, DeepSpeed takes its BF16_Optimizer. Its shards are laid out
+    as those of the others are, but lack this one entry, without which they are "not a zero checkpoint"."""
+    from deepspeed.checkpoint.constants import ZERO_STAGE
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    optimizer = engine.optimizer
+    if not isinstance(optimizer, BF16_Optimizer) or "state_dict" in vars(optimizer):
+        return
+    state_dict = optimizer.state_dict
+    optimizer.state_dict = lambda: {**state_dict(), ZERO_STAGE: engine.zero_optimization_stage()}
 
 
 def shards(checkpoint: Path) -> Path:
