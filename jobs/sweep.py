@@ -180,7 +180,7 @@ def _print_difference(before: Sweep, now: Sweep) -> None:
 
 def _check_known(points: dict[str, Wish], known: list[str]) -> None:
     """A run's folder must be what its name says: folders are moved and copied by hand."""
-    wrong = [name for name in known if RunDir(RUNS / name).spec() != points[name].spec]
+    wrong = [name for name in known if RunDir(RUNS / name).requested() != points[name].spec]
     words = "its folder holds another run's spec.json (it was moved or copied there?)"
     mend = "away and submit again; nothing was queued"
     if wrong:
