@@ -40,6 +40,21 @@ class Fetched:
     downloaded_bytes: int
 
 
+def fetch_dataset(name: str, revision: str | None, *, cache: Path, owner: str, stop: StopFlag) -> Fetched:
+    """See that the hub cache `cache` holds all files of a dataset. Raises what `fetch_model` does."""
+    found = hubapi.look_up("dataset", name, revision)
+    folder = modelfiles.repository(cache, name, kind="dataset")
+    with _leased(folder, owner, name, stop) as lease:
+        # Nothing in the files themselves tells that some are still to come.
+        unfinished = folder / modelfiles.UNFINISHED
+        unfinished.touch()
+        work = _Download(name, found, cache, stop, lease, lambda piece: None, kind="dataset")
+        work.get(list(found.files))
+        unfinished.unlink()
+    _point_to(folder, revision, found.commit)
+    return Fetched(found.commit, work.downloaded)
+
+
 def fetch_model(
     name: str, revision: str | None, *, cache: Path, owner: str, stop: StopFlag,
     committed: Callable[[str], None] = lambda piece: None,
@@ -56,7 +71,7 @@ def fetch_model(
     wanted = modelfiles.selected(found.files)
     folder = modelfiles.repository(cache, name) / "snapshots" / found.commit
     if all((folder / file).is_file() for file in wanted) and not modelfiles.missing(folder):
-        _point_to(name, revision, found.commit, cache)
+        _point_to(modelfiles.repository(cache, name), revision, found.commit)
         return Fetched(found.commit, 0)
     with _leased(modelfiles.repository(cache, name), owner, name, stop) as lease:
         work = _Download(name, found, cache, stop, lease, committed)
@@ -68,7 +83,7 @@ def fetch_model(
         raise InputError(
             f"model.name: {name} at commit {found.commit[:12]} has no {' and no '.join(lacking)} on "
             f"{hubapi.endpoint()}; expected a model as transformers saves it")
-    _point_to(name, revision, found.commit, cache)
+    _point_to(modelfiles.repository(cache, name), revision, found.commit)
     return Fetched(found.commit, work.downloaded)
 
 
@@ -129,13 +144,14 @@ class _Download:
 
     def __init__(
         self, name: str, repository: hubapi.Repository, cache: Path, stop: StopFlag, lease: Lease,
-        committed: Callable[[str], None],
+        committed: Callable[[str], None], kind: hubapi.Kind = "model",
     ) -> None:  # fmt: skip
         self.downloaded = 0
         self._name = name
+        self._kind = kind
         self._repository = repository
         self._cache = cache
-        self._folder = modelfiles.repository(cache, name)
+        self._folder = modelfiles.repository(cache, name, kind=kind)
         self._snapshot = self._folder / "snapshots" / repository.commit
         self._stop = stop
         self._lease = lease
@@ -150,10 +166,13 @@ class _Download:
             total = sum(self._repository.files[file] for file in wanted)
             atomic.require_space(self._cache, total - before, f"the files of {self._name}")
             code, reason = self._run(left, wanted, total)
+            if code:
+                self._stop.check()
             if code == 0 and any((self._snapshot / file).is_file() for file in left):
                 continue
             if code == 64:
-                raise InputError(f"model.name: {self._name} cannot be downloaded: {reason}")
+                field = "model.name" if self._kind == "model" else "data.hub"
+                raise InputError(f"{field}: {self._name} cannot be downloaded: {reason}")
             if code not in (69, -9, -15):
                 raise FtError(f"the download of {self._name} failed: {reason or f'exit code {code}'}")
             if self._arrived(wanted) > before:
@@ -170,7 +189,7 @@ class _Download:
         """One process until it ends: its exit code and reason. Interrupted when asked to stop."""
         order = hubget.Order(
             name=self._name, commit=self._repository.commit, cache=str(self._cache),
-            files={file: self._repository.files[file] for file in left})
+            files={file: self._repository.files[file] for file in left}, kind=self._kind)
         root = str(Path(__file__).resolve().parent.parent)
         environment = {**os.environ, "PYTHONPATH": root, "HF_HUB_DISABLE_TELEMETRY": "1"}
         if max(order.files.values()) < hubget.LARGEST_HTTP_BYTES:
@@ -179,7 +198,8 @@ class _Download:
         with tempfile.TemporaryFile("w+") as said:
             child = subprocess.Popen(
                 [sys.executable, "-m", "ftlib.hubget", hubget.argument(order)], env=environment, cwd=root,
-                stdin=subprocess.DEVNULL, stderr=said)  # fmt: skip
+                # A terminal's Ctrl-C is for us alone.
+                stdin=subprocess.DEVNULL, stderr=said, start_new_session=True)  # fmt: skip
             progress = _Progress(self._name, total, self._arrived(wanted), self._committed)
             try:
                 while child.poll() is None:
@@ -232,7 +252,7 @@ class _Progress:
         left_min = (self._total - arrived) / speed / 60 if speed else None
         left = "" if left_min is None or arrived >= self._total else f", {left_min:.1f} min left"
         print(
-            f"model: {self._name}: {arrived / GB:.2f} of {self._total / GB:.2f} GB, {whole} of {files} files, "
+            f"{self._name}: {arrived / GB:.2f} of {self._total / GB:.2f} GB, {whole} of {files} files, "
             f"{speed / 1e6:.1f} MB/s{left}", flush=True)  # fmt: skip
 
 
@@ -246,11 +266,11 @@ def _end(child: subprocess.Popen[bytes]) -> None:
             child.wait()
 
 
-def _point_to(name: str, revision: str | None, commit: str, cache: Path) -> None:
+def _point_to(folder: Path, revision: str | None, commit: str) -> None:
     """Remember which commit a branch or tag stood for, as huggingface_hub does: offline jobs look there."""
     if revision == commit:
         return
-    reference = modelfiles.repository(cache, name) / "refs" / (revision or modelfiles.MAIN)
+    reference = folder / "refs" / (revision or modelfiles.MAIN)
     reference.parent.mkdir(parents=True, exist_ok=True)
     if not reference.is_file() or reference.read_text(encoding="utf-8").strip() != commit:
         atomic.write_text(reference, commit)

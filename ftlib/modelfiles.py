@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftlib import hubapi
 from ftlib.errors import InputError, nearest
 from ftlib.plan.shapes import KNOWN
 
@@ -26,6 +27,8 @@ _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 # hold the same weights in other forms (original/, onnx/).
 _SMALL_FILE = re.compile(r"[^/]+\.(json|txt|model|jinja|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 MAIN = "main"
+# In a dataset's folder of the hub cache while not all of its files are there.
+UNFINISHED = "ftlib-unfinished"
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,18 @@ def locate(name: str, revision: str | None, *, checkout: Path, cache: Path, inte
         return ModelFiles(name, _read(cached[-1]), at_hand)
     if name in KNOWN and internet:
         return ModelFiles(name, KNOWN[name], at_hand=False)
+    hub_says = ""
+    if internet and name.count("/") == 1 and not (checkout / name.partition("/")[0]).exists():
+        try:
+            return ModelFiles(name, hubapi.read_json("model", name, revision, "config.json"), at_hand=False)
+        except hubapi.Unreachable as error:
+            hub_says = f" {error}."
     known = [*sorted(f"models/{path.name}" for path in (checkout / "models").glob("*") if path.is_dir()), *KNOWN]
     why = "compute nodes here have no internet" if name in KNOWN else "its shape is not known without its config.json"
     raise InputError(
         f"model.name: {name!r} is not at hand ({why}). Looked for {folder}/config.json and "
-        f"{repository(hub, name)}/snapshots/{(not internet and revision) or '*'}/config.json.{nearest(name, known)} "
-        + how_to_fetch(name, revision))
+        f"{repository(hub, name)}/snapshots/{(not internet and revision) or '*'}/config.json."
+        f"{hub_says}{nearest(name, known)} " + how_to_fetch(name, revision))
 
 
 def start(said: str, *, runs: Path, checkout: Path) -> tuple[ModelFiles | None, Path | None]:
@@ -186,6 +195,16 @@ def how_to_fetch(name: str, revision: str | None) -> str:
 def _listed(names: list[str]) -> str:
     """Names for a message: all of a few, the first of many."""
     return " and ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more files"
+
+
+def use_cache(cache: Path) -> Path:
+    """Let this process, and those that it starts, keep hub files where jobs look for them; returns the hub cache."""
+    home = hf_home(cache)
+    token = hubapi.token_file()
+    os.environ["HF_HOME"] = str(home)
+    os.environ["HF_TOKEN_PATH"] = str(token)  # a login's token stays where it is
+    os.environ.pop("HF_HUB_CACHE", None)
+    return home / "hub"
 
 
 def _how_to_stage(name: str, folder: Path) -> str:

@@ -18,7 +18,7 @@ from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
-from jobs import submit
+from jobs import fetch, submit
 from jobs import wish as wishes
 from jobs.points import Need, need_of, share_datasets, threaded
 from jobs.wish import RUNS, Wish
@@ -47,6 +47,7 @@ def sweep(options: argparse.Namespace) -> int:
     _check_known(points, known)
     new = [wish for name, wish in points.items() if name not in known]
     if new:
+        fetch.require_access(new)
         need = sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in new) + submit.SPARE_BYTES
         atomic.require_space(RUNS, need, f"the {len(new)} new runs of {place.name}")
     place.path.mkdir(parents=True, exist_ok=True)
