@@ -163,9 +163,10 @@ def loading(model: str, needed: tuple[tuple[str, ...], ...], revision: str | Non
             raise InputError(f"model.name: the files in {folder} cannot be loaded: {found}") from error
         in_cache = snapshot(hub_cache(), model, revision)
         lacking = missing(in_cache, needed) if in_cache else list(map(" or ".join, needed))
+        where = in_cache or f"the cache {hub_cache()}"
         raise InputError(
             f"model.name: {model}{f' (revision {revision})' if revision else ''} could not be loaded. Looked for "
-            f"{_listed(lacking) if lacking else 'its files'} in {in_cache or hub_cache()}{network()}. {found} "
+            f"{_listed(lacking) if lacking else 'its files'} in {where}{network()}. {found} "
             + how_to_fetch(model, revision)) from error
 
 
