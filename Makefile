@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos same-as gpu-check lock clean
+.PHONY: help env fetch smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos same-as gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -44,9 +44,11 @@ $(TRAIN): $(LOGIN)
 $(DEV): $(LOGIN)
 	@sh env/setup.sh dev $(VENV) $@
 
-# The training packages, save where stages run in an image that brings them.
-PACKAGES = @{ [ -e $(TRAIN) ] && ! [ -e $(VENV)/setup.log ]; } || $(PY) -m jobs image --chosen \
-	$(foreach v,CLUSTER SET,$(if $(value $v),$(call option,$v)="$$OPT_$v")) || $(MAKE) --no-print-directory $(TRAIN)
+# The training packages, save where stages run in an image that brings them: in a CPU job where there is a Slurm. Exit 3
+# of `packages`: install them here.
+PACKAGES = @{ [ -e $(TRAIN) ] && ! [ -e $(VENV)/setup.log ]; } || { $(PY) -m jobs packages --venv=$(VENV) \
+	--stamp=$(TRAIN) $(foreach v,CLUSTER SET,$(if $(value $v),$(call option,$v)="$$OPT_$v")); code=$$?; \
+	[ $$code = 3 ] || exit $$code; $(MAKE) --no-print-directory $(TRAIN); }
 
 # Runs -----------------------------------------------------------------------------------------------------------------
 env: $(LOGIN) ## make the environment and check it on a GPU node: CLUSTER= SET= NEW=1
@@ -55,6 +57,10 @@ env: $(LOGIN) ## make the environment and check it on a GPU node: CLUSTER= SET= 
 	$(JOBS)
 
 smoke: $(LOGIN) ## ten real steps on a node before the long run: options as for submit
+	$(PACKAGES)
+	$(JOBS)
+
+fetch: $(LOGIN) ## download a recipe's model and dataset to where jobs look for them: MODEL= CLUSTER= SET=
 	$(PACKAGES)
 	$(JOBS)
 

@@ -45,16 +45,28 @@ wipe() { find "$venv" -mindepth 1 -maxdepth 1 ! -name setup.pid -exec rm -rf {} 
 # True where process $1 lives and is a set-up: its number may be another's by now, or a zombie's.
 alive() { kill -0 "$1" 2> /dev/null && { ! command -v ps > /dev/null || ps -o args= -p "$1" | grep -q 'setup\.sh'; }; }
 
-# One set-up at a time. A dead owner on this machine is taken over; another machine's cannot be looked at.
+# True where job $1 is neither queued nor running. A controller that does not answer says nothing.
+job_gone() {
+    answer=$(squeue -h -j "$1" -o %A 2>&1) || case $answer in *"Invalid job id"*) return 0 ;; *) return 1 ;; esac
+    [ -z "$answer" ]
+}
+
+# One set-up at a time. A dead owner on this machine is taken over, and a job that is gone; another machine's process
+# cannot be looked at.
 claim() {
     mkdir -p "$venv"
     if ! [ -e "$venv/pyvenv.cfg" ] && ! [ -e "$log" ] && [ -n "$(ls -A "$venv" | grep -v '^setup\.pid$')" ]; then
         die "VENV=$venv is a folder with other content. Name a new one."
     fi
-    if ! (set -C; echo "$(uname -n) $$" > "$owner") 2> /dev/null; then
-        read -r host pid < "$owner" || host='' pid=''
-        if [ "$host" = "$(uname -n)" ] && ! alive "$pid"; then
-            echo "$(uname -n) $$" > "$owner"
+    me="$(uname -n) $$ ${SLURM_JOB_ID:-}"
+    if ! (set -C; echo "$me" > "$owner") 2> /dev/null; then
+        read -r host pid job < "$owner" || host='' pid='' job=''
+        if { [ "$host" = "$(uname -n)" ] && ! alive "$pid"; } || { [ -n "$job" ] && job_gone "$job"; }; then
+            echo "$me" > "$owner"
+        elif [ -n "$job" ] && [ -e "$stamp" ]; then
+            # It adds packages to those that are asked for here; who needs them all waits for the job next.
+            say "Set-up: job $job on $host is installing further packages into $venv"
+            exit
         else
             die "another set-up of $venv is running (process ${pid:-?} on ${host:-?}). Wait for it; if it is gone, remove $owner"
         fi

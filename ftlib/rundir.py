@@ -48,7 +48,16 @@ class RunDir:
     siblings_file = _inside("siblings")
 
     def spec(self) -> RunSpec:
-        """The run's frozen wish."""
+        """The run's frozen settings. Once prepare has found which commit a hub model's revision stands for, that commit
+        is model.revision: a branch that moves between two stages changes nothing."""
+        spec = self.requested()
+        commit = self.prepared().get("model_commit") if self.prepared_file.exists() else None
+        if commit is None:
+            return spec
+        return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": commit})})
+
+    def requested(self) -> RunSpec:
+        """The settings as they were submitted."""
         return read(RunSpec, self.spec_file)
 
     def plan(self) -> dict[str, Any]:

@@ -31,13 +31,14 @@ VALUES = {
     "run": "name of a run",
     "sweep": "name of a sweep, or a file of jobs/sweeps/",
     "stage": "prepare, train, export or evaluate",
+    "venv": "folder of the virtual environment",
+    "stamp": "file that says that the packages are whole",
 }
 DEFAULTS = {"model": DEFAULT_MODEL, "set": ""}
 FLAGS = {
     "dry_run": "print the sbatch scripts alone",
     "new": "another run of the same wish",
     "before": "what can be seen from here, no job",
-    "chosen": "only tell whether one is wanted: 0 or 1",
     "json": "for programs",
     "watch": "draw again until all has ended",
     "follow": "go on as it grows, in every later life",
@@ -66,10 +67,14 @@ def parser() -> Parser:
     command("plan", "submit", "what a run would need, take and cost; queues nothing", *wish, "json")
     command("env", "smoke", "check packages, driver, GPU and storage on a GPU node", "cluster", "set", "new", "before")
     command("smoke", "smoke", "ten real steps on a node, and what they tell of the whole run", *wish)
+    fetched = "bring a recipe's model and dataset from the Hub to where jobs look for them"
+    command("fetch", "fetch", fetched, "model", "cluster", "set")
     command("sweep", "sweep", "queue every point of a sweep, in as few arrays as fit", "sweep!", *wish, "dry_run")
     command("report", "sweep", "a sweep's points by their score, as a table, CSV and plot", "sweep!", "json")
     built = "build the image of this checkout's locks, where it is not there yet"
-    command("image", "image", built, "cluster", "set", "chosen")
+    command("image", "image", built, "cluster", "set")
+    installed = "install the training packages in a CPU job; exit 3: the profile has them installed here"
+    command("packages", "packages", installed, "venv!", "stamp!", "cluster", "set")
     command("layers", "look", "the names, shapes and sizes of a model's layers", "model", "cluster", "set", "json")
     command("status", "look", "every sweep and run, or one, and what it is doing", "run", "sweep", "json", "watch")
     command("logs", "logs", "the log of the newest life, or of a stage's", "run!", "stage", "follow")

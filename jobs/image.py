@@ -42,8 +42,6 @@ def image(options: argparse.Namespace) -> int:
     """Build the image of a cluster's profile, here or in a job, and wait for it; nothing to do where it is there."""
     _, changes = recipe.parse_set(options.set)
     profile = wishes.load_profile(options.cluster, changes)
-    if options.chosen:
-        return DONE if profile.container else 1
     if profile.container is None:
         raise InputError(
             f"cluster {profile.name}: container is not set, so its stages run in the virtual environment. To use an "

@@ -40,7 +40,7 @@ def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = S
             print(f"[{number}/{len(stages)}] {stage}{': done before' if done else ''}", flush=True)
             variables = batch.environment(profile, plan, stage, run=run.path, cache=cache)
             python = container.worker(profile, plan, stage, run.provenance())
-            if not done and (code := _stage(run, stage, python, variables, caught)) != DONE:
+            if not done and (code := _stage(run, stage, python, variables, caught, stages == STAGES)) != DONE:
                 return code
     finally:
         for signal_number, handler in before.items():
@@ -48,7 +48,9 @@ def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = S
     return DONE
 
 
-def _stage(run: RunDir, stage: str, python: str, variables: dict[str, str], caught: list[int]) -> int:
+def _stage(
+    run: RunDir, stage: str, python: str, variables: dict[str, str], caught: list[int], resumable: bool
+) -> int:
     """Lives of one stage until one is done, wrong, or stopped by the person: the epilogue's work, in the foreground."""
     automatic = False
     while True:
@@ -69,7 +71,7 @@ def _stage(run: RunDir, stage: str, python: str, variables: dict[str, str], caug
             for missing in STAGES[STAGES.index(stage) :] if stage in STAGES else ():
                 events.append(run.events, events.submit_writer(), "cancelled", stage=missing, user=user)
             saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
-            again = f"make resume RUN={run.name} goes on from there" if stage in STAGES else "Start it anew"
+            again = f"make resume RUN={run.name} goes on from there" if resumable else "Start it anew"
             print(f"\n{stage}: {saved}. {again}.", flush=True)
             return RUN_AGAIN
         code = last.code if last else settle.KILLED

@@ -27,16 +27,17 @@ from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
-from jobs import environment, local, logs, stage, submit
+from jobs import environment, fetch, local, logs, stage, submit
 from jobs import wish as wishes
 from jobs.wish import Wish
 
-STAGE = "smoke"
+STAGE, PREPARE = "smoke", "prepare"
 TRIAL = "trial.json"
 STEPS, WARM = 10, 3
 ENV_MIN, SMOKE_MIN = 5, 15
 LEAST_EXAMPLES, MOST_EXAMPLES = 256, 20_000
-PREPARED_S = 600
+# A shared file system may show a new file a minute late.
+PREPARED_S = 120
 
 
 def env(options: argparse.Namespace) -> int:
@@ -59,6 +60,7 @@ def smoke(options: argparse.Namespace) -> int:
     """Ten real steps of a recipe on a node, and what they tell of the whole run."""
     whole = wishes.asked(options)
     environment.require(whole.profile, whole.cache)
+    fetch.require_access([whole])
     wish = wishes.asked(argparse.Namespace(**vars(options) | {"set": f"{options.set} {shortened(whole)}"}))
     trial = {"whole": whole.plan.model_dump(mode="json"), "need_bytes": submit.space_needed(whole)}
     return _try(wish, wish.name, limit_min=SMOKE_MIN, trial=trial)
@@ -83,10 +85,11 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     run = RunDir(runs / name)
     if profile.scheduler:
         client.use(profile.scheduler.slurm_conf)
-        job = state.submissions(run).get(STAGE)
+        jobs = {stage: job for stage, job in state.submissions(run).items() if stage in (PREPARE, STAGE)}
+        job = jobs.get(STAGE)
         if job and state.SLURM_STATES.get(queue.ask([job]).jobs[job].state) in state.ACTIVE:
-            print(f"Job {job} is on its way already.")
-            return _follow(run, job, profile)
+            print(f"Job {' and job '.join(jobs.values())}: on the way already.")
+            return _follow(run, jobs, profile)
     if run.path.exists():
         with run.claim():  # refused while another process works in it
             atomic.discard_folder(run.path)
@@ -95,29 +98,54 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     stages[STAGE] = stages["train"] | {"time_min": limit_min}
     rundir.create(runs, name, {**files, TRIAL: trial}, wishes.SNAPSHOT)
     with run.claim():
+        # What is downloaded and tokenized needs no GPU: a job of its own does it, in front.
+        stages_here = (PREPARE, STAGE) if "whole" in trial else (STAGE,)
         if profile.scheduler is None:
-            return local.run_stages(run, profile, (STAGE,))
+            return local.run_stages(run, profile, stages_here)
         from jobs import chain
 
         # A trial that fails is not tried again by itself.
         once = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
         before = chain.queue_image(run, once, by_guard=False)
-        job = chain.queue_job(run, once, RunPlan.model_validate(run.plan()), [STAGE], before)
-    where = stages[STAGE]["partition"]
-    print(f"Queued: job {job}, of {limit_min} minutes at most, in {where}. Log: {run.slurm / STAGE}")
-    return _follow(run, job, profile)
+        jobs = {}
+        for stage_name in stages_here:
+            # A long download may be preempted, and goes on where it stopped.
+            site = profile if stage_name == PREPARE else once
+            before = chain.queue_job(run, site, RunPlan.model_validate(run.plan()), [stage_name], before)
+            jobs[stage_name] = before
+            where, minutes_most = stages[stage_name]["partition"], stages[stage_name]["time_min"]
+            print(
+                f"Queued: {stage_name} as job {before}, of {minutes_most} minutes at most, in {where}. "
+                f"Log: {run.slurm / stage_name}"
+            )
+    return _follow(run, jobs, profile)
 
 
-def _follow(run: RunDir, job: str, profile: ClusterProfile) -> int:
-    """Show the job's log until it has ended; returns the exit code."""
-    folder = run.slurm / STAGE
-    log = folder / f"{job}_0_log.out"
+def _follow(run: RunDir, jobs: dict[str, str], profile: ClusterProfile) -> int:
+    """Show the logs of the jobs (stage -> id), one after the other, until all have ended; returns the exit code."""
     try:
-        words = logs.follow(job, log, profile, lambda: outcome.read(run.outcomes, STAGE))
+        for stage_name, job in jobs.items():
+            if code := _follow_stage(run, stage_name, job, profile):
+                return code
     except KeyboardInterrupt:
-        print(f"\nJob {job} goes on without you: the same command waits for it again, scancel {job} ends it.")
+        ids = " ".join(jobs.values())
+        print(f"\nJob {ids} goes on without you: the same command waits for it again, scancel {ids} ends it.")
         raise
-    ends = outcome.read(run.outcomes, STAGE)
+    return DONE
+
+
+def _follow_stage(run: RunDir, stage_name: str, job: str, profile: ClusterProfile) -> int:
+    """Show one job's log until it has ended; returns the exit code."""
+    folder = run.slurm / stage_name
+    log = folder / f"{job}_0_log.out"
+
+    def ended() -> bool:
+        """A prepare job that was interrupted is requeued by itself; Slurm then has the last word."""
+        ends = outcome.read(run.outcomes, stage_name)
+        return bool(ends) and (stage_name == STAGE or ends[-1].code == DONE)
+
+    words = logs.follow(job, log, profile, ended)
+    ends = outcome.read(run.outcomes, stage_name)
     if ends and ends[-1].code == DONE:
         return DONE
     # What stopped the job may be another rank's affair.
@@ -184,7 +212,10 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     plan, rank, world = run.plan(), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     name = "data"
     try:
-        tell(Check(name, True, stage.prepare(run, life, stop))) if rank == 0 else _await(run.prepared_file)
+        _await(run.prepared_file)
+        if rank == 0:
+            rows = run.prepared()["train"]
+            tell(Check(name, True, f"{rows['examples']:,} examples in {rows['rows']:,} rows"))
         on_gpu = plan["stages"][STAGE]["device"] == "cuda"
         met = collectives(on_gpu=on_gpu, name=f"{run.path} {STAGE} {life}") if world > 1 else None
         if met and not tell(met):

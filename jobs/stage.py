@@ -137,12 +137,31 @@ def prepare(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.data.prepare import prepare
     from ftlib.sweepdir import share_prepared
 
-    prepared = prepare(run, stop)
+    prepared = prepare(run, stop, model_commit=fetch_model(run, life, stop))
     # After prepared.json was written: who adds a sibling looks for it, so that none is missed.
     share_prepared(run, run.siblings())
     train = prepared["train"]
     found = "found" if prepared["reused"] else "packed"
     return f"{found} {train['examples']:,} examples in {train['rows']:,} rows, {prepared['test']:,} to test with"
+
+
+def fetch_model(run: RunDir, attempt: int, stop: StopFlag) -> str | None:
+    """See that a hub model's files are in the cache before any job holds a GPU; returns its commit.
+
+    None: the model is a folder.
+    """
+    from ftlib import download, modelfiles
+
+    name = run.provenance()["model_path"]
+    if Path(name).is_absolute():
+        return None
+    fetched = download.fetch_model(
+        name, run.spec().model.revision, cache=modelfiles.hub_cache(), owner=f"prepare of {run.path}", stop=stop,
+        committed=lambda piece: events.progressed(run.path, "prepare", attempt, piece),
+    )  # fmt: skip
+    had = f"downloaded {fetched.downloaded_bytes / 1e9:.2f} GB" if fetched.downloaded_bytes else "all files are at hand"
+    print(f"model: {name} at commit {fetched.commit[:12]}: {had}", flush=True)
+    return fetched.commit
 
 
 def train(run: RunDir, life: int, stop: StopFlag) -> str:

@@ -13,7 +13,7 @@ from ftlib.errors import InputError
 from ftlib.plan import memory, shapes
 from ftlib.report.plan import print_plan
 from ftlib.slurm import client
-from jobs import environment, runs
+from jobs import environment, fetch, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -40,6 +40,7 @@ def submit(options: argparse.Namespace) -> int:
     check_ready(wish)
     known = (RUNS / name / "spec.json").exists()
     if not known:
+        fetch.require_access([wish])
         print_plan(name, wish.spec, wish.plan)
         atomic.require_space(RUNS, space_needed(wish), f"run {name}")
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
@@ -54,7 +55,7 @@ def check_ready(wish: Wish) -> None:
     environment.require(wish.profile, wish.cache, at_a_glance=True)
     if wish.profile.container is None and wish.profile.python is None and importlib.util.find_spec("torch") is None:
         raise InputError(
-            f"the training packages are not installed for {sys.executable}: run 'make setup', or set "
+            f"the training packages are not installed for {sys.executable}: run 'make env', or set "
             'SET="cluster.python=<an interpreter that has them>"'
         )
 

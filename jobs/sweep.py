@@ -18,7 +18,7 @@ from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
-from jobs import submit
+from jobs import fetch, submit
 from jobs import wish as wishes
 from jobs.points import Need, need_of, share_datasets, threaded
 from jobs.wish import RUNS, Wish
@@ -47,6 +47,7 @@ def sweep(options: argparse.Namespace) -> int:
     _check_known(points, known)
     new = [wish for name, wish in points.items() if name not in known]
     if new:
+        fetch.require_access(new)
         need = sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in new) + submit.SPARE_BYTES
         atomic.require_space(RUNS, need, f"the {len(new)} new runs of {place.name}")
     place.path.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def _print_difference(before: Sweep, now: Sweep) -> None:
 
 def _check_known(points: dict[str, Wish], known: list[str]) -> None:
     """A run's folder must be what its name says: folders are moved and copied by hand."""
-    wrong = [name for name in known if RunDir(RUNS / name).spec() != points[name].spec]
+    wrong = [name for name in known if RunDir(RUNS / name).requested() != points[name].spec]
     words = "its folder holds another run's spec.json (it was moved or copied there?)"
     mend = "away and submit again; nothing was queued"
     if wrong:

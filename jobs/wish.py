@@ -183,7 +183,9 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
             start = shapes.from_config(init.config, init.path) if init else None
             problems += fits.start_problems(spec, shape, start, init_adapter)
             files, shape = init or files, start or shape
-        planned = plan.make(spec, site, shape, data_bytes=size)
+        # Weights on the Hub are of 16 bits.
+        download = 0 if files.at_hand else 2 * shape.params
+        planned = plan.make(spec, site, shape, data_bytes=size, download_bytes=download)
     if problems or planned is None:
         raise InputError(problems)
     return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)

@@ -18,6 +18,7 @@ folders=("$FT_RUN")
 for own in "$XDG_CACHE_HOME" "$HF_HOME" "$TMPDIR"; do
     [ -z "$own" ] || { mkdir -p "$own" && folders+=("$own"); }
 done
+[ ! -f "$HF_TOKEN_PATH" ] || folders+=("$HF_TOKEN_PATH") # the token of hf auth login
 while [ "$1" != -- ]; do
     case $1 in --*) options+=("$1") ;; *) folders+=("$1") ;; esac
     shift

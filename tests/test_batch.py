@@ -46,6 +46,7 @@ def text(case: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 def test_scripts_to_the_letter(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("HF_TOKEN_PATH", "/nowhere/token")  # not of the person who runs the tests
     assert text(case) == (GOLDEN / f"{case}.txt").read_text()
 
 
@@ -58,6 +59,37 @@ def test_a_path_that_sbatch_cannot_be_told_is_refused(bad: str) -> None:
 def test_a_persons_hf_home_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "/theirs")
     assert modelfiles.hf_home(Path("/cache")) == Path("/theirs")
+
+
+def test_the_token_of_a_login_is_named_by_its_path_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profile, cache = site("a100"), tmp_path / "cache"
+    plan = planned(spec("llama2-7b"), profile)
+
+    def variables() -> dict[str, str]:
+        return batch.environment(profile, plan, "prepare", run=None, cache=cache)
+
+    assert "HF_TOKEN_PATH" not in variables()
+    token = tmp_path / ".cache" / "huggingface" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("hf_secret")
+    assert variables()["HF_TOKEN_PATH"] == str(token) and "hf_secret" not in str(variables())
+    # A person's own HF_HOME does not move.
+    monkeypatch.setenv("HF_HOME", str(token.parent))
+    assert "HF_TOKEN_PATH" not in variables()
+
+
+def test_only_prepare_may_reach_the_hub() -> None:
+    for name in ("a100", "local-slurm"):
+        profile = site(name)
+        plan = planned(spec("llama2-7b"), profile)
+        for closed in (profile, profile.model_copy(update={"compute_internet": False})):
+            for stage in ("prepare", "train", "export", "evaluate"):
+                made = batch.environment(closed, plan, stage, run=None, cache=Path("/c"))
+                offline = stage != "prepare" or not closed.compute_internet
+                assert made.get("HF_HUB_OFFLINE") == ("1" if offline else None)
 
 
 SCONTROL = """#!/bin/bash
@@ -259,5 +291,6 @@ def test_a_step_that_is_seen_costs_no_look_at_the_nodes_processes(tmp_path: Path
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     os.environ.pop("HF_HOME", None)
+    os.environ["HF_TOKEN_PATH"] = "/nowhere/token"
     for name in CASES:
         (GOLDEN / f"{name}.txt").write_text(text(name))

@@ -100,6 +100,10 @@ def test_a_cached_model_counts_where_it_is_of_the_revision_that_was_asked_for(
     (repository / "snapshots" / "0123abc" / "config.json").write_text('{"model_type": "llama"}')
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123abc")
+    with pytest.raises(InputError, match=r"only in part at hand.*lacks tokenizer.json or .*make fetch MODEL="):
+        modelfiles.locate("a/b", None, checkout=tmp_path, cache=tmp_path, internet=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (repository / "snapshots" / "0123abc" / name).touch()
     for revision in (None, "main", "0123abc"):
         found = modelfiles.locate("a/b", revision, checkout=tmp_path, cache=tmp_path, internet=False)
         assert found == modelfiles.ModelFiles("a/b", {"model_type": "llama"})

@@ -39,7 +39,7 @@ class Checkout:
         (folder / "env" / "setup.sh").write_text('echo "stage $1" >&2\n')
         python = folder / ".venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
-        program = "import json, sys; '--chosen' in sys.argv and sys.exit(1); print(json.dumps(sys.argv[1:]))"
+        program = "import json, sys; 'packages' in sys.argv and sys.exit(3); print(json.dumps(sys.argv[1:]))"
         python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{program}" "$@"\n')
         python.chmod(0o755)
 

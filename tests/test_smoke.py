@@ -100,7 +100,7 @@ def test_what_another_rank_says_is_shown_where_the_job_failed(
     (run.slurm / "smoke" / "7_0_log.out").write_text("ok      packages\n")
     (run.slurm / "smoke" / "7_1_log.out").write_text("FAILED  driver     too old\n        on n2, rank 1\n")
     outcome.write(run.outcomes, outcome.Outcome("smoke", 1, 75, "interrupted (preemption)"))
-    assert smoke._follow(run, "7", site("local-slurm")) == 75
+    assert smoke._follow(run, {"smoke": "7"}, site("local-slurm")) == 75
     said = capsys.readouterr().out
     assert "7_1_log.out" in said and "on n2, rank 1" in said
 
@@ -171,14 +171,14 @@ class TestOnSlurm:
             first.send_signal(2)
             assert first.wait(30) != 0
         said = log.read_text()
-        job = re.search(r"Queued: job (\d+)", said)
-        assert job and f"scancel {job[1]} ends it" in said and "Traceback" not in said
+        jobs = re.findall(r"Queued: \w+ as job (\d+)", said)
+        assert len(jobs) == 2 and f"scancel {jobs[0]} {jobs[1]} ends it" in said and "Traceback" not in said
         with log.open("w") as out, started(words, stdout=out, stderr=out, **options) as second:
             soon(log, "PENDING")
-            slurm.run(["scancel", job[1]])
+            slurm.run(["scancel", *jobs])
             assert second.wait(60) == 1
         said = log.read_text()
-        assert f"Job {job[1]} is on its way already." in said and "Slurm says CANCELLED" in said
+        assert f"Job {jobs[0]} and job {jobs[1]}: on the way already." in said and "Slurm says CANCELLED" in said
 
 
 def soon(log: Path, word: str) -> None:

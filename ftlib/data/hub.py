@@ -25,6 +25,10 @@ def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
     """See that compute nodes can get the dataset, from the hub or from the cache under `hf_home`; InputError if not.
     Returns the text's size in bytes where it is known."""
     repository = _repository(data, hf_home / "hub")
+    if (repository / modelfiles.UNFINISHED).exists() and not internet:
+        raise InputError(
+            f"data.hub: {data.hub} is only in part in {repository}, and compute nodes here have no internet. "
+            "'make fetch' with the same options goes on with it")
     prepared = hf_home / "datasets" / (data.hub or "").replace("/", "___")
     if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):
         raise InputError(
@@ -74,5 +78,6 @@ def _repository(data: DataSpec, cache: Path) -> Path:
 def _how_to_stage(data: DataSpec, home: Path) -> str:
     revision = f" --revision {data.revision}" if data.revision else ""
     return (
-        f"To stage it, where there is a network: 'HF_HOME={home} hf download {data.hub}{revision} --repo-type dataset'"
+        "On a login or transfer node with a network, 'make fetch' with the same options (MODEL=, SET=) puts it where "
+        f"jobs look for it. By hand: 'HF_HOME={home} hf download {data.hub}{revision} --repo-type dataset'"
         ", or download a .json or .jsonl file of it and say DATA=<that file>")

@@ -14,6 +14,7 @@ from ftlib import atomic
 from ftlib.data import hub, packing, sources, tokenizing
 from ftlib.data.formats import example_call, expected_call, render
 from ftlib.errors import InputError
+from ftlib.interruptible import interruptible
 from ftlib.rundir import RunDir
 from ftlib.spec import RunSpec, file_digest
 from ftlib.stop import StopFlag
@@ -23,8 +24,9 @@ PROGRESS_S = 5.0
 ABANDONED_S = 86_400.0
 
 
-def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
+def prepare(run: RunDir, stop: StopFlag, model_commit: str | None = None) -> dict[str, Any]:
     """Make the run's dataset, or find it made; returns what prepared.json then holds.
+    model_commit: the commit of a hub model that the run uses from here on, whatever its branch does meanwhile.
     Raises InputError for wrong or changed data or a missing tokenizer, Interrupted when asked to stop."""
     began = time.monotonic()
     spec, provenance = run.spec(), run.provenance()
@@ -34,9 +36,9 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
         source = Path(provenance["data_path"])
         named, data_digest = str(source), _unchanged(source, provenance["data_digest"])
     elif spec.data.hub:
-        source = hub.fetch(spec.data)
+        source = interruptible(stop, lambda: hub.fetch(spec.data))
         named, data_digest = hub.name(spec.data), hub.digest(source)
-    tokenizer = tokenizing.load(provenance["model_path"], spec.model.revision, spec.tokens.add)
+    tokenizer = tokenizing.load(provenance["model_path"], model_commit or spec.model.revision, spec.tokens.add)
     digest = dataset_digest(spec, data_digest, tokenizer)
     datasets = Path(provenance["cache"]) / "datasets"
     folder = datasets / digest
@@ -62,6 +64,7 @@ def prepare(run: RunDir, stop: StopFlag) -> dict[str, Any]:
     else:
         print(f"found the dataset in {folder}", flush=True)
     prepared = {"dataset": str(folder), "digest": digest} | {p: meta[p] for p in ("train", "validation", "test")}
+    prepared |= {"model_commit": model_commit} if model_commit else {}
     prepared |= {"reused": reused, "seconds": round(time.monotonic() - began, 2)}
     atomic.write_json(run.prepared_file, prepared)
     return prepared

@@ -24,6 +24,8 @@ LEAST_TIME_MIN = 20
 LEAST_WARNING_S = 120
 # What a node writes to a shared file system in a second, carefully; a save is measured later (ftlib/train/interval.py).
 WRITE_BYTES_PER_S = 0.5e9
+# What a node gets from the Hub in a second, carefully: a download that takes longer goes on in the next attempt.
+DOWNLOAD_BYTES_PER_S = 50e6
 
 
 class StagePlan(Model):
@@ -108,8 +110,11 @@ class RunPlan(Model):
         return values
 
 
-def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None) -> RunPlan:
-    """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file, None for the generator."""
+def make(
+    spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None, download_bytes: int = 0
+) -> RunPlan:
+    """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file, None for the generator.
+    `download_bytes`: size of the model's files where prepare fetches them."""
     gpu_side, cpu_side = profile.partition(gpu=True), profile.partition(gpu=False)
     gpu = None if gpu_side.gpu is None or gpu_side.gpu.simulated else gpu_side.gpu  # what really computes, if any
     train, nodes, per_node = spec.train, spec.resources.nodes, spec.resources.gpus_per_node
@@ -166,7 +171,8 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
     # One step, and one save.
     warning_s = 60 * (train_min or 0) / steps + memory.checkpoint_bytes(shape, spec) / nodes / WRITE_BYTES_PER_S
     asked: dict[str, dict[str, Any]] = {
-        "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60},
+        "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60
+                    + download_bytes / DOWNLOAD_BYTES_PER_S / 60},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
                   "limit": spec.resources.train_time_min, "warning_s": warning_s},
         "export": {"gpu": not spec.zero.stage, "minutes": export_min,

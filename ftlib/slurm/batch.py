@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ftlib import modelfiles
+from ftlib import hubapi, modelfiles
 from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile, Partition
@@ -54,7 +54,12 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
         said["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for one, and warn
     if plan.deterministic and device == "cuda":
         said["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if not profile.compute_internet:
+    token = hubapi.token_file()
+    if token.is_file() and token != Path(said["HF_HOME"]) / "token":
+        # A login's token stays where it is though HF_HOME moves; only its path is told, never its value.
+        said["HF_TOKEN_PATH"] = str(token)
+    if stage != "prepare" or not profile.compute_internet:
+        # Prepare fetches what is needed; a job that may hold a GPU never waits for a download.
         said["HF_HUB_OFFLINE"] = "1"
     said |= {**profile.environment, **partition.environment}
     if profile.container:
