@@ -21,6 +21,8 @@ class Gpu(Model):
     gres: str = Field("", description="Its GRES name in Slurm, such as a100 in gpu:a100:1")
     memory_gib: float = Field(gt=0, description="Memory of one GPU, in GiB")
     bf16_tflops: float | None = Field(None, gt=0, description="Dense bf16 peak, in TFLOP/s; no time estimate without")
+    capability: float | None = Field(
+        None, ge=1, description="Compute capability, such as 9.0; older GPUs are known by their name")
     simulated: bool = Field(False, description="A fake GPU of a test cluster: jobs compute on the CPU")
 
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
@@ -41,7 +41,7 @@ def submit(options: argparse.Namespace) -> int:
     known = (RUNS / name / "spec.json").exists()
     if not known:
         print_plan(name, wish.spec, wish.plan)
-        atomic.require_space(RUNS, space_needed(wish), f"run {name}")
+        require_space(space_needed(wish), f"run {name}", merging=[wish])
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
@@ -64,6 +64,17 @@ def space_needed(wish: Wish) -> int:
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
     return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
+
+
+def require_space(need_bytes: int, purpose: str, *, merging: Sequence[Wish]) -> None:
+    """InputError without room for what the runs write, with the way out for `merging` runs that could do without."""
+    try:
+        atomic.require_space(RUNS, need_bytes, purpose)
+    except InputError as error:
+        if not any(wish.spec.export.merged and wish.spec.method.adapts for wish in merging):
+            raise
+        way = "SET=\"export.merged=false\" exports adapters alone, without a merged model each"
+        raise InputError([f"{words}. {way}" for words in error.messages]) from None
 
 
 def _dry_run(wish: Wish, name: str) -> int:
