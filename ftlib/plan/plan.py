@@ -161,8 +161,8 @@ def make(spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_byte
             mem_gib=_whole_gib(mem_gib, side), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
             warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
 
-    # Rows of the validation split: half of what is held out.
-    held_rows = tokens * spec.data.held_out / 2 / spec.data.seq_len
+    # Rows of the validation split: half of what is held out. Of unknown data as many as are compared at most.
+    held_rows = (math.inf if data.tokens is None else data.tokens) * spec.data.held_out / 2 / spec.data.seq_len
     tflops = (gpu.bf16_tflops or throughput.LEAST_GPU_TFLOPS) if gpu else None
     export_min = load_min + throughput.export_min(
         shape, spec, tflops=tflops, threads=threads, validation_rows=held_rows)
