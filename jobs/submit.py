@@ -13,7 +13,7 @@ from ftlib.errors import InputError
 from ftlib.plan import memory, shapes
 from ftlib.report.plan import print_plan
 from ftlib.slurm import client
-from jobs import environment, runs
+from jobs import environment, quota, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -41,7 +41,7 @@ def submit(options: argparse.Namespace) -> int:
     known = (RUNS / name / "spec.json").exists()
     if not known:
         print_plan(name, wish.spec, wish.plan)
-        require_space(space_needed(wish), f"run {name}", merging=[wish])
+        require_space(space_needed(wish), f"run {name}", new=[wish])
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
@@ -66,12 +66,14 @@ def space_needed(wish: Wish) -> int:
     return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
 
 
-def require_space(need_bytes: int, purpose: str, *, merging: Sequence[Wish]) -> None:
-    """InputError without room for what the runs write, with the way out for `merging` runs that could do without."""
+def require_space(need_bytes: int, purpose: str, *, new: Sequence[Wish]) -> None:
+    """InputError where disk or group quota has no room for what the `new` runs write, with a way out if there is."""
     try:
         atomic.require_space(RUNS, need_bytes, purpose)
+        if problem := quota.room_problem(new[0].profile, need_bytes, purpose):
+            raise InputError(problem)
     except InputError as error:
-        if not any(wish.spec.export.merged and wish.spec.method.adapts for wish in merging):
+        if not any(wish.spec.export.merged and wish.spec.method.adapts for wish in new):
             raise
         way = "SET=\"export.merged=false\" exports adapters alone, without a merged model each"
         raise InputError([f"{words}. {way}" for words in error.messages]) from None

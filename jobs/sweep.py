@@ -48,7 +48,7 @@ def sweep(options: argparse.Namespace) -> int:
     new = [wish for name, wish in points.items() if name not in known]
     if new:
         need = sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in new) + submit.SPARE_BYTES
-        submit.require_space(need, f"the {len(new)} new runs of {place.name}", merging=new)
+        submit.require_space(need, f"the {len(new)} new runs of {place.name}", new=new)
     place.path.mkdir(parents=True, exist_ok=True)
     with place.claim():
         _make_runs(place, points)
