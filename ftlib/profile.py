@@ -21,6 +21,8 @@ class Gpu(Model):
     gres: str = Field("", description="Its GRES name in Slurm, such as a100 in gpu:a100:1")
     memory_gib: float = Field(gt=0, description="Memory of one GPU, in GiB")
     bf16_tflops: float | None = Field(None, gt=0, description="Dense bf16 peak, in TFLOP/s; no time estimate without")
+    capability: float | None = Field(
+        None, ge=1, description="Compute capability, such as 9.0; older GPUs are known by their name")
     simulated: bool = Field(False, description="A fake GPU of a test cluster: jobs compute on the CPU")
 
 
@@ -63,6 +65,8 @@ class Storage(Model):
 
     home_gib: float | None = Field(None, gt=0, description="Quota of a home folder, where it is too small for all that")
     work: str | None = Field(None, description="Folder for checkouts, packages and runs; {account} and {user}")
+    quota_command: str | None = Field(
+        None, description="Tells the group's quota of it as lfs quota does; {account} and {user}")
 
 
 class Container(Model):
@@ -186,7 +190,8 @@ def _check(profile: ClusterProfile) -> None:
         if getattr(profile, field) not in known:
             problems.append(unknown(f"{where}: {field}", getattr(profile, field), known))
     work = profile.storage.work
-    texts = {"qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": work}
+    texts = {"qos": profile.qos, "cpu_qos": profile.cpu_qos, "cache": profile.cache, "storage.work": work,
+             "storage.quota_command": profile.storage.quota_command}
     for field, text in texts.items():
         allowed = ("account",) if "qos" in field else ("account", "user")
         try:

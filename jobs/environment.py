@@ -8,14 +8,15 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from ftlib.errors import InputError, Unavailable, nearest
 from ftlib.profile import ClusterProfile
-from ftlib.slurm import client
-from jobs import image
+from ftlib.slurm import batch, client
+from jobs import image, quota
 from jobs import wish as wishes
 
 # Some room for what other programs keep in a home folder; a full one breaks logins.
@@ -30,7 +31,7 @@ def require(profile: ClusterProfile, cache: Path, *, at_a_glance: bool = False) 
     found = [missing] if (missing := profile.missing_account()) else []
     found += _misplaced(profile, cache)
     if not at_a_glance:
-        found += _full_home(profile) + _modules(profile)
+        found += _full_home(profile) + quota.problems(profile) + _modules(profile) + _interpreter(profile)
         if profile.scheduler and not missing:
             found += [f"cluster {profile.name}: {words}" for words in unknown_names(profile)]
     if found:
@@ -94,6 +95,25 @@ def _modules(profile: ClusterProfile) -> list[str]:
                 "'modules' in cluster.yaml"
             )
     return found
+
+
+def _interpreter(profile: ClusterProfile) -> list[str]:
+    """The jobs' Python, if it needs a library path of the login shell: jobs do not inherit that."""
+    if profile.scheduler is None or profile.modules:
+        return []  # a module may bring what it needs
+    python = profile.python or sys.executable
+    clean = {name: value for name, value in os.environ.items() if name not in batch.NOT_INHERITED}
+    try:
+        done = subprocess.run([python, "-c", ""], env=clean, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"the jobs' interpreter {python} cannot be run here: {error}"]
+    if done.returncode == 0:
+        return []
+    said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+    return [
+        f"the jobs' interpreter {python} does not start without your shell's LD_LIBRARY_PATH, which jobs do not "
+        f"inherit: {said}. Name the module that brings its libraries as 'modules' in cluster.yaml"
+    ]
 
 
 def unknown_names(profile: ClusterProfile) -> list[str]:

@@ -21,7 +21,8 @@ from typing import Any
 
 from ftlib import atomic, events, metrics, outcome, rundir, state
 from ftlib.errors import DONE, FtError, InputError, Interrupted
-from ftlib.plan.plan import TOKENS_PER_PAIR, RunPlan
+from ftlib.plan.amount import TOKENS_PER_PAIR
+from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
@@ -255,22 +256,29 @@ def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
     asked = whole["stages"]["train"]
     on_gpu = asked["device"] == "cuda"
     planned_gib = whole["gpu_needed_gib"] if on_gpu else asked["mem_gib"]
-    train_min = whole["steps"] * step_s / 60
+    # Unknown where the data's size is; then only what was measured is told.
+    train_min = None if whole["steps"] is None else whole["steps"] * step_s / 60
     found = {
         "tokens_per_s": speed, "planned_tokens_per_s": whole["tokens_per_s"], "peak_gib": round(peak, 2),
         "planned_gib": planned_gib, "step_s": step_s, "save_s": save_s, "start_s": round(start_s, 1),
-        "whole_min": round(train_min, 1), "planned_min": asked["estimate_min"],
-        "gpu_hours": round(train_min / 60 * whole["world_size"], 2) if on_gpu else None,
+        "whole_min": None if train_min is None else round(train_min, 1), "planned_min": asked["estimate_min"],
+        "gpu_hours": round(train_min / 60 * whole["world_size"], 2) if on_gpu and train_min is not None else None,
     }  # fmt: skip
     atomic.write_json(run.path / "smoke.json", found)
     there = f" of {whole['gpu_memory_gib']:g}" if on_gpu else " of host memory"
     plan = f"{whole['tokens_per_s']:,.0f}" if whole["tokens_per_s"] else "unknown"
-    cost = f", {found['gpu_hours']:.1f} GPU-hours" if on_gpu else ""
-    lives, limit = math.ceil(train_min / asked["time_min"]), minutes(asked["time_min"])
     print(
         f"speed   {speed:,.0f} tokens/s (plan: {plan})\n"
         f"memory  {peak:.1f} GiB at most (plan: {planned_gib:.1f} GiB{there})\n"
-        f"start   {start_s:.0f} s to the first step; a save takes {save_s:.1f} s\n"
+        f"start   {start_s:.0f} s to the first step; a save takes {save_s:.1f} s",
+        flush=True,
+    )
+    if train_min is None:
+        print(f"A step takes {step_s:.2f} s; how many there are is unknown until the data is prepared.", flush=True)
+        return
+    cost = f", {found['gpu_hours']:.1f} GPU-hours" if on_gpu else ""
+    lives, limit = math.ceil(train_min / asked["time_min"]), minutes(asked["time_min"])
+    print(
         f"The whole training of {whole['steps']:,} steps would take {minutes(train_min)} at this speed{cost} (plan: "
         f"{minutes(asked['estimate_min'])}){f'; its limit of {limit} makes {lives} lives of it' if lives > 1 else ''}.",
         flush=True,

@@ -6,14 +6,14 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ftlib import atomic, rundir
 from ftlib.errors import InputError
 from ftlib.plan import memory, shapes
 from ftlib.report.plan import print_plan
 from ftlib.slurm import client
-from jobs import environment, fetch, runs
+from jobs import environment, fetch, quota, runs
 from jobs import wish as wishes
 from jobs.wish import RUNS, Wish
 
@@ -42,7 +42,7 @@ def submit(options: argparse.Namespace) -> int:
     if not known:
         fetch.require_access([wish])
         print_plan(name, wish.spec, wish.plan)
-        atomic.require_space(RUNS, space_needed(wish), f"run {name}")
+        require_space(space_needed(wish), f"run {name}", new=[wish])
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
         print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
@@ -65,6 +65,19 @@ def space_needed(wish: Wish) -> int:
     shape = shapes.from_config(wish.model.config, wish.spec.model.name)
     merged = shape.params * (4 if wish.spec.export.dtype == "float32" else 2) if wish.spec.export.merged else 0
     return merged + 3 * memory.checkpoint_bytes(shape, wish.spec) + SPARE_BYTES
+
+
+def require_space(need_bytes: int, purpose: str, *, new: Sequence[Wish]) -> None:
+    """InputError where disk or group quota has no room for what the `new` runs write, with a way out if there is."""
+    try:
+        atomic.require_space(RUNS, need_bytes, purpose)
+        if problem := quota.room_problem(new[0].profile, need_bytes, purpose):
+            raise InputError(problem)
+    except InputError as error:
+        if not any(wish.spec.export.merged and wish.spec.method.adapts for wish in new):
+            raise
+        way = "SET=\"export.merged=false\" exports adapters alone, without a merged model each"
+        raise InputError([f"{words}. {way}" for words in error.messages]) from None
 
 
 def _dry_run(wish: Wish, name: str) -> int:

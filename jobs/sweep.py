@@ -10,6 +10,7 @@ import operator
 import os
 import shlex
 import sys
+from collections.abc import Iterable
 
 from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
@@ -48,8 +49,8 @@ def sweep(options: argparse.Namespace) -> int:
     new = [wish for name, wish in points.items() if name not in known]
     if new:
         fetch.require_access(new)
-        need = sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in new) + submit.SPARE_BYTES
-        atomic.require_space(RUNS, need, f"the {len(new)} new runs of {place.name}")
+        need = _space_needed(new)
+        submit.require_space(need, f"the {len(new)} new runs of {place.name}", new=new)
     place.path.mkdir(parents=True, exist_ok=True)
     with place.claim():
         _make_runs(place, points)
@@ -112,8 +113,9 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
 
     def make(points: tuple[sweeps.Point, ...]) -> list[Wish]:
         return wishes.make_all(
-            model=options.model, data=options.data, cluster=options.cluster, settings=options.set, points=points
-        )
+            model=options.model, data=options.data, cluster=options.cluster, settings=options.set, points=points,
+            adapters_only=True,
+        )  # fmt: skip
 
     # Before thousands are made: whether there may be so many, and whether the first is right.
     if (count := spec.count()) > 100:
@@ -146,6 +148,32 @@ def _minutes(wish: Wish) -> float:
     return sum(stage.estimate_min or 0 for stage in wish.plan.stages.values())
 
 
+def _space_needed(points: Iterable[Wish]) -> int:
+    """Bytes that the points' runs write, with some to spare once."""
+    return sum(submit.space_needed(wish) - submit.SPARE_BYTES for wish in points) + submit.SPARE_BYTES
+
+
+def _gpus_at_once(spec: SweepSpec, points: list[Wish]) -> int:
+    """The most GPUs (simulated ones included) that the points hold at one moment, were all of them free.
+
+    at_once bounds the points in each job of the chain; the site's max_jobs bounds them all.
+    """
+    site = points[0].profile.scheduler
+    waiting = min(len(points), site.max_jobs) if site and site.max_jobs else len(points)
+    most = 0
+    # Points of one sweep differ little in what they ask for: each counts as the most demanding.
+    requests: dict[tuple[str, ...], int] = {}
+    for wish in points:
+        for stages in wish.plan.jobs:
+            asked = wish.plan.request(stages)
+            requests[stages] = max(requests.get(stages, 0), asked.nodes * asked.gpus_per_node)
+    for gpus in sorted(requests.values(), reverse=True):
+        running = min(waiting, spec.at_once or waiting)
+        most += running * gpus
+        waiting -= running
+    return most
+
+
 def _hash(wish: Wish) -> str:
     """Of the words that the sweep was asked with; the file's content may change and it is still the same sweep."""
     words = {**wish.words, "SET": sorted(shlex.split(wish.words.get("SET", "")))}
@@ -158,10 +186,17 @@ def _print_summary(name: str, spec: SweepSpec, points: dict[str, Wish], known: i
     print(f"Sweep {name}: {spec.description}" if spec.description else f"Sweep {name}")
     print(f"  {len(points):,} points ({_product(spec)}), {len(datasets):,} dataset{'s' * (len(datasets) > 1)}")
     hours, minutes = sum(w.plan.gpu_hours or 0 for w in points.values()), sum(map(_minutes, points.values()))
-    cost = f"about {hours:,.1f} GPU-hours; " if hours else ""
+    unknown = any(w.plan.gpu and w.plan.gpu_hours is None for w in points.values())
+    cost = "cost unknown; " if unknown else f"about {hours:,.1f} GPU-hours; " if hours else ""
     longest = max(map(_minutes, points.values()))
     print(f"  {cost}about {minutes / 60:,.1f} h of work, the longest point {longest:,.0f} min")
     site = wish.profile.scheduler
+    if site and (gpus := _gpus_at_once(spec, list(points.values()))):
+        cap = f"at_once: {spec.at_once}" if spec.at_once else "at_once in the sweep's file bounds it"
+        print(f"  holds up to {gpus:,} GPU{'s' * (gpus > 1)} at once ({cap})")
+    lean = sum(not w.spec.export.merged and w.spec.method.adapts for w in points.values())
+    words = "; adapters alone are exported, SET=\"export.merged=true\" merges each" if lean else ""
+    print(f"  takes up to {_space_needed(points.values()) / 2**30:,.1f} GiB on disk{words}")
     if site and site.max_jobs:
         print(f"  the site allows {site.max_jobs:,} jobs at once; what does not fit is queued as room comes")
     if known:

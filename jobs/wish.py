@@ -14,7 +14,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -98,10 +98,13 @@ def make(*, model: str, data: str | None, cluster: str | None, settings: str) ->
 
 
 def make_all(
-    *, model: str, data: str | None, cluster: str | None, settings: str, points: Sequence[dict[str, Any]]
-) -> list[Wish]:
+    *, model: str, data: str | None, cluster: str | None, settings: str, points: Sequence[dict[str, Any]],
+    adapters_only: bool = False,
+) -> list[Wish]:  # fmt: skip
     """The wish of each point (changes to the recipe beyond `settings`); what they share is looked up once.
 
+    adapters_only: points whose method has an adapter export it alone, unless recipe, settings or point say
+    export.merged; one that has a run with merged weights already keeps it.
     InputError lists every problem, and how many of several points have it.
     """
     problems: list[str] = []
@@ -126,7 +129,11 @@ def make_all(
         try:
             spec = recipe.resolve(values, model, {**changes, **point}, str(path) if path else None)
             if site and not problems:
-                found.append(_wish(spec, site, said, once))
+                unsaid = "merged" not in (recipe.override(values, {**changes, **point}).get("export") or {})
+                if adapters_only and unsaid and spec.method.adapts:
+                    found.append(_without_merging(spec, site, said, once))
+                else:
+                    found.append(_wish(spec, site, said, once))
         except InputError as error:
             for message in error.messages:
                 of_points[message].append(point)
@@ -189,6 +196,14 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
     if problems or planned is None:
         raise InputError(problems)
     return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)
+
+
+def _without_merging(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once) -> Wish:
+    """The wish without merged weights, or the one of `spec` where that has a run, by hand or of an earlier version."""
+    export = spec.export.model_copy(update={"merged": False})
+    lean = _wish(spec.model_copy(update={"export": export}), site, said, once)
+    known = RUNS / replace(lean, spec=spec).name / "spec.json"
+    return _wish(spec, site, said, once) if known.exists() else lean
 
 
 def _model(spec: RunSpec, site: ClusterProfile, cache: Path) -> tuple[modelfiles.ModelFiles, shapes.ModelShape]:

@@ -275,7 +275,7 @@ def test_a_step_that_is_seen_costs_no_look_at_the_nodes_processes(tmp_path: Path
     said |= {"FT_LIFE": "1", "FT_JOB": "7", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "FT_WATCH_S": "3"}
     log = tmp_path / "log"
     watch = subprocess.Popen(
-        ["bash", "slurm_templates/watch.sh", str(os.getpid()), str(log)], cwd=CHECKOUT, env={**os.environ, **said}
+        ["bash", "slurm_templates/watch.sh", str(os.getpid()), str(log), "0"], cwd=CHECKOUT, env={**os.environ, **said}
     )
     try:
         time.sleep(5)

@@ -205,3 +205,13 @@ def test_names_that_this_slurm_does_not_know(slurm: Slurm) -> None:
     gpu = {"type": "b200", "gres": "b200", "memory_gib": 178}
     wrong = [{**other[0], "name": "gpu", "gpu": gpu, "gpus_per_node": 1}, {**other[0], "name": "cpu"}]
     assert "GPU name in gpu: Slurm does not know 'b200' for you here. It knows: a100." in problems(partitions=wrong)
+
+
+def test_an_interpreter_that_needs_the_login_shells_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ -n "$LD_LIBRARY_PATH" ] || { echo "libpython3.so: cannot open" >&2; exit 127; }\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/login/lib")
+    (said,) = environment._interpreter(site("a100", python=str(python)))
+    assert "does not start without your shell's LD_LIBRARY_PATH" in said and "libpython3.so: cannot open" in said
+    assert environment._interpreter(site("a100")) == []

@@ -244,6 +244,43 @@ def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Call
     assert "#SBATCH --array=0-6" in out and not (login.checkout / "runs").exists() and not login.file.exists()
 
 
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def exported(login: Login) -> list[bool]:
+    """Whether each point exports merged weights, in the order of their names."""
+    return [run.spec().export.merged for run in place(login).members()]
+
+
+def test_points_export_adapters_alone_unless_they_have_none_or_are_told_otherwise(
+    login: Login, checkout: Path, tmp_path: Path, file: Callable[..., str]
+) -> None:
+    out = swept(login, file(seeds(2)))
+    assert exported(login) == [False, False]
+    assert "adapters alone are exported" in out and "GiB on disk" in out
+    login = fresh(checkout, empty(tmp_path / "1"))
+    assert "adapters alone" not in swept(login, file(seeds(2)), settings="export.merged=true")
+    assert exported(login) == [True, True]
+    login = fresh(checkout, empty(tmp_path / "2"))
+    swept(login, file("grid: {export.merged: [true, false]}"))
+    assert sorted(exported(login)) == [False, True]
+    login = fresh(checkout, empty(tmp_path / "3"))
+    swept(login, file("list: [{method.kind: full}]"))  # the weights are the export
+    assert exported(login) == [True]
+
+
+def test_how_many_gpus_a_sweep_holds_at_once_is_said_before(login: Login, file: Callable[..., str]) -> None:
+    out = swept(login, file(seeds(7)), "--dry-run")
+    assert "holds up to 7 GPUs at once (at_once in the sweep's file bounds it)" in out
+    # Two train, two are exported and judged.
+    out = swept(login, file(seeds(7, "at_once: 2")), "--dry-run")
+    assert "holds up to 4 GPUs at once (at_once: 2)" in out
+    two = "resources.gpus_per_node=2 train.global_batch=4 cluster.scheduler.max_jobs=5"
+    assert "holds up to 10 GPUs at once" in swept(login, file(seeds(7)), "--dry-run", settings=two)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -123,7 +123,7 @@ def test_six_tiny_models_preempted_in_training_share_one_dataset(slurm: Slurm, t
     assert ended(runs, "evaluate") == 6, [state.stages(state.journal(run), {}) for run in runs]
     for run in runs:
         assert [row["step"] for row in metrics.read_metrics(run.metrics_file)] == list(range(1, 21))
-        assert (run.export / "merged" / "config.json").exists() and run.report_file.exists()
+        assert (run.export / "adapter" / "adapter_config.json").exists() and run.report_file.exists()
     assert any((run.lives / "train-2").exists() for run in runs)
     assert len({run.prepared()["digest"] for run in runs}) == 1
     assert sum((run.lives / "prepare-1").exists() for run in runs) == 1

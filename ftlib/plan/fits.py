@@ -37,6 +37,11 @@ def problems(spec: RunSpec, shape: ModelShape) -> list[str]:
         found.append("export.merged: a soft prompt has nothing to merge, its adapter is the export; leave it out")
     if kind in OWN and not spec.export.merged:
         found.append(f"export.merged: method.kind={kind} has no adapter, so the weights are the export; use true")
+    if shape.quantized:
+        found.append(
+            f"model.name: {spec.model.name} is quantized already ({shape.quantized}), so its own weights are no longer "
+            "there to train on, to merge into and to compare with. Name the 16-bit model that it was made from (its "
+            "card says which); method.kind=qlora quantizes that to 4 bits itself")
     if spec.zero.stage:
         found += _zero_problems(spec)
     elif spec.tokens.add and not _trains_rows(spec, shape):

@@ -7,18 +7,20 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ftlib.errors import InputError
-from ftlib.plan import memory, throughput, zero
+from ftlib.plan import advice, amount, gpus, memory, throughput, zero
+from ftlib.plan.advice import FILL
 from ftlib.plan.shapes import ModelShape
 from ftlib.profile import ClusterProfile, Gpu, Partition
 from ftlib.rundir import STAGES
 from ftlib.spec import Model, RunSpec, divisors
 
-# A GPU's memory is planned to this share; the rest is for what the formulas do not see.
-FILL = 0.9
 # More tokens a micro-batch than this win little: dequantisation is then 2 % of a step.
 MICRO_BATCH_TOKENS = 8192
-TOKENS_PER_PAIR = {"brief": 125, "alpaca": 210, "chatml": 200, "guanaco": 450}
-BYTES_PER_TOKEN = 3.5
+# Of the host memory that falls to a job's GPUs (their share of the node's) a job asks for this part, where its formula
+# needs less: page cache, loader processes and pinned buffers are in no formula, and a GPU's share is no use to others.
+HOST_SHARE = 0.5
+# A prepare job whose data nobody has measured; it is a CPU job of minutes for what fits a disk.
+UNKNOWN_DATA_MIN = 240
 STAGE_START_MIN = 0.3
 LEAST_TIME_MIN = 20
 LEAST_WARNING_S = 120
@@ -55,7 +57,9 @@ class RunPlan(Model):
     deterministic: bool
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         description="Training computes in it: bfloat16 autocast on a GPU, float32 on a CPU")
-    steps: int = Field(description="Optimizer steps; an estimate where the recipe says epochs")
+    steps: int | None = Field(
+        description="Optimizer steps; an estimate where the recipe says epochs, None where the data's size is unknown")
+    row_tokens: float | None = Field(None, description="Mean tokens of a row, padding not counted; None: seq_len")
     gpu: str | None
     gpu_needed_gib: float | None
     gpu_memory_gib: float | None
@@ -113,7 +117,8 @@ class RunPlan(Model):
 def make(
     spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None, download_bytes: int = 0
 ) -> RunPlan:
-    """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file, None for the generator.
+    """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file or hub dataset; None for
+    the generator, and for a hub dataset that nobody has measured: what follows from its size is unknown then.
     `download_bytes`: size of the model's files where prepare fetches them."""
     gpu_side, cpu_side = profile.partition(gpu=True), profile.partition(gpu=False)
     gpu = None if gpu_side.gpu is None or gpu_side.gpu.simulated else gpu_side.gpu  # what really computes, if any
@@ -127,15 +132,14 @@ def make(
         raise InputError(_does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
     threads = max(1, min(4, gpu_side.cpus_per_node // per_node))
     # Estimates, the data not being read yet.
-    a_pair = TOKENS_PER_PAIR[spec.data.template]
-    tokens = spec.data.pairs * a_pair if data_bytes is None else data_bytes / BYTES_PER_TOKEN
-    tokens = min(tokens, spec.data.limit * a_pair if spec.data.limit else math.inf) * (spec.data.share or 1)
-    steps = train.total_steps(max(1.0, tokens / spec.data.seq_len))
+    data = amount.estimate(spec, data_bytes)
+    steps = train.steps if data.rows is None else train.total_steps(data.rows)
     speed: float | None = None
     if gpu is None or gpu.bf16_tflops:
         tflops = gpu.bf16_tflops if gpu else None
         speed = throughput.tokens_per_s(shape, spec, tflops=tflops, world_size=world_size, threads=threads)
-    train_min = steps * train.global_batch * spec.data.seq_len / speed / 60 if speed else None
+    step_min = train.global_batch * data.row_tokens / speed / 60 if speed else None
+    train_min = steps * step_min if steps and step_min else None
 
     load_min = STAGE_START_MIN + 2 * shape.params / 0.5e9 / 60
     cpus = max(1, min(4, cpu_side.cpus_per_node))
@@ -146,21 +150,24 @@ def make(
               gpus: int = 1, limit: int | None = None, warning_s: float = 0) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
-            way = ". Try more resources.nodes, or zero.offload=none" if spec.zero.offload != "none" else ""
+            way = _host_way(spec, name)
             raise InputError(
                 f"{spec.recipe} does not fit: {name} needs {mem_gib:.0f} GiB of host memory, a node of {side.name!r} "
                 f"offers {side.mem_gib_per_node:.0f} GiB{way}")
+        if gpu and side.gpu and not side.gpu.simulated:
+            share = min(tasks * gpus / max(1, side.gpus_per_node), 1)
+            mem_gib = max(mem_gib, HOST_SHARE * share * side.mem_gib_per_node)
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
         return StagePlan(
             device="cuda" if gpu and side.gpu and not side.gpu.simulated else "cpu",
             partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
             gpus_per_node=tasks * gpus if gpu and side.gpu else 0, cpus_per_task=gpu_cpus if gpu else cpus,
-            mem_gib=math.ceil(mem_gib), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
+            mem_gib=_whole_gib(mem_gib, side), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
             warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
 
-    # Rows of the validation split: half of what is held out.
-    held_rows = tokens * spec.data.held_out / 2 / spec.data.seq_len
+    # Rows of the validation split: half of what is held out. Of unknown data as many as are compared at most.
+    held_rows = (math.inf if data.tokens is None else data.tokens) * spec.data.held_out / 2 / spec.data.seq_len
     tflops = (gpu.bf16_tflops or throughput.LEAST_GPU_TFLOPS) if gpu else None
     export_min = load_min + throughput.export_min(
         shape, spec, tflops=tflops, threads=threads, validation_rows=held_rows)
@@ -169,10 +176,13 @@ def make(
     host_gib = memory.train_host_gib(shape, spec, nodes=nodes, per_node=per_node)
     train_total = load_min + train_min if train_min else None
     # One step, and one save.
-    warning_s = 60 * (train_min or 0) / steps + memory.checkpoint_bytes(shape, spec) / nodes / WRITE_BYTES_PER_S
+    warning_s = 60 * (step_min or 0) + memory.checkpoint_bytes(shape, spec) / nodes / WRITE_BYTES_PER_S
+    download_min = download_bytes / DOWNLOAD_BYTES_PER_S / 60
     asked: dict[str, dict[str, Any]] = {
-        "prepare": {"gpu": False, "mem_gib": 4, "minutes": STAGE_START_MIN + tokens / 0.4e6 / 60
-                    + download_bytes / DOWNLOAD_BYTES_PER_S / 60},
+        "prepare": {"gpu": False, "mem_gib": 4,
+                    "minutes": None if data.tokens is None
+                    else STAGE_START_MIN + data.tokens / 0.4e6 / 60 + download_min,
+                    "limit": None if data.tokens is not None else UNKNOWN_DATA_MIN + math.ceil(2 * download_min)},
         "train": {"gpu": True, "nodes": nodes, "tasks": per_node, "mem_gib": host_gib, "minutes": train_total,
                   "limit": spec.resources.train_time_min, "warning_s": warning_s},
         "export": {"gpu": not spec.zero.stage, "minutes": export_min,
@@ -190,10 +200,16 @@ def make(
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"
     rule = f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
     notes = [rule] if gpu and speed is not None else []
-    notes += ["the number of steps is an estimate until the data is packed"] if train.epochs else []
+    notes += ["the number of steps is an estimate until the data is packed"] if train.epochs and steps else []
+    if steps is None:
+        notes.append(
+            f"data.hub: nobody has measured {spec.data.hub}, so the number of steps, time and cost are unknown until "
+            "it is prepared; train.steps or data.limit bound them, resources.train_time_min sets the time limit")
+    notes += advice.notes(spec, profile, shape, steps=steps, world_size=world_size)
     return RunPlan(
         cluster=profile.name, compute_dtype=compute_dtype, **cut, threads=threads,
         deterministic=gpu is None if train.deterministic is None else train.deterministic, steps=steps,
+        row_tokens=data.row_tokens if spec.method.prompted else None,
         gpu=gpu.type if gpu else None, gpu_needed_gib=needed, gpu_memory_gib=gpu.memory_gib if gpu else None,
         tokens_per_s=speed, gpu_hours=hours, stages=stages,
         zero=zero.config(spec, **cut, on_gpu=gpu is not None, compute_dtype=compute_dtype) if spec.zero.stage else None,
@@ -216,8 +232,26 @@ def _check_cut(spec: RunSpec, profile: ClusterProfile, side: Partition) -> None:
     elif micro_batch and (rows // world_size) % micro_batch:
         problems.append(f"train.micro_batch: {micro_batch} does not divide a rank's {rows // world_size} rows; "
                         f"allowed: {divisors(rows // world_size)}")  # fmt: skip
+    if side.gpu and not side.gpu.simulated and (fault := gpus.too_old(side.gpu)):
+        others = [p.name for p in profile.partitions if p.gpu and not p.gpu.simulated and not gpus.too_old(p.gpu)]
+        way = f"choose one of {', '.join(others)}" if others else "no partition of this profile has a newer GPU"
+        problems.append(f"gpu_partition: {side.name!r}: {fault}; {way}")
     if problems:
         raise InputError(problems)
+
+
+def _host_way(spec: RunSpec, stage: str) -> str:
+    """What makes a stage that needs more host memory than a node has need less; empty where nothing does."""
+    if stage == "export" and spec.export.merged and spec.method.adapts:
+        return ". Try export.merged=false: the adapter alone is exported then"
+    if stage == "train" and spec.zero.offload != "none":
+        return ". Try more resources.nodes, or zero.offload=none"
+    return ""
+
+
+def _whole_gib(wanted: float, side: Partition) -> int:
+    """Whole GiB of host memory for sbatch, no more than the node has."""
+    return min(math.ceil(wanted), max(1, math.floor(side.mem_gib_per_node)))
 
 
 def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, world_size: int, gpu: Gpu | None) -> int:

@@ -18,6 +18,8 @@ class ModelShape:
     vocab: int
     tied: bool
     parameters: tuple[Parameter, ...]
+    positions: int | None = None  # longest row it was made for, in tokens; None where its config does not tell
+    quantized: str | None = None  # how its files are quantized, such as gptq; None where they are not
 
     @property
     def linears(self) -> list[Parameter]:
@@ -55,6 +57,8 @@ class ModelShape:
 
 # config.json of models whose files need not be on the login node.
 KNOWN: dict[str, dict[str, Any]] = architectures.table()["models"]
+# Kinds of rotary scaling whose factor a config leaves for its reader to multiply.
+SCALED_BY_FACTOR = ("linear", "dynamic", "yarn")
 
 
 def from_config(config: dict[str, Any], where: str) -> ModelShape:
@@ -62,4 +66,23 @@ def from_config(config: dict[str, Any], where: str) -> ModelShape:
     sizes, tied = architectures.dimensions(config, where), architectures.flag(config, "tie_word_embeddings", where)
     return ModelShape(
         hidden=sizes["hidden"], intermediate=sizes["intermediate"], layers=config["num_hidden_layers"],
-        vocab=sizes["vocab"], tied=tied, parameters=architectures.parameters(config, where))
+        vocab=sizes["vocab"], tied=tied, parameters=architectures.parameters(config, where),
+        positions=_positions(config), quantized=_quantized(config))
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    """The longest row that a config's rotary positions reach. Llama 3's and longrope's scaling is in
+    max_position_embeddings already; linear, dynamic and yarn scaling multiply what they began from."""
+    positions = config.get("max_position_embeddings")
+    if type(positions) is not int:
+        return None
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) not in SCALED_BY_FACTOR:
+        return positions
+    factor, began = scaling.get("factor") or 1, scaling.get("original_max_position_embeddings") or positions
+    return max(positions, int(factor * began))
+
+
+def _quantized(config: dict[str, Any]) -> str | None:
+    found = config.get("quantization_config")
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else None

@@ -32,7 +32,10 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
     out.print(f"Run {name}: {spec.description}" if spec.description else f"Run {name}")
     rows, needed, there = spec.train.global_batch, plan.gpu_needed_gib, plan.gpu_memory_gib
     ranks = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''} on {plan.stages['train'].device}"
-    out.print(f"  {plan.steps:,} steps of {rows} rows ({rows * spec.data.seq_len:,} tokens): micro-batch "
+    # Where rows are not packed, an example is one, and about as long as examples are.
+    tokens = f"about {rows * plan.row_tokens:,.0f}" if plan.row_tokens else f"{rows * spec.data.seq_len:,}"
+    steps = "an unknown number of" if plan.steps is None else f"{plan.steps:,}"
+    out.print(f"  {steps} step{'s' * (plan.steps != 1)} of {rows} rows ({tokens} tokens): micro-batch "
               f"{plan.micro_batch} x accumulation {plan.accumulation} x {ranks}")  # fmt: skip
     if needed and there:
         out.print(f"  fits: {needed:.1f} GiB estimated of {there:.0f} GiB on one {plan.gpu} ({needed / there:.0%})")
@@ -47,5 +50,7 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
     out.print(table)
     if plan.gpu_hours is not None:
         out.print(f"  cost: about {plan.gpu_hours:.1f} GPU-hours")
+    elif plan.gpu:
+        out.print("  cost: unknown")
     for note in plan.notes:
         out.print(f"  note: {note}")

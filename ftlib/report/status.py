@@ -87,7 +87,7 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
         plan = run.plan()
         # An estimate of the plan's until the data is packed.
         packed = run.prepared_file.exists()
-        steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else int(plan["steps"])
+        steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else plan["steps"]
     except FtError as error:
         found.notes += error.messages
         return found
@@ -104,7 +104,8 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
         if rows[-1]["life"] == known.lives["train"] and silent_s > max(SILENT_S, SILENT_STEPS * pace_s):
             found.words = f"no step for {silent_s / 60:.0f} min: make logs RUN={run.name}"
     if state in ACTIVE:
-        found.left_s = _left_s(seen, plan, now, ahead=1 - (found.step or 0) / steps, training_s=steps * pace_s)
+        ahead = 1 - (found.step or 0) / steps if steps else 1.0
+        found.left_s = _left_s(seen, plan, now, ahead=ahead, training_s=(steps or 0) * pace_s)
     return found
 
 
