@@ -124,7 +124,7 @@ def test_a_file_that_only_rank_1_cannot_read_is_the_outcome_of_both(tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_slurm_does_not_start_again_what_another_rank_found_wrong(checkout: Path, slurm: Slurm) -> None:
-    """Two nodes; the second one cannot read a file, 5 s before rank 0 would notice by itself."""
+    """Two nodes; a file cannot be read on the second one. srun then ends rank 0, which knows nothing of it."""
     pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
     code = checkout / "ftlib" / "train" / "run.py"
     text = code.read_text()

@@ -41,6 +41,10 @@ def watched(self, *args):
         stop.cause = "preemption"
 
 trainer.FineTuner._record = watched
+if os.environ.get("TORCH_DISTRIBUTED_DEBUG") == "DETAIL":
+    from torch import distributed
+    # DDP's own log of its settings: with it torch 2.13.0 crashes (SIGSEGV) under DETAIL, in the smallest program.
+    distributed.Logger.set_construction_data_and_log = lambda *_: None
 try:
     train(RunDir(folder), life, stop)
 except Interrupted as interrupted:
