@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import signal
 import subprocess
 import sys
@@ -109,28 +110,55 @@ def test_shares_too(costly): pass
 def test_alone(light): pass
 @pytest.mark.slow
 def test_slow(tmp_path_factory): pass
+@pytest.mark.xdist_group("mine")
+def test_marked(): pass
+"""
+SCHEDULED = """
+import os, sys
+from pathlib import Path
+import pytest
+sys.path.insert(0, {root!r})
+from tests import schedule
+schedule.HERE = Path(__file__).parent
+FILE = Path(__file__).with_name("groups.json")
+@pytest.fixture(scope="session")
+def slurm(): pass
+def pytest_collection_modifyitems(items):
+    groups = schedule.arrange(items)
+    part = FILE.with_name(str(os.getpid()))
+    part.write_text(schedule.json.dumps(groups))
+    part.rename(FILE)
+    print(*("PLACE " + item.name + " " + groups.get(item.nodeid, "") for item in items), sep=chr(10))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return schedule.scheduler(config, log, FILE)
 """
 
 
+def sample(folder: Path, *words: str) -> str:
+    """What pytest says of the sample, with the schedule of these tests."""
+    (folder / "test_sample.py").write_text(SAMPLE)
+    (folder / "test_other.py").write_text("def test_of_slurm_too(slurm): pass\n")
+    (folder / "conftest.py").write_text(SCHEDULED.format(root=str(HERE.parent)))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words, str(folder)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120).stdout
+
+
 def test_groups_follow_from_fixtures_and_the_longest_begin_first(tmp_path: Path) -> None:
-    """What pytest itself makes of the sample, as each worker sees it."""
-    (tmp_path / "test_sample.py").write_text(SAMPLE)
-    (tmp_path / "test_other.py").write_text("def test_of_slurm_too(slurm): pass\n")
-    (tmp_path / "conftest.py").write_text(
-        "import sys; from pathlib import Path; import pytest\n"
-        f"sys.path.insert(0, {str(HERE.parent)!r})\n"
-        "from tests import schedule; schedule.HERE = Path(__file__).parent\n"
-        "@pytest.fixture(scope='session')\ndef slurm(): pass\n"
-        "def pytest_collection_modifyitems(items):\n"
-        "    schedule.arrange(items)\n"
-        "    for item in items:\n"
-        "        print('PLACE', item.name, *(mark.args[0] for mark in item.iter_markers('xdist_group')))\n"
-    )
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
-    lines = [line.removeprefix("PLACE ") for line in done.stdout.splitlines() if line.startswith("PLACE ")]
-    assert sorted(lines[:2]) == ["test_of_slurm slurm-1", "test_of_slurm_too slurm-0"], done.stdout
-    assert lines[2:] == ["test_slow", "test_shares test_sample", "test_shares_too test_sample", "test_alone"]
+    said = sample(tmp_path, "--collect-only", "-q")
+    lines = [line.removeprefix("PLACE ").strip() for line in said.splitlines() if line.startswith("PLACE ")]
+    assert sorted(lines[:2]) == ["test_of_slurm slurm-1", "test_of_slurm_too slurm-0"], said
+    assert lines[2:5] == ["test_slow", "test_shares test_sample", "test_shares_too test_sample"]
+    assert sorted(lines[5:]) == ["test_alone", "test_marked mine"]
+
+
+def test_one_worker_runs_a_whole_group_and_lanes_go_to_two(tmp_path: Path) -> None:
+    """That the installed pytest and xdist do as the schedule says."""
+    said = sample(tmp_path, "-v", "-n", "2")
+    worker = {test: gateway for gateway, test in re.findall(r"\[(gw\d)\].* PASSED \S*::(\w+)", said)}
+    assert len(worker) == 7, said
+    assert worker["test_of_slurm"] != worker["test_of_slurm_too"]
+    assert worker["test_shares"] == worker["test_shares_too"]
 
 
 def test_workers_are_the_cores_and_the_lanes() -> None:
