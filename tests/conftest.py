@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -30,6 +33,8 @@ _REQUIRED = os.environ.get("REQUIRE", "").replace(",", " ").split()
 _skipped: Counter[str] = Counter()
 _skipped_whole: Counter[str] = Counter()
 _deselected: list[pytest.Item] = []
+# The folder where workers tell the process above them which tests belong together.
+GROUPS = "FTLIB_TEST_GROUPS"
 DESELECTED = "not selected by -k, -m or --deselect"
 
 
@@ -59,9 +64,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # With workers this process runs no test itself.
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         cluster.claim()
+    else:  # this process has workers, and runs no test itself
+        os.environ[GROUPS] = tempfile.mkdtemp(prefix="ftlib-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput") and getattr(config.option, "numprocesses", None):
+        shutil.rmtree(os.environ[GROUPS])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    file = Path(os.environ[GROUPS], "groups.json")
+    return schedule.scheduler(config, log, file) if config.option.dist == "loadgroup" else None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -76,7 +93,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.slurm)
     if hasattr(config, "workerinput"):
         left_out = "nightly" if "not nightly" in config.option.markexpr else None
-        schedule.arrange(items, left_out=left_out)
+        groups = schedule.arrange(items, left_out=left_out)
+        part = Path(os.environ[GROUPS], f"{os.getpid()}")
+        part.write_text(json.dumps(groups), encoding="utf-8")
+        part.rename(part.with_name("groups.json"))  # every worker writes the same
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -4,7 +4,8 @@
 
 - A test that asks for the fixture `slurm` belongs to a lane. A lane's tests run in one worker, one after the other, and
   each worker has a Slurm of its own (tests/cluster.py): no test meets the jobs, full queues or lost nodes of another.
-- Tests that share a fixture of their module, class or session run in one worker, so that it is made once.
+- Tests that share a fixture of their module, class or session run in one worker, so that it is made once. Tests of one
+  pytest.mark.xdist_group("name") do so, too.
 - All others go one by one to whichever worker is free.
 
 Lanes begin first, then the longest. A new test needs nothing: where it belongs follows from its fixtures. A module that
@@ -13,8 +14,10 @@ takes minutes is worth a line below.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,8 +41,8 @@ def workers(cores: int) -> int:
     return min(cores, 6) + LANES
 
 
-def arrange(items: list[pytest.Item], left_out: str | None = None) -> None:
-    """Give each test its group, and sort them: lanes, then the longest groups and tests. Changes `items`.
+def arrange(items: list[pytest.Item], left_out: str | None = None) -> dict[str, str]:
+    """Sort the tests: lanes, then the longest groups and tests. Changes `items`; returns node id -> group.
 
     `left_out` is the mark of tests that will be deselected: they take no time.
     """
@@ -48,7 +51,6 @@ def arrange(items: list[pytest.Item], left_out: str | None = None) -> None:
     groups = {item: group for item in items if (group := _group(item, lanes))}
     length: dict[str, float] = {}
     for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
         length[group] = length.get(group, 0) + seconds.get(item, 0)
 
     def place(item: pytest.Item) -> tuple[bool, float]:
@@ -58,6 +60,27 @@ def arrange(items: list[pytest.Item], left_out: str | None = None) -> None:
         return True, -length.get(groups.get(item, ""), seconds.get(item, 0))
 
     items.sort(key=place)
+    return {item.nodeid: group for item, group in groups.items()}
+
+
+def scheduler(config: pytest.Config, log: Any, groups_file: Path) -> Any:
+    """Hands out groups, and tests of none one by one, in their order. Workers have written the file when it is read.
+
+    xdist's own `--dist loadgroup` appends the group to the node id, in an attribute that pytest 9.2 does not read: it
+    would ignore all groups.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        groups: dict[str, str] | None = None
+
+        def _split_scope(self, nodeid: str) -> str:
+            if self.groups is None:
+                self.groups = json.loads(groups_file.read_text(encoding="utf-8"))
+            return self.groups.get(nodeid, nodeid)
+
+    return ByGroup(config, log)
+
 
 
 def on_slurm(item: pytest.Item) -> bool:
@@ -73,6 +96,8 @@ def _group(item: pytest.Item, lanes: dict[str, int]) -> str:
     """The tests that one worker must run: a lane or a module. Empty where any worker will do."""
     if on_slurm(item):
         return f"slurm-{lanes[_module(item)]}"
+    if mark := item.get_closest_marker("xdist_group"):
+        return str(mark.args[0])
     return _module(item) if _shares_a_fixture(item) else ""
 
 

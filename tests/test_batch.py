@@ -18,6 +18,7 @@ from ftlib import modelfiles
 from ftlib.errors import InputError
 from ftlib.slurm import batch, container
 from jobs import chain
+from tests.processes import started
 from tests.wishes import CHECKOUT, planned, site, spec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -274,18 +275,14 @@ def test_a_step_that_is_seen_costs_no_look_at_the_nodes_processes(tmp_path: Path
     said = {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls), "FT_RUN": str(tmp_path), "FT_STAGE": "train"}
     said |= {"FT_LIFE": "1", "FT_JOB": "7", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "FT_WATCH_S": "3"}
     log = tmp_path / "log"
-    watch = subprocess.Popen(
-        ["bash", "slurm_templates/watch.sh", str(os.getpid()), str(log), "0"], cwd=CHECKOUT, env={**os.environ, **said}
-    )
-    try:
+    command = ["bash", "slurm_templates/watch.sh", str(os.getpid()), str(log), "0"]
+    with started(command, cwd=CHECKOUT, env={**os.environ, **said}) as watch:
         time.sleep(5)
         seen = calls.read_text().splitlines()
         assert seen and set(seen) == {"listpids 7 n1"} and len(seen) <= 3
         Path(f"{calls}.step").unlink()
         watch.wait(timeout=30)
         assert "slurmstepd is gone" in log.read_text() and "find" in calls.read_text()
-    finally:
-        watch.kill()
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ def submit(checkout: Path, *words: str, settings: str = "") -> RunDir:
     return RunDir(checkout / "runs" / name)
 
 
-def until(check: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def until(check: Callable[[], Any], timeout_s: float, what: str, pause_s: float = 0.3) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := check()):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.3)
+        time.sleep(pause_s)
     return found
 
 
@@ -49,7 +49,8 @@ def finished(checkout: Path, run: RunDir, timeout_s: float = 240) -> dict[str, A
         found = status(checkout, run.name)
         return found if found["state"] not in ("queued", "running") else None
 
-    found = until(ended, timeout_s, f"the end of {run.name}")
+    # Each look is a process of its own, which would take half a core from the jobs that are waited for.
+    found = until(ended, timeout_s, f"the end of {run.name}", pause_s=1)
     assert isinstance(found, dict)
     return found
 

@@ -43,14 +43,14 @@ def until(check: Callable[[], object], timeout_s: float, what: str, pause_s: flo
 
 def healthy() -> bool:
     """Whether the cluster is up and well."""
-    return subprocess.run([sys.executable, str(SCRIPT), "status"], capture_output=True).returncode == 0
+    return subprocess.run([sys.executable, str(SCRIPT), "status"], capture_output=True, timeout=120).returncode == 0
 
 
 def up() -> bool:
     """Start the cluster where it is not up; whether it was."""
     if healthy():
         return True
-    done = subprocess.run([sys.executable, str(SCRIPT), "up"], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), "up"], text=True, capture_output=True, timeout=600)
     if done.returncode:
         raise Trouble(f"no local Slurm: {done.stderr.strip() or done.stdout.strip()}")
     return False
@@ -58,7 +58,7 @@ def up() -> bool:
 
 def down() -> None:
     """Stop the cluster."""
-    subprocess.run([sys.executable, str(SCRIPT), "down"], capture_output=True)
+    subprocess.run([sys.executable, str(SCRIPT), "down"], capture_output=True, timeout=120)
 
 
 def heal() -> None:
@@ -110,7 +110,8 @@ def start_controller() -> None:
     import daemons
 
     daemons.start("slurmctld", "slurmctld", "-D")
-    until(lambda: subprocess.run(["scontrol", "ping"], env=ENV, capture_output=True).returncode == 0, 60, "slurmctld")
+    ping = ["scontrol", "ping"]
+    until(lambda: subprocess.run(ping, env=ENV, capture_output=True, timeout=60).returncode == 0, 60, "slurmctld")
 
 
 def _pid(daemon: str) -> int:
