@@ -2,19 +2,63 @@
 
 import getpass
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, field_validator
 
 from ftlib.errors import InputError, unknown
 from ftlib.recipe import names, override, read_yaml
 from ftlib.spec import Model, validate
 
 
-class Gpu(Model):
+def control_character(text: str) -> str | None:
+    """The first character of `text` that could end a line of a job's script or hide in it, as Python writes it (such as
+    '\\n'); None where all are printable."""
+    return next((repr(character) for character in text if not character.isprintable()), None)
+
+
+class SiteModel(Model):
+    """A part of a profile. Its text reaches #SBATCH lines, where a line break would begin another option, so that every
+    text in it is one printable line."""
+
+    @field_validator("*")
+    @classmethod
+    def _printable(cls, value: Any) -> Any:
+        texts = [value]
+        if isinstance(value, dict):
+            texts = [*value.keys(), *value.values()]
+        elif isinstance(value, tuple):
+            texts = list(value)
+        for text in texts:
+            if isinstance(text, str) and (found := control_character(text)):
+                raise ValueError(f"{text!r} has the character {found}; allowed: printable characters on one line")
+        return value
+
+
+def _shell_names(variables: dict[str, str]) -> dict[str, str]:
+    """`variables`, each of whose names a shell takes as it stands; ValueError lists the others."""
+    problems = []
+    for name in variables:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            nearest = re.sub("[^A-Za-z0-9_]", "_", name)
+            nearest = f"_{nearest}" if nearest[:1].isdigit() else nearest
+            hint = f" Did you mean {nearest}?" if nearest else ""
+            problems.append(f"{name!r} is no name of a variable; allowed: letters, digits and _, no digit first.{hint}")
+        elif name.startswith("FT_"):
+            problems.append(f"{name!r} is set for each job by ftlib itself; allowed: names that do not begin with FT_")
+    if problems:
+        raise ValueError(" ".join(problems))
+    return variables
+
+
+Variables = Annotated[dict[str, str], AfterValidator(_shell_names)]
+
+
+class Gpu(SiteModel):
     """One GPU of a partition; figures from its data sheet."""
 
     type: str = Field(description="What people call it, such as a100")
@@ -26,7 +70,7 @@ class Gpu(Model):
     simulated: bool = Field(False, description="A fake GPU of a test cluster: jobs compute on the CPU")
 
 
-class Partition(Model):
+class Partition(SiteModel):
     """One partition and the shape of its nodes."""
 
     name: str = Field(description="Name of the partition")
@@ -37,14 +81,14 @@ class Partition(Model):
     max_time_min: int = Field(ge=1, description="Longest time limit, in minutes")
     ask_gpus_by: Literal["gres", "gpus-per-node"] = Field("gres", description="Which sbatch option asks for GPUs")
     constraint: str | None = Field(None, description="sbatch --constraint")
-    environment: dict[str, str] = Field({}, description="Variables for jobs here, such as NCCL_SOCKET_IFNAME")
+    environment: Variables = Field({}, description="Variables for jobs here, such as NCCL_SOCKET_IFNAME")
 
 
 # Where nobody has counted yet.
 KILL_EVERY_H = 24.0
 
 
-class Scheduler(Model):
+class Scheduler(SiteModel):
     """How Slurm behaves here."""
 
     cluster_name: str = Field(description="ClusterName that scontrol show config reports")
@@ -60,7 +104,7 @@ class Scheduler(Model):
         KILL_EVERY_H, gt=0, description="Hours a job runs here, on average, until it is killed without a warning")
 
 
-class Storage(Model):
+class Storage(SiteModel):
     """Where things belong. Models, packages and runs fill a home folder with a small quota."""
 
     home_gib: float | None = Field(None, gt=0, description="Quota of a home folder, where it is too small for all that")
@@ -69,7 +113,7 @@ class Storage(Model):
         None, description="Tells the group's quota of it as lfs quota does; {account} and {user}")
 
 
-class Container(Model):
+class Container(SiteModel):
     """How this site's stages run in an image (env/train.def)."""
 
     command: str = Field("apptainer", description="Apptainer's command, or its path")
@@ -82,7 +126,7 @@ class Container(Model):
     binds: tuple[str, ...] = Field((), description="Folders shown inside beside the run's own, such as /blue")
 
 
-class ClusterProfile(Model):
+class ClusterProfile(SiteModel):
     """A site and a user's choices in it; `scheduler` is null where there is no Slurm."""
 
     name: str = Field(description="Name of the profile")
@@ -99,7 +143,7 @@ class ClusterProfile(Model):
     cache: str = Field(".cache", description="Folder for caches, on storage every node sees; {account} and {user}")
     storage: Storage = Storage()
     modules: tuple[str, ...] = Field((), description="module load, in this order")
-    environment: dict[str, str] = Field({}, description="Variables for every job")
+    environment: Variables = Field({}, description="Variables for every job")
     python: str | None = Field(None, description="Interpreter of the jobs; default: the one that submits")
     container: Container | None = Field(None, description="Run in an image; null: in the virtual environment")
     compute_internet: bool = Field(True, description="Compute nodes reach the internet")

@@ -22,11 +22,11 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 WANTED = [
     ("SIGKILL of the batch shell", "prepare", "data preparation"),
     ("node down", "train", "warm-up"),
-    ("SIGKILL of the step", "train", "imports"),
     ("preemption with grace", "train", "a step"),
     ("USR2 by hand", "train", "accumulation"),
     ("SIGKILL of a worker", "train", "checkpoint write"),
     ("scontrol requeue", "export", "export"),
+    ("SIGKILL of the step", "evaluate", "answers of the tuned model"),
 ]
 
 

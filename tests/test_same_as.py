@@ -67,12 +67,13 @@ def test_an_intended_change_that_is_there_no_more_is_reported() -> None:
     assert len(no_longer_there(compare("tiny", {"a": 1}, {"a": 1}, entry), entry)) == 2
 
 
-def test_a_script_with_another_name_is_compared_with_the_one_it_was() -> None:
+@pytest.mark.parametrize("points", ["", ", 5 points"])
+def test_a_script_with_another_name_is_compared_with_the_one_it_was(points: str) -> None:
     renamed = [{"was": "export.sbatch", "now": "finish.sbatch", "reason": "one allocation serves both"}]
     changes = IntendedChanges.model_validate({"renamed": renamed})
-    then, now = {"export.sbatch": SCRIPT}, {"finish.sbatch": SCRIPT.replace("gpu", "cpu")}
+    then, now = {f"export.sbatch{points}": SCRIPT}, {f"finish.sbatch{points}": SCRIPT.replace("gpu", "cpu")}
     (result,) = compare("tiny", then, now, changes)
-    assert result.part == "finish.sbatch"
+    assert result.part == f"finish.sbatch{points}"
     assert [line.text for line in result.lines if line.wrong] == [
         "-#SBATCH --partition=gpu",
         "+#SBATCH --partition=cpu",

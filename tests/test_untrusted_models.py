@@ -17,10 +17,10 @@ import pytest
 from ftlib.errors import InputError
 from tests.wishes import CHECKOUT, copied_checkout, spec
 
-# What can load code: class -> its methods that take trust_remote_code. GenerationConfig and peft's PeftModel load none
+# Methods that can load code, and take trust_remote_code. GenerationConfig and peft's classes load none
 # and would take the argument for a field.
 CODE_LOADERS = {"from_pretrained", "from_config"}
-LOAD_NO_CODE = {"GenerationConfig", "PeftModel", "shapes"}
+LOAD_NO_CODE = {"GenerationConfig", "PeftConfig", "PeftModel", "shapes"}
 PAYLOAD = "import os, pathlib\npathlib.Path(os.environ['FT_TEST_PAYLOAD']).write_text('it ran')\n"
 
 

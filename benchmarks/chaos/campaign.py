@@ -21,13 +21,15 @@ from benchmarks.chaos import processes, slurm
 from benchmarks.chaos.kinds import KINDS, Kind, next_life_begun
 from benchmarks.chaos.places import PLACES, View, stand_at
 from ftlib import metrics, outcome, state
+from ftlib.evaluate.evaluate import read_answers
 from ftlib.rundir import RunDir
 
 STEPS, SAVE, EVAL, WARM_UP = 100, 10, 20, 0.12
 SETTINGS = (
     f"train.steps={STEPS} train.save_every_steps={SAVE} train.eval_every_steps={EVAL} optim.warmup_share={WARM_UP} "
     "train.micro_batch=2 train.log_every_steps=20 data.pairs=600 data.seq_len=128 method.dropout=0.1 "
-    "evaluate.pairs=16 evaluate.max_new_tokens=16 tracking.mode=disabled"
+    # Batches enough for a kill to fall between two of them.
+    "evaluate.pairs=48 evaluate.batch=8 evaluate.max_new_tokens=16 tracking.mode=disabled"
 )
 SEEN = {"save": SAVE, "eval": EVAL, "warmup": round(STEPS * WARM_UP)}
 FLAVOURS = {
@@ -49,6 +51,9 @@ ORDER = (
     ("train", "validation"),
     ("export", "before the handler"),
     ("export", "export"),
+    ("evaluate", "answers of the base"),
+    ("evaluate", "before the handler"),
+    ("evaluate", "answers of the tuned model"),
 )
 COMPARED = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
 
@@ -180,7 +185,22 @@ def differences(run: RunDir, reference: RunDir) -> list[str]:
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         if _sha(run.export / name) != _sha(reference.export / name):
             found.append(f"export/{name} differs")
+    for path in ("evaluation.json", "export/equality.json"):
+        if _json(run.path / path) != _json(reference.path / path):
+            found.append(f"{path} differs")
+    for subject in ("base", "tuned"):
+        if _answers(run, subject) != _answers(reference, subject):
+            found.append(f"evaluation/{subject}.jsonl: other answers")
     return found
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _answers(run: RunDir, subject: str) -> dict[int, Any]:
+    """What a model answered, by question, with its likelihoods; a line that a kill cut short does not count."""
+    return read_answers(run.path / "evaluation" / f"{subject}.jsonl")
 
 
 def _sha(path: Path) -> str:
@@ -188,10 +208,11 @@ def _sha(path: Path) -> str:
 
 
 def schedule(count: int, random: Random) -> list[tuple[str, str, str, str]]:
-    """(flavour, kind, stage, place) to be done: kinds and places in turn, so that each kind meets many places."""
+    """(flavour, kind, stage, place) to be done: kinds and places in turn, so that each kind meets many places. The
+    places are taken from the last one on, so that a short campaign has kills in evaluation and export, too."""
     kinds, found = list(KINDS), []
     random.shuffle(kinds)
-    for number, (turn, at) in enumerate(product(range(10**6), range(len(ORDER)))):
+    for number, (turn, at) in enumerate(product(range(10**6), reversed(range(len(ORDER))))):
         flavour = list(FLAVOURS)[turn % len(FLAVOURS)]
         stage, place = ORDER[at]
         found.append((flavour, kinds[(at + 3 * turn + turn // 10) % len(kinds)], stage, place))

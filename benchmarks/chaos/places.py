@@ -154,6 +154,27 @@ def _exporting(view: View) -> bool:
     return view.started() and (view.run.export / ".unfinished").exists()
 
 
+def _answers(view: View, subject: str) -> tuple[int, float]:
+    """How many answers of a model (base or tuned) are kept, and when the last was (seconds since 1970)."""
+    path = view.run.path / "evaluation" / f"{subject}.jsonl"
+    try:
+        return path.read_bytes().count(b"\n"), path.stat().st_mtime
+    except FileNotFoundError:
+        return 0, 0.0
+
+
+def _answering_base(view: View) -> bool:
+    """This attempt has kept answers of the base, and the tuned model has none yet."""
+    kept, at = _answers(view, "base")
+    return kept > 0 and at > view.began() + 1 and _answers(view, "tuned")[0] == 0
+
+
+def _answering_tuned(view: View) -> bool:
+    """This attempt has kept answers of the tuned model, and more are to come."""
+    kept, at = _answers(view, "tuned")
+    return 0 < kept < _answers(view, "base")[0] and at > view.began() + 1
+
+
 @dataclass(frozen=True)
 class Place:
     """A moment in a stage, and how to know it."""
@@ -176,6 +197,8 @@ PLACES = {
         Place("checkpoint write", ("train",), _saving),
         Place("validation", ("train",), _validating),
         Place("export", ("export",), _exporting),
+        Place("answers of the base", ("evaluate",), _answering_base),
+        Place("answers of the tuned model", ("evaluate",), _answering_tuned),
     )
 }
 

@@ -30,8 +30,8 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
         f"{len(kills)} kills in {len(results)} runs on the local Slurm ({os.cpu_count()} cores, {platform.machine()}), "
         f"in {minutes:.0f} minutes, seed {seed}. Each run was then laid beside one of its kind that nothing touched: "
         "every step's loss, validation loss, learning rate, gradient norm and token count (by which the order of the "
-        "samples shows), and the exported adapter's and merged weights' SHA-256 must be the same, no step twice, none "
-        "missing.",
+        "samples shows), the exported adapter's and merged weights' SHA-256, the proof of their equality, every answer "
+        "and the scores must be the same, no step twice, none missing.",
         "",
         f"- Runs that ended equal, bit for bit: **{len(equal)} of {len(results)}**",
         f"- Causes that `make why` named rightly: **{sum(kill.right for kill in kills)} of {len(kills)}**",

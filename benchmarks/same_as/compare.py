@@ -52,8 +52,15 @@ class IntendedChanges(BaseModel):
 
     def as_now(self, then: Parts, now: Parts) -> Parts:
         """The earlier side's parts under the names that they have now."""
-        names = {entry.was: entry.now for entry in self.renamed if entry.was in then and entry.now in now}
-        return {names.get(part, part): value for part, value in then.items()}
+        named: Parts = {}
+        for part, value in then.items():
+            for entry in self.renamed:
+                # An array's script goes on with its number of points: "train.sbatch, 5 points".
+                script, comma, rest = part.partition(",")
+                if script == entry.was and entry.now + comma + rest in now:
+                    part = entry.now + comma + rest
+            named[part] = value
+        return named
 
 
 def read_intended(file: Path = INTENDED) -> IntendedChanges:
@@ -153,7 +160,7 @@ def no_longer_there(results: list[PartResult], intended: IntendedChanges) -> lis
         for pattern in entry.lines:
             if not any(re.fullmatch(pattern, text) for text in texts.get(entry, ())):
                 found.append(f"{entry.case}, {entry.part}: no difference is {pattern!r} ({entry.reason})")
-    parts = {result.part for result in results}
+    parts = {result.part.partition(",")[0] for result in results}
     for script in intended.renamed:
         if script.now not in parts:
             found.append(f"no script is called {script.now!r} ({script.reason})")

@@ -11,7 +11,7 @@ from typing import Any
 from ftlib import hubapi, modelfiles
 from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
-from ftlib.profile import ClusterProfile, Partition
+from ftlib.profile import ClusterProfile, Partition, control_character
 
 GUARD_MIN = 10
 TEMPLATES = "slurm_templates"
@@ -119,7 +119,20 @@ def _job(
     said |= {"account": profile.account, "qos": qos, "constraint": where.constraint}
     chosen = {key: value for key, value in said.items() if value is not None}
     extra = {"kill-on-invalid-dep": "yes", **extra}
+    _check_options({**chosen, **extra})
     return {**chosen, "stderr_to_stdout": True, "wckey": None, "additional_parameters": extra}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """InputError for a value that would begin another line among the #SBATCH ones. The profile is checked when it is
+    read; a run's name, or a plan in a folder that was copied from elsewhere, is not."""
+    problems = []
+    for option, value in options.items():
+        if isinstance(value, str) and (found := control_character(value)):
+            problems.append(f"sbatch --{option.replace('_', '-')}: {value!r} has the character {found}; allowed: "
+                            "printable characters on one line")  # fmt: skip
+    if problems:
+        raise InputError(problems)
 
 
 def array(
