@@ -25,8 +25,6 @@ def slurm(gpus: str, **more: str) -> dict[str, str]:
     if gpus:
         names = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
         found |= {**dict.fromkeys(names, gpus), "SLURM_GPUS_ON_NODE": str(len(gpus.split(",")))}
-    else:
-        found |= {"CUDA_VISIBLE_DEVICES": ""}  # the batch script's own
     return {**found, **more}
 
 
@@ -77,8 +75,8 @@ def test_anything_else_is_refused_in_words_that_name_both(
         (ONE, "MIG-c3, MIG-d4", "MIG-c3"),
         (TWO, "0,1,2", "0,1"),  # an evaluation over two
         (RANKS, "0,1,2,3", "0,1,2,3"),  # NCCL wants to see its peers' GPUs
-        (CPU, "", ""),
-        (SIMULATED, "0,1", "0,1"),
+        (CPU, None, ""),  # a node whose GPUs no cgroup hides
+        (SIMULATED, "0,1", ""),
     ],
 )
 def test_a_single_process_sees_the_gpus_of_its_plan_alone(plan: dict[str, Any], before: str | None, after: str) -> None:

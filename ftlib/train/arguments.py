@@ -42,7 +42,7 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
 
 def _check_gpus(stage: str, asked: dict[str, Any]) -> None:
     """What Slurm gave was checked when the stage began (ftlib.slurm.allocation); here, what CUDA finds of it."""
-    node, shown = os.uname().nodename, os.environ.get(VISIBLE, "not set")
+    node, shown = os.uname().nodename, repr(os.environ.get(VISIBLE, "not set"))
     if not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
         raise InputError(
