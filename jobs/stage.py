@@ -192,6 +192,11 @@ def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.report.plan import console
     from ftlib.train.watch import watched
 
+    asked = run.stage_plan("evaluate")
+    if asked["device"] == "cuda":
+        from ftlib.train.arguments import check_gpus
+
+        check_gpus("evaluate", asked)
     with watched(run, life, stop, "evaluate"):
         evaluation = evaluate(run, stop, attempt=life)
     console().print(evaluation_table(evaluation))

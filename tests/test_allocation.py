@@ -107,6 +107,24 @@ def test_the_trainer_counts_one_gpu_where_torch_sees_two(tmp_path: Any, monkeypa
         PartialState._reset_state()  # it is one for the process, and would keep the device
 
 
+def test_a_node_that_shows_fewer_gpus_than_it_should_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
+    from ftlib.errors import BadGpu
+    from ftlib.slurm import diagnose
+    from ftlib.train.arguments import check_gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadGpu, match=r"shows 1 of its 2 GPUs \(CUDA_VISIBLE_DEVICES: '0,1'\)") as error:
+        check_gpus("evaluate", TWO)
+    assert diagnose.from_outcome(error.value.exit_code, str(error.value)) == "bad GPU"
+    # None at all may be the packages' or the driver's doing, on every node: no other is tried.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="finds none on"):
+        check_gpus("evaluate", TWO)
+
+
 def test_it_stands_on_the_standard_library_alone() -> None:
     code = "import sys, ftlib.slurm.allocation; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
