@@ -172,7 +172,7 @@ def entered(run: RunDir, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(
         answering.AutoModelForCausalLM, "from_pretrained", lambda *_, device_map, **__: reached(device_map)
     )
-    monkeypatch.setattr(preparing, "prepare", lambda *_: reached("none"))  # it loads no model
+    monkeypatch.setattr(preparing, "prepare", lambda *_, **__: reached("none"))  # it loads no model
     devices = []
     real = arguments.prepare_process
 
