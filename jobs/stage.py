@@ -13,6 +13,7 @@ import time
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ftlib import events, outcome
 from ftlib.errors import DONE, INPUT_WRONG, FtError, Interrupted
@@ -74,7 +75,9 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
     if rank == 0:
         # Of an array's task, SLURM_JOB_ID is not what squeue and sacct call it.
         job = os.environ.get("FT_JOB") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
-        where = {"node": socket.gethostname(), "image": os.environ.get("FT_IMAGE")}
+        where: dict[str, Any] = {"node": socket.gethostname(), "image": os.environ.get("FT_IMAGE")}
+        if "SLURM_JOB_ID" in os.environ:  # a job that stages share may hold more than this one plans for
+            where["gpus"] = allocation.gpus_given(os.environ)
         events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
     began = time.monotonic()
     try:
@@ -189,6 +192,11 @@ def evaluate(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.report.plan import console
     from ftlib.train.watch import watched
 
+    asked = run.stage_plan("evaluate")
+    if asked["device"] == "cuda":
+        from ftlib.train.arguments import check_gpus
+
+        check_gpus("evaluate", asked)
     with watched(run, life, stop, "evaluate"):
         evaluation = evaluate(run, stop, attempt=life)
     console().print(evaluation_table(evaluation))

@@ -27,7 +27,7 @@ def plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"run": wish.name, **wish.plan.model_dump(mode="json")}, indent=1))
     else:
-        print_plan(wish.name, wish.spec, wish.plan)
+        print_plan(wish.name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
     return 0
 
 
@@ -41,7 +41,7 @@ def submit(options: argparse.Namespace) -> int:
     known = (RUNS / name / "spec.json").exists()
     if not known:
         fetch.require_access([wish])
-        print_plan(name, wish.spec, wish.plan)
+        print_plan(name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
         require_space(space_needed(wish), f"run {name}", new=[wish])
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if known:
@@ -81,7 +81,7 @@ def require_space(need_bytes: int, purpose: str, *, new: Sequence[Wish]) -> None
 
 
 def _dry_run(wish: Wish, name: str) -> int:
-    print_plan(name, wish.spec, wish.plan)
+    print_plan(name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
     if wish.profile.scheduler is None:
         print("Without Slurm these stages run here, one after the other; there are no scripts to show.")
         return 0

@@ -25,8 +25,6 @@ def slurm(gpus: str, **more: str) -> dict[str, str]:
     if gpus:
         names = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
         found |= {**dict.fromkeys(names, gpus), "SLURM_GPUS_ON_NODE": str(len(gpus.split(",")))}
-    else:
-        found |= {"CUDA_VISIBLE_DEVICES": ""}  # the batch script's own
     return {**found, **more}
 
 
@@ -77,8 +75,8 @@ def test_anything_else_is_refused_in_words_that_name_both(
         (ONE, "MIG-c3, MIG-d4", "MIG-c3"),
         (TWO, "0,1,2", "0,1"),  # an evaluation over two
         (RANKS, "0,1,2,3", "0,1,2,3"),  # NCCL wants to see its peers' GPUs
-        (CPU, "", ""),
-        (SIMULATED, "0,1", "0,1"),
+        (CPU, None, ""),  # a node whose GPUs no cgroup hides
+        (SIMULATED, "0,1", ""),
     ],
 )
 def test_a_single_process_sees_the_gpus_of_its_plan_alone(plan: dict[str, Any], before: str | None, after: str) -> None:
@@ -107,6 +105,24 @@ def test_the_trainer_counts_one_gpu_where_torch_sees_two(tmp_path: Any, monkeypa
         assert (arguments.n_gpu, arguments.train_batch_size) == (1, plan["micro_batch"])
     finally:
         PartialState._reset_state()  # it is one for the process, and would keep the device
+
+
+def test_a_node_that_shows_fewer_gpus_than_it_should_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
+    from ftlib.errors import BadGpu
+    from ftlib.slurm import diagnose
+    from ftlib.train.arguments import check_gpus
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BadGpu, match=r"shows 1 of its 2 GPUs \(CUDA_VISIBLE_DEVICES: '0,1'\)") as error:
+        check_gpus("evaluate", TWO)
+    assert diagnose.from_outcome(error.value.exit_code, str(error.value)) == "bad GPU"
+    # None at all may be the packages' or the driver's doing, on every node: no other is tried.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="finds none on"):
+        check_gpus("evaluate", TWO)
 
 
 def test_it_stands_on_the_standard_library_alone() -> None:

@@ -135,11 +135,11 @@ def shell(tmp_path: Path):  # type: ignore[no-untyped-def]
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
 
-    def go(command: str, *, before: str = "", **environment: str) -> tuple[int, list[str]]:
+    def go(command: str, *, before: str = "", after: str = "", **environment: str) -> tuple[int, list[str]]:
         calls = tmp_path / "calls"
         calls.unlink(missing_ok=True)
         Path(f"{calls}.n").unlink(missing_ok=True)
-        script = f"{before}\n. slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n"
+        script = f"{before}\n. slurm_templates/prologue.sh\n{command}\n. slurm_templates/epilogue.sh\n{after}"
         said = {"FT_RUN": str(run), "FT_STAGE": "train", "FT_REQUEUE": "1", "SLURM_JOB_ID": "7", "CALLS": str(calls)}
         said["FT_PYTHON"] = sys.executable
         # Not into a pipe: what the shell leaves in the background would hold it open, and this would wait for that.
@@ -164,6 +164,23 @@ def says(code: int) -> str:
 
 def test_done_ends_well_whatever_srun_returned(shell) -> None:  # type: ignore[no-untyped-def]
     assert shell(says(0)) == (0, [])
+
+
+def test_two_stages_share_a_job_each_with_its_attempt_step_and_log(shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    loop = batch.begin(("export", "evaluate"), time_min=30)[:-1]  # the fixture has the prologue
+    before = "\n".join(['mkdir -p "$FT_RUN/slurm/export" "$FT_RUN/slurm/evaluate"', *loop])
+    work = """echo "log of $FT_STAGE"; echo "$FT_STAGE $FT_LIFE $FT_STEP" >>"$FT_RUN/order"
+    case $FT_STAGE-$FT_LIFE in evaluate-1) code=75 ;; *) code=0 ;; esac
+    echo "$code words" >"$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"; (exit 143)"""
+    (run,) = tmp_path.glob("*run")
+    # The evaluation is interrupted, and the requeued job resumes there; after that nothing is left to do.
+    assert shell(work, before=before, after="done\n") == (75, ["requeue Incomplete 7"])
+    assert shell(work, before=before, after="done\n") == (0, [])
+    assert shell(work, before=before, after="done\n") == (0, [])
+    assert (run / "order").read_text().splitlines() == ["export 1 0", "evaluate 1 1", "evaluate 2 0"]
+    logs = {stage: (run / "slurm" / stage / "7_0_log.out").read_text() for stage in ("export", "evaluate")}
+    assert logs["export"] == "log of export\n"
+    assert logs["evaluate"].count("log of evaluate\n") == 2 and "interrupted" not in logs["export"]
 
 
 def test_wrong_input_stops(shell) -> None:  # type: ignore[no-untyped-def]

@@ -300,6 +300,18 @@ def test_the_sender_of_a_warning_is_found(
     assert event["cause"] == cause
 
 
+def test_without_an_answer_a_job_of_two_stages_says_itself_when_it_ends(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan's limit is the stage's own, and its attempt did not begin with the job."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("FT_ENDS", "1999999999")
+    life(run, 1, outcome=LIMIT)
+    monkeypatch.setenv("FT_ENDS", "1700000000")
+    life(run, 2, outcome=LIMIT)
+    assert [event["cause"] for event in events.read(run.events)] == ["by hand", "time limit"]
+
+
 def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> None:
     states = ("NODE_FAIL", "FAILED", "NODE_FAIL", "RUNNING")
     shim(run, "sacct", ";".join(f"echo '17000000{n}0|{state}'" for n, state in enumerate(states, 1)))

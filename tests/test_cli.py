@@ -98,7 +98,7 @@ def test_dry_run_prints_the_scripts_and_writes_nothing(checkout: Path, cluster: 
     done = jobs("submit", "--model", "llama2-7b", "--cluster", cluster, "--dry-run", checkout=checkout)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("=====")] == [
-        f"===== {stage}.sbatch =====" for stage in ("prepare", "train", "export", "evaluate")
+        f"===== {stage}.sbatch =====" for stage in ("prepare", "train", "export+evaluate")
     ]
     assert run_names(checkout) == [] and not (checkout / "runs").exists()
 

@@ -54,7 +54,10 @@ def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetim
                 lost += max(0.0, (ended - (saves[-1] if saves else began)).total_seconds())
         asked = (plan.get("stages") or {}).get(stage) or {}
         on_gpu = asked.get("device", plan.get("device")) == "cuda"
-        gpus = asked.get("nodes", 1) * asked.get("gpus_per_node", 0) if on_gpu else 0
+        # What its job held on a node, where that was noted: as many as the most demanding stage of the job needs.
+        begun = [event for mine in found.values() for event in mine if event["event"] == "started"]
+        held = max((event.get("gpus", 0) for event in begun), default=0) or asked.get("gpus_per_node", 0)
+        gpus = asked.get("nodes", 1) * held if on_gpu else 0
         if found:
             costs.append(StageCost(stage, len(found), seconds, lost, gpus))
     return costs

@@ -26,8 +26,8 @@ def minutes(value: float | None) -> str:
     return f"{value:.0f} min" if value < 120 else f"{value / 60:.1f} h"
 
 
-def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
-    """Resources, memory, time and cost of a run."""
+def print_plan(name: str, spec: RunSpec, plan: RunPlan, *, queued: bool = True) -> None:
+    """Resources, memory, time and cost of a run; `queued`: its stages are jobs of Slurm."""
     out = console()
     out.print(f"Run {name}: {spec.description}" if spec.description else f"Run {name}")
     rows, needed, there = spec.train.global_batch, plan.gpu_needed_gib, plan.gpu_memory_gib
@@ -48,6 +48,11 @@ def print_plan(name: str, spec: RunSpec, plan: RunPlan) -> None:
             str(asked.cpus_per_task * asked.tasks_per_node * asked.nodes), f"{asked.mem_gib} GiB",
             minutes(asked.time_min), minutes(asked.estimate_min))
     out.print(table)
+    for stages in plan.jobs if queued else ():
+        if len(stages) > 1:
+            job = plan.request(stages)
+            gpus = f"{job.gpus_per_node} GPU{'s' if job.gpus_per_node > 1 else ''}"
+            out.print(f"  {' and '.join(stages)} share one job: {gpus}, {job.mem_gib} GiB, {minutes(job.time_min)}")
     if plan.gpu_hours is not None:
         out.print(f"  cost: about {plan.gpu_hours:.1f} GPU-hours")
     elif plan.gpu:

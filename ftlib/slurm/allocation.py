@@ -13,7 +13,7 @@ from ftlib.errors import InputError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Where Slurm lists the GPUs of this node, the step's before the job's. srun sets them in each task, for simulated GPUs
-# too, whatever the batch script did to CUDA_VISIBLE_DEVICES; without GPUs it sets none.
+# too, whatever the batch script did to CUDA_VISIBLE_DEVICES; of a job without GPUs it takes that variable away.
 LISTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "GPU_DEVICE_ORDINAL", VISIBLE)
 # CUDA_VISIBLE_DEVICES of a job without GPUs, by older Slurms.
 NONE_GIVEN = ("", "NoDevFiles")
@@ -73,13 +73,16 @@ def visible(environment: Mapping[str, str], count: int) -> list[str]:
 
 
 def narrow(plan: Mapping[str, Any], environment: MutableMapping[str, str]) -> None:
-    """Show a single process only as many GPUs as its stage plans for: on a workstation, or in a job that it shares.
+    """Show this process only the GPUs that its stage plans for: none where it computes on a CPU, and a single process
+    as many as are its own, on a workstation or in a job that it shares.
 
     A library that sees two GPUs may use both (transformers' Trainer doubles the batch). Several ranks keep all of
     their node's: NCCL's peer-to-peer needs them visible, and each rank is told its own by LOCAL_RANK.
     """
     planned = int(plan["gpus_per_node"])
-    if plan.get("device") == "cuda" and plan["nodes"] * plan["tasks_per_node"] == 1 and planned:
+    if plan["device"] == "cpu":
+        environment[VISIBLE] = ""
+    elif plan["nodes"] * plan["tasks_per_node"] == 1:
         environment[VISIBLE] = ",".join(visible(environment, planned)[:planned])
 
 

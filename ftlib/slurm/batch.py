@@ -164,7 +164,7 @@ def setup(
     stages: those that the job runs; time_min: its time limit.
     """
     check_path(run)
-    return [*enter(profile, environment, run / "code"), *_begin(stages, time_min)]
+    return [*enter(profile, environment, run / "code"), *begin(stages, time_min)]
 
 
 def array_setup(
@@ -177,10 +177,10 @@ def array_setup(
     lines = [f'export FT_RUN={shlex.quote(str(runs))}/"$(basename {link})"', 'cd "$FT_RUN/code" || exit 1']
     if prepared:
         lines.append('[ -e "$FT_RUN/prepared.json" ] || { echo "ftlib: its dataset was not prepared"; exit 64; }')
-    return [*_exports(environment), *lines, *_modules(profile), *_begin(stages, time_min)]
+    return [*_exports(environment), *lines, *_modules(profile), *begin(stages, time_min)]
 
 
-def _begin(stages: Sequence[str], time_min: int) -> list[str]:
+def begin(stages: Sequence[str], time_min: int) -> list[str]:
     """The prologue of the only stage, or the head of a loop over the stages that share the job.
 
     A stage that is done is passed over, so that a job that was requeued in the second stage resumes there.

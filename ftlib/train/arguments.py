@@ -28,7 +28,7 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     asked = plan["stages"][stage]
     on_gpu = asked["device"] == "cuda"
     if on_gpu:
-        _check_gpus(stage, asked)
+        check_gpus(stage, asked)
     deterministic = spec.train.deterministic
     if deterministic is None:
         deterministic = not on_gpu
@@ -40,9 +40,10 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     return device
 
 
-def _check_gpus(stage: str, asked: dict[str, Any]) -> None:
-    """What Slurm gave was checked when the stage began (ftlib.slurm.allocation); here, what CUDA finds of it."""
-    node, shown = os.uname().nodename, os.environ.get(VISIBLE, "not set")
+def check_gpus(stage: str, asked: dict[str, Any]) -> None:
+    """InputError or BadGpu unless CUDA finds the GPUs that the plan gives `stage` (StagePlan as data).
+    What Slurm gave was checked when the stage began (ftlib.slurm.allocation)."""
+    node, shown = os.uname().nodename, repr(os.environ.get(VISIBLE, "not set"))
     if not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
         raise InputError(
