@@ -1,6 +1,6 @@
 """How one life of a stage ended: a file of one line that a shell can read, written after the life's commit.
-The line is `CODE WORDS`: the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again, 76 run again on
-another node, 1 failed), and a person's explanation."""
+The line is `CODE WORDS`: the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again, 76 run again
+on another node, 1 failed), and a person's explanation."""
 
 import os
 from dataclasses import dataclass
