@@ -1,13 +1,16 @@
 """How one life of a stage ended: a file of one line that a shell can read, written after the life's commit.
-The line is `CODE WORDS`: the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again, 1 failed), and
-a person's explanation."""
+The line is `CODE WORDS`: the exit code by which the epilogue acts (0 done, 64 input wrong, 75 run again, 76 run again
+on another node, 1 failed), and a person's explanation."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftlib import atomic
-from ftlib.errors import INPUT_WRONG
+from ftlib.errors import INPUT_WRONG, RUN_ELSEWHERE
+
+# What a single rank may find, and what then decides for the whole job: wrong input, or a bad GPU in its node.
+OF_ANY_RANK = (INPUT_WRONG, RUN_ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ def create(folder: Path, outcome: Outcome) -> bool:
 
 def settle(folder: Path, outcome: Outcome) -> Outcome:
     """Commit the outcome of an attempt, for rank 0; returns the one that stands. That is an earlier one in which
-    another rank says that the input is wrong: what rank 0 sees later (a lost connection, srun's SIGTERM) follows from
-    it, and would be tried again."""
+    another rank says that the input is wrong, or its GPU: what rank 0 sees later (a lost connection, srun's SIGTERM)
+    follows from it, and would be tried again on the same nodes."""
     if create(folder, outcome):
         return outcome
     for standing in read(folder, outcome.stage):
-        if standing.life == outcome.life and standing.code == INPUT_WRONG:
+        if standing.life == outcome.life and standing.code in OF_ANY_RANK:
             return standing
     write(folder, outcome)
     return outcome

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ftlib import events, outcome
-from ftlib.errors import DONE, INPUT_WRONG, FtError, Interrupted
+from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
 from ftlib.slurm import allocation
 from ftlib.stop import StopFlag
@@ -96,7 +96,7 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
     except Exception as error:  # the last resort: every end of a life leaves an outcome
         traceback.print_exc()
         words, code, event = f"{type(error).__name__}: {error}", 1, "failed"
-    if rank and code == INPUT_WRONG:
+    if rank and code in outcome.OF_ANY_RANK:
         # srun ends the other ranks now, and rank 0 could not say why.
         words += f" (rank {rank} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"
         outcome.create(rundir.outcomes, outcome.Outcome(stage, life, code, words))

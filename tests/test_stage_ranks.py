@@ -14,6 +14,7 @@ import pytest
 from ftlib import atomic, outcome
 from ftlib.outcome import Outcome
 from ftlib.rundir import RunDir
+from jobs import stage
 from tests.cluster import Slurm
 from tests.sweeps import checkout
 from tests.test_chain import finished, log
@@ -21,8 +22,10 @@ from tests.wishes import jobs, run_names
 
 __all__ = ["checkout"]
 FOUND = Outcome("train", 2, 64, "model.name: no such file (rank 1 on n2)")
+BAD_GPU = Outcome("train", 2, 76, "train: node n2 shows 1 of its 2 GPUs (rank 1 on n2)")
 
 
+@pytest.mark.parametrize("found", [FOUND, BAD_GPU])
 @pytest.mark.parametrize(
     "later",
     [
@@ -31,11 +34,13 @@ FOUND = Outcome("train", 2, 64, "model.name: no such file (rank 1 on n2)")
         Outcome("train", 2, 0, "trained 3 steps"),
     ],
 )
-def test_what_rank_0_sees_later_does_not_replace_invalid_input(tmp_path: Path, later: Outcome) -> None:
-    assert outcome.create(tmp_path, FOUND)
-    assert outcome.settle(tmp_path, later) == FOUND
+def test_what_rank_0_sees_later_does_not_replace_what_another_rank_found(
+    tmp_path: Path, found: Outcome, later: Outcome
+) -> None:
+    assert outcome.create(tmp_path, found)
+    assert outcome.settle(tmp_path, later) == found
     assert not outcome.create(tmp_path, later)
-    assert outcome.read(tmp_path) == [FOUND]
+    assert outcome.read(tmp_path) == [found]
     assert [path.name for path in tmp_path.iterdir()] == ["train-2"], "nothing temporary is left"
 
 
@@ -56,6 +61,22 @@ def test_a_file_is_created_once_also_without_hard_links(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "link", refuse)
     assert atomic.create_text(tmp_path / "a", "1") and not atomic.create_text(tmp_path / "a", "2")
     assert (tmp_path / "a").read_text() == "1" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("nodes", "address"), [("n[7-8]", "n7"), ("n7", "127.0.0.1")])
+def test_ranks_meet_on_the_first_node_and_on_a_single_one_where_nobody_else_reaches_them(
+    nodes: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that they are put back
+    slurm_variables = {
+        "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": nodes, "SUBMITIT_EXECUTOR": "slurm",
+    }  # fmt: skip
+    for name, value in slurm_variables.items():
+        monkeypatch.setenv(name, value)
+    assert stage._set_rank() == 1
+    assert os.environ["MASTER_ADDR"] == address and os.environ["WORLD_SIZE"] == "2"
 
 
 RANK = """
