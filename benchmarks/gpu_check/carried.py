@@ -51,6 +51,5 @@ def environment(site: Path | None) -> dict[str, str]:
     variables = {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     variables["WANDB_MODE"] = "disabled"
     variables["TOKENIZERS_PARALLELISM"] = "false"
-    variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     variables["PYTHONPATH"] = os.pathsep.join([*([str(site)] if site else []), str(CHECKOUT)])
     return variables
