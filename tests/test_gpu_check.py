@@ -249,6 +249,13 @@ class TestPack:
             [sys.executable, "-c", code], env=carried.environment(site), capture_output=True, text=True, timeout=60)
         assert done.stdout == "the pack 99.0\n", done.stderr
 
+    @pytest.mark.parametrize(("visible", "one"), [(None, "0"), ("", ""), ("2,5", "2"), ("GPU-a,GPU-b", "GPU-a")])
+    def test_one_of_several_gpus_is_used(self, visible: str | None, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert carried.environment(None)["CUDA_VISIBLE_DEVICES"] == one
+
     def test_a_pack_for_another_python_is_not_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "there is no pack" in carried.fits(tmp_path)
         wheel(tmp_path, "rich", "99.0", {})
