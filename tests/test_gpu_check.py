@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import carried, pack, results, table
 from tests.wishes import CHECKOUT
 
@@ -111,7 +112,7 @@ class TestRecorder:
         recorder = self.recorder(tmp_path)
 
         def broken() -> dict[str, object]:
-            raise RuntimeError("CUDA error: an illegal memory access")
+            raise RuntimeError("CUDA out of memory")
 
         def wrong() -> dict[str, object]:
             raise results.Wrong("beyond 0.02", {"dq": 0.5})
@@ -124,11 +125,41 @@ class TestRecorder:
         recorder.check("skipped", skipped, correctness=True)
         assert recorder.check("right", lambda: {"dq": 0.001}, correctness=True) == {"dq": 0.001}
         recorder.check("speed", lambda: {"tokens/s": 7}, correctness=False)
+        recorder.check("no speed", broken, correctness=False)
         rows = results.read(recorder.file)
-        assert [row["status"] for row in rows] == ["failed", "failed", "skipped", "ok", "measured"]
-        assert rows[0]["values"] == {} and "illegal memory access" in rows[0]["reason"]
+        assert [row["status"] for row in rows] == ["failed", "failed", "skipped", "ok", "measured", "error"]
+        assert rows[0]["values"] == {} and "out of memory" in rows[0]["reason"]
         assert rows[1]["values"] == {"dq": 0.5}
         assert results.failures(rows) == ["a: broken", "a: wrong"]
+
+    def test_a_process_that_lost_its_gpu_is_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An illegal memory access ends every later call of its process: the checks after it get a new one."""
+        code = """if True:
+            import os, sys
+            from pathlib import Path
+            from benchmarks.gpu_check import results
+            def lost():
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            recorder = results.Recorder(file=Path(sys.argv[1]), group="a", budget_s=60, device="cpu", dry=False)
+            recorder.check("before", lambda: {"process": os.getpid()}, correctness=True)
+            recorder.check("lost", lost, correctness=True)
+            assert recorder.check("before", lambda: {}, correctness=True)["process"] != os.getpid()
+            recorder.check("after", lambda: {"process": os.getpid()}, correctness=True)
+            """
+        wait_for = gpu_check.wait_for
+        started = []
+
+        def wait(command: list[str], environment: dict[str, str], timeout_s: float) -> int | None:
+            started.append(command)
+            return wait_for([sys.executable, "-c", code, str(file)], environment, timeout_s)
+
+        file = tmp_path / "rows.jsonl"
+        monkeypatch.setattr(gpu_check, "wait_for", wait)
+        gpu_check.run_child("a", file, 60, [], carried.environment(None))
+        rows = results.read(file)
+        statuses = [(row["check"], row["status"]) for row in rows]
+        assert statuses == [("before", "ok"), ("lost", "failed"), ("after", "ok")]
+        assert len(started) == 2 and rows[0]["values"] != rows[2]["values"]
 
     def test_what_the_time_does_not_allow_is_not_begun(self, tmp_path: Path) -> None:
         recorder = self.recorder(tmp_path, budget_s=5)
@@ -217,6 +248,13 @@ class TestPack:
         done = subprocess.run(
             [sys.executable, "-c", code], env=carried.environment(site), capture_output=True, text=True, timeout=60)
         assert done.stdout == "the pack 99.0\n", done.stderr
+
+    @pytest.mark.parametrize(("visible", "one"), [(None, "0"), ("", ""), ("2,5", "2"), ("GPU-a,GPU-b", "GPU-a")])
+    def test_one_of_several_gpus_is_used(self, visible: str | None, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert carried.environment(None)["CUDA_VISIBLE_DEVICES"] == one
 
     def test_a_pack_for_another_python_is_not_used(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "there is no pack" in carried.fits(tmp_path)

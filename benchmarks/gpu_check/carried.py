@@ -47,10 +47,11 @@ def unpack(site: Path, folder: Path = FOLDER) -> list[str]:
 
 
 def environment(site: Path | None) -> dict[str, str]:
-    """The environment of the checks' processes: the pack before all else, nothing of ~/.local, no network."""
+    """The environment of the checks' processes: the pack before all else, nothing of ~/.local, no network, one GPU."""
     variables = {**os.environ, "PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     variables["WANDB_MODE"] = "disabled"
     variables["TOKENIZERS_PARALLELISM"] = "false"
-    variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variables["CUDA_VISIBLE_DEVICES"] = "0" if visible is None else visible.split(",")[0]
     variables["PYTHONPATH"] = os.pathsep.join([*([str(site)] if site else []), str(CHECKOUT)])
     return variables

@@ -3,6 +3,7 @@
 A row: {"group", "check", "status", "seconds", "values", "reason", "by"}. status is one of
 ok, failed     a check of correctness (the exit code follows from these)
 measured       figures, with nothing to be right or wrong about
+error          figures could not be taken: `reason` says why, they stay null
 skipped        not made here, `reason` says why; its figures stay null
 not reached    the group's time was over first
 by: the device, and the version of torch and of every package that counts. The torch of a bare machine is another than
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -25,6 +27,11 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 VERSIONS = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "liger-kernel", "numpy")
 BAD = ("failed",)
 REASON_CHARACTERS = 1500
+
+
+# A kernel that failed leaves its process without a GPU: every later call fails the same way.
+POISON = ("CUDA error", "device-side assert")
+POISONED = 99
 
 
 class Skip(Exception):
@@ -67,6 +74,7 @@ class Recorder:
     dry: bool
     by: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    _earlier: dict[str, dict[str, Any]] | None = None
 
     @property
     def left_s(self) -> float:
@@ -77,8 +85,15 @@ class Recorder:
         self, name: str, work: Callable[[], dict[str, Any]], *, correctness: bool, needs_s: float = 0
     ) -> dict[str, Any] | None:
         """Do `work` and write its row; returns its figures, None where there are none.
-        correctness: an error is a failure, and figures are ok; otherwise they are a measurement.
-        needs_s: what `work` is thought to take; with less time left it is not begun."""
+        correctness: an exception is a failure, and figures are ok; otherwise they are a measurement.
+        needs_s: what `work` is thought to take; with less time left it is not begun.
+        Ends the process with POISONED where the GPU cannot be used by it any more. A process that is started in its
+        place passes over the checks that have rows, and returns their figures."""
+        if self._earlier is None:
+            self._earlier = {row["check"]: row for row in read(self.file) if row["group"] == self.group}
+        if name in self._earlier:
+            row = self._earlier[name]
+            return row["values"] if row["status"] in ("ok", "measured") else None
         if self.left_s < needs_s:
             self.write(name, "not reached", reason=f"{self.left_s:.0f} s left, {needs_s:.0f} s needed")
             return None
@@ -92,7 +107,11 @@ class Recorder:
         except (Exception, SystemExit) as error:  # one check's failure leaves the others
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
-            self.write(name, "failed", seconds=time.monotonic() - began, reason=reason)
+            status = "failed" if correctness else "error"
+            self.write(name, status, seconds=time.monotonic() - began, reason=reason)
+            if any(sign in reason for sign in POISON):
+                # Not sys.exit: destructors would call the GPU once more.
+                os._exit(POISONED)
         else:
             status = "ok" if correctness else "measured"
             self.write(name, status, seconds=time.monotonic() - began, values=values)
@@ -114,6 +133,7 @@ class Recorder:
         scalars = {key: value for key, value in row["values"].items() if not isinstance(value, dict | list)}
         shown = ", ".join(f"{key} {value}" for key, value in scalars.items())
         print(f"{status:12} {self.group:9} {check:34} {reason[:300] or shown[:300]}", flush=True)
+        sys.stderr.flush()
 
 
 def append(file: Path, row: dict[str, Any]) -> None:
