@@ -12,6 +12,7 @@ import pytest
 
 from ftlib import events
 from ftlib.errors import FtError, Interrupted
+from ftlib.report import page
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 
@@ -278,6 +279,8 @@ def test_the_comparison_ends_with_its_time_budget_and_says_so(run: RunDir, monke
     assert found["passed"] and found["rows"] == 2 == run.plan()["micro_batch"], "one batch is always compared"
     assert 0 < found["tokens"] < found["tokens_at_most"]
     assert f"of {found['tokens']} tokens (of {found['tokens_at_most']:,}: the time budget ended)" in words
+    (said,) = page._equality(run)
+    assert f"on {found['tokens']:,} of {found['tokens_at_most']:,} held-out tokens" in said
 
 
 def test_few_logits_are_stored(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""bf16 autocast, which every GPU computes in, on a CPU: each method learns, and resumes to the bit."""
+"""bf16 autocast, which every GPU computes in, on a CPU: each method learns, resumes to the bit and is exported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the tra
 from benchmarks.lives import sha  # noqa: E402
 from benchmarks.methods import HALF, METHODS, STEPS  # noqa: E402
 from ftlib import checkpoint  # noqa: E402
+from ftlib.export.run import export  # noqa: E402
 from ftlib.metrics import read_metrics  # noqa: E402
 from ftlib.rundir import RunDir  # noqa: E402
+from ftlib.stop import StopFlag  # noqa: E402
 from ftlib.train import methods  # noqa: E402
 from tests.test_methods import fresh, live, root  # noqa: E402
 from tests.test_train import torch_as_it_was  # noqa: E402
@@ -34,7 +36,7 @@ def in_bf16(root: Path, name: str, method: str) -> RunDir:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_learns_in_bf16_and_resumes_to_the_bit(
+def test_a_method_learns_in_bf16_resumes_to_the_bit_and_is_exported(
     method: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attach = methods.attach
@@ -62,3 +64,6 @@ def test_a_method_learns_in_bf16_and_resumes_to_the_bit(
     assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
     ends = [checkpoint.folder_for(run.checkpoints, STEPS) for run in (whole, halved)]
     assert sha(ends[0]) == sha(ends[1])
+    export(whole, 1, StopFlag())
+    equality = json.loads((whole.export / "equality.json").read_text())
+    assert equality["passed"] and equality["tokens"] == equality["tokens_at_most"] > 100

@@ -26,6 +26,7 @@ STORED_BYTES = 4 << 30
 BATCH_LOGITS = 2**28
 # Tokens whose logits are compared at once.
 CHUNK_TOKENS = 1024
+PRINT_EVERY_S = 10
 # Of the time budget, what the trained model's logits may take where a merged model is compared with them.
 REFERENCE_SHARE = 0.5
 
@@ -88,7 +89,7 @@ class Comparison:
                  budget_s: float, stop: StopFlag, committed: Callable[[str], None]) -> None:  # fmt: skip
         """count: rows to compare at most; batch: rows of a forward pass at most; committed: gets each new piece."""
         self._folder, self._rows, self._stop, self._committed = folder, rows, stop, committed
-        self._count, self._budget_s = count, budget_s
+        self._count, self._budget_s, self._printed = count, budget_s, time.monotonic()
         length = len(rows[0]["input_ids"])
         batch = max(1, min(batch, BATCH_LOGITS // (length * vocabulary)))
         self._file = folder / "progress.json"
@@ -178,6 +179,9 @@ class Comparison:
         atomic.write_json(self._file, asdict(self.progress))
         if piece:
             self._committed(piece)
+        if time.monotonic() - self._printed > PRINT_EVERY_S:
+            self._printed = time.monotonic()
+            print(f"equality: {piece}; {self.progress.seconds:.0f} s of at most {self._budget_s:.0f} s", flush=True)
 
 
 def _real(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
