@@ -19,6 +19,7 @@ from ftlib import atomic, download, events, hubapi, hubget, modelfiles
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.lease import Lease
 from ftlib.rundir import RunDir
+from ftlib.slurm import diagnose
 from ftlib.stop import StopFlag
 from tests.hub_server import TOKEN, Hub, serving
 from tests.tiny_llama import write_run
@@ -180,7 +181,9 @@ def test_a_hub_that_is_down_is_no_matter_where_the_files_are_complete(
     shutil.rmtree(tmp_path / "models--acme--base")
     with pytest.raises(FtError, match=r"Service Unavailable: .* answers 503") as raised:
         fetch(tmp_path)
-    assert raised.value.exit_code == 1  # tried again, not the user's mistake
+    # Tried again by itself: it is not the user's mistake.
+    assert raised.value.exit_code == 1
+    assert diagnose.life_cause(code=1, outcome=str(raised.value), log="").cause == "transient"
 
 
 def test_a_full_disk_is_seen_before_a_byte_comes(
@@ -305,8 +308,8 @@ class TestARun:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tiny.parent)}
 
         def load() -> subprocess.CompletedProcess[str]:
-            return subprocess.run(
-                [sys.executable, "-c", code], cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+            words = [sys.executable, "-c", code]
+            return subprocess.run(words, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
 
         before = len(hub.requests)
         assert int(load().stdout) > 100 and len(hub.requests) == before
