@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,11 @@ def main(argument: str) -> int:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # the parent tells of progress
+    # Not left through `with`: that would wait for the others when one fails.
+    pool = ThreadPoolExecutor(FILES_AT_ONCE)
     try:
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            # In the order given: one failure ends the others with the process.
-            for done in [pool.submit(_get, order, name, size) for name, size in order.files.items()]:
-                done.result()
+        for done in as_completed([pool.submit(_get, order, name, size) for name, size in order.files.items()]):
+            done.result()
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         return _failed(INPUT_WRONG, error)
     except errors.EntryNotFoundError as error:

@@ -46,6 +46,11 @@ def hf_home(cache: Path) -> Path:
     return Path(os.environ["HF_HOME"]) if os.environ.get("HF_HOME") else cache / "huggingface"
 
 
+def hub_folder(cache: Path) -> Path:
+    """The hub cache that jobs use: the person's HF_HUB_CACHE, else hub/ in HF_HOME."""
+    return Path(os.environ["HF_HUB_CACHE"]) if os.environ.get("HF_HUB_CACHE") else hf_home(cache) / "hub"
+
+
 def snapshots(repository: Path, revision: str | None) -> list[Path]:
     """What a hub cache holds of a model or dataset: the wanted revision, or all where none is said; oldest first."""
     ref = repository / "refs" / (revision or "")
@@ -105,7 +110,7 @@ def locate(name: str, revision: str | None, *, checkout: Path, cache: Path, inte
         if not (folder / "config.json").exists():
             raise InputError(f"model.name: {folder} has no config.json; expected a model as transformers saves it")
         return ModelFiles(str(folder.resolve()), _read(folder / "config.json"))
-    hub = hf_home(cache) / "hub"
+    hub = hub_folder(cache)
     folder_in_cache = snapshot(hub, name, revision)
     at_hand = folder_in_cache is not None and not missing(folder_in_cache)
     # Where another revision can be fetched, any tells the shape.
@@ -219,8 +224,7 @@ def use_cache(cache: Path) -> Path:
     token = hubapi.token_file()
     os.environ["HF_HOME"] = str(home)
     os.environ["HF_TOKEN_PATH"] = str(token)  # a login's token stays where it is
-    os.environ.pop("HF_HUB_CACHE", None)
-    return home / "hub"
+    return hub_folder(cache)
 
 
 def _how_to_stage(name: str, folder: Path) -> str:

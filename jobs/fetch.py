@@ -76,7 +76,7 @@ def require_access(wanted: Iterable[Wish]) -> None:
 
 
 def _model_problems(wish: Wish) -> list[str]:
-    name, cache = wish.model.path, modelfiles.hf_home(wish.cache) / "hub"
+    name, cache = wish.model.path, modelfiles.hub_folder(wish.cache)
     try:
         found = hubapi.look_up("model", name, wish.spec.model.revision)
         files = modelfiles.selected(found.files)
@@ -92,9 +92,9 @@ def _model_problems(wish: Wish) -> list[str]:
 
 
 def _data_problems(name: str, revision: str | None, cache: Path) -> list[str]:
-    home = modelfiles.hf_home(cache)
-    kept = modelfiles.repository(home / "hub", name, kind="dataset")
-    if modelfiles.snapshots(kept, revision) or list((home / "datasets").glob(name.replace("/", "___"))):
+    kept = modelfiles.repository(modelfiles.hub_folder(cache), name, kind="dataset")
+    prepared = modelfiles.hf_home(cache) / "datasets" / name.replace("/", "___")
+    if modelfiles.snapshots(kept, revision) or prepared.exists():
         return []
     try:
         hubapi.look_up("dataset", name, revision)

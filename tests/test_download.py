@@ -15,12 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import download, hubapi, hubget, modelfiles
+from ftlib import atomic, download, events, hubapi, hubget, modelfiles
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.lease import Lease
+from ftlib.rundir import RunDir
+from ftlib.slurm import diagnose
 from ftlib.stop import StopFlag
 from tests.hub_server import TOKEN, Hub, serving
-from tests.wishes import CHECKOUT
+from tests.tiny_llama import write_run
+from tests.wishes import CHECKOUT, copied_checkout, jobs
 
 pytest.importorskip("huggingface_hub", reason="the training packages are not installed (make setup)")
 
@@ -178,7 +181,9 @@ def test_a_hub_that_is_down_is_no_matter_where_the_files_are_complete(
     shutil.rmtree(tmp_path / "models--acme--base")
     with pytest.raises(FtError, match=r"Service Unavailable: .* answers 503") as raised:
         fetch(tmp_path)
-    assert raised.value.exit_code == 1  # tried again, not the user's mistake
+    # Tried again by itself: it is not the user's mistake.
+    assert raised.value.exit_code == 1
+    assert diagnose.life_cause(code=1, outcome=str(raised.value), log="").cause == "transient"
 
 
 def test_a_full_disk_is_seen_before_a_byte_comes(
@@ -261,3 +266,107 @@ class TestLease:
         assert mine.acquire() is not None
         time.sleep(0.1)
         assert mine.acquire() is None
+
+
+class TestARun:
+    """From submit to the stages behind prepare."""
+
+    @pytest.fixture
+    def tiny(self, hub: Hub, tmp_path: Path) -> Path:
+        """The Hub's acme/base is a real model of the checkout; the folder is a cache."""
+        folder = CHECKOUT / "models" / "tiny-llama3"
+        hub.add(NAME, {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+        return tmp_path / "home" / "hub"
+
+    def run_of(self, folder: Path) -> RunDir:
+        return write_run(folder, Path(NAME), data__pairs=20)
+
+    def test_the_commit_that_prepare_finds_is_every_later_stages(
+        self, hub: Hub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from jobs import stage
+
+        monkeypatch.setattr(modelfiles, "hub_cache", lambda: tiny)
+        run = self.run_of(tmp_path / "run")
+        assert run.spec().model.revision is None
+        assert stage.fetch_model(run, 3, StopFlag()) == "a" * 40
+        progress = [event for event in events.read(run.events) if event["event"] == "progress"]
+        assert progress and {(event["stage"], event["life"]) for event in progress} == {("prepare", 3)}
+        atomic.write_json(run.prepared_file, {"model_commit": "a" * 40})
+        hub.add(NAME, {"config.json": b"{}"}, commit="b" * 40)
+        assert run.spec().model.revision == "a" * 40 and run.requested().model.revision is None
+
+    def test_a_later_job_loads_without_the_network_and_names_a_file_that_is_gone(
+        self, hub: Hub, tiny: Path, tmp_path: Path
+    ) -> None:
+        download.fetch_model(NAME, None, cache=tiny, owner="a test", stop=StopFlag())
+        code = (
+            "import sys; from ftlib.data import tokenizing; from ftlib.errors import InputError\n"
+            f"try: print(len(tokenizing.load({NAME!r}, 'a' * 40)))\n"
+            "except InputError as error: sys.exit(str(error))"
+        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tiny.parent)}
+
+        def load() -> subprocess.CompletedProcess[str]:
+            words = [sys.executable, "-c", code]
+            return subprocess.run(words, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=120)
+
+        before = len(hub.requests)
+        assert int(load().stdout) > 100 and len(hub.requests) == before
+        (tiny / "models--acme--base" / "snapshots" / ("a" * 40) / "tokenizer.json").unlink()
+        said = load().stderr
+        assert "Looked for tokenizer.json or tokenizer.model in" in said and "HF_HUB_OFFLINE is set" in said
+        assert f"make fetch MODEL=<recipe> SET=model.revision={'a' * 40}" in said
+
+    def test_what_the_hub_refuses_is_refused_before_anything_is_made(
+        self, hub: Hub, tiny: Path, tmp_path: Path
+    ) -> None:
+        checkout = copied_checkout(tmp_path)
+        hub.repositories[f"models/{NAME}"].gated = True
+        words = ["submit", "--cluster", "local", "--set", f"model.name={NAME} data.hub=acme/rows"]
+        done = jobs(*words, checkout=checkout, HF_TOKEN="hf_other")
+        assert done.returncode == 64 and "Traceback" not in done.stderr
+        assert "model.name: acme/base is gated" in done.stderr
+        done = jobs(*words, checkout=checkout, HF_TOKEN=TOKEN)
+        assert done.returncode == 64 and "data.hub: there is no dataset 'acme/rows'" in done.stderr
+        words[-1] = f"model.name={NAME} model.revision=v9"
+        done = jobs(*words, checkout=checkout, HF_TOKEN=TOKEN)
+        assert done.returncode == 64 and "'v9' is no branch, tag or commit" in done.stderr
+        assert not (checkout / "runs").exists()
+
+    def test_fetch_brings_model_and_dataset_to_where_jobs_without_a_network_look(
+        self, hub: Hub, tiny: Path, tmp_path: Path
+    ) -> None:
+        checkout = copied_checkout(tmp_path)
+        hub.add("acme/rows", {"a.jsonl": b'{"instruction": "a", "output": "b"}\n'}, kind="datasets")
+        closed = "cluster.compute_internet=false"
+        words = ["--cluster", "local-slurm", "--set", f"model.name={NAME} data.hub=acme/rows {closed}"]
+        refused = jobs("plan", *words, checkout=checkout)
+        assert refused.returncode == 64 and "make fetch" in refused.stderr
+        done = jobs("fetch", *words, checkout=checkout)
+        assert done.returncode == 0, done.stderr
+        assert "acme/base at commit aaaaaaaaaaaa is at hand" in done.stdout
+        asked = len(hub.requests)
+        planned = jobs("plan", *words, checkout=checkout)
+        assert planned.returncode == 0 and len(hub.requests) == asked, planned.stderr
+
+    @pytest.mark.nightly
+    def test_a_whole_run_of_a_gated_model_downloads_in_prepare_alone(
+        self, hub: Hub, tiny: Path, tmp_path: Path
+    ) -> None:
+        checkout = copied_checkout(tmp_path)
+        hub.repositories[f"models/{NAME}"].gated = True
+        (tmp_path / "home" / "token").parent.mkdir(exist_ok=True)
+        (tmp_path / "home" / "token").write_text(TOKEN)
+        settings = (
+            f"model.name={NAME} train.steps=4 data.pairs=200 evaluate.pairs=4 evaluate.max_new_tokens=4 "
+            "method.train_layers=[0-1]"
+        )
+        done = jobs("submit", "--model", "tiny-llama3", "--cluster", "local", "--set", settings, checkout=checkout)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "the prepare job downloads" in done.stdout
+        assert "model: acme/base at commit aaaaaaaaaaaa: downloaded" in done.stdout
+        (run,) = map(RunDir, (checkout / "runs").glob("tiny-llama3-*"))
+        assert run.prepared()["model_commit"] == "a" * 40 and run.evaluation_file.exists()
+        assert {path for method, path, _ in hub.requests if "resolve/main" in path} == {
+            f"/{NAME}/resolve/main/config.json"}  # submit's questions; the files came by their commit
