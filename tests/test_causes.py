@@ -232,6 +232,26 @@ def test_host_memory_asks_for_half_as_much_again_twice_at_most(run: RunDir, monk
     assert life(run, 3, log("host-oom"), code=137).do == "stop"
 
 
+def test_no_more_host_memory_is_asked_for_than_a_node_has(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = json.loads(run.plan_file.read_text())
+    stages = {"train": {"partition": "gpu", "time_min": 60}}
+    run.plan_file.write_text(json.dumps({**plan, "stages": {**plan.get("stages", {}), **stages}}))
+    sides = [{"name": "cpu", "mem_gib_per_node": 1}, {"name": "gpu", "mem_gib_per_node": 5}]
+    run.provenance_file.write_text(json.dumps({"profile": {"partitions": sides}}))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "4000")
+    assert life(run, 1, log("host-oom"), code=137).mem_mib == "5120"
+
+
+def test_the_owners_excluded_nodes_and_earlier_ones_stay_excluded(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.provenance_file.write_text(json.dumps({"profile": {"exclude": "bad[1-2]"}}))
+    for number, node in enumerate(("n1", "n2"), 1):
+        monkeypatch.setenv("SLURMD_NODENAME", node)
+        verdict = life(run, number, log("ecc"))
+    assert verdict.exclude == "bad[1-2],n1,n2"
+
+
 def test_a_bad_gpu_leaves_its_node_out_for_a_day(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     verdict = life(run, 1, log("ecc"))

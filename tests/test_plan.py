@@ -68,8 +68,8 @@ def test_a_shared_job_asks_for_the_most_of_each_resource_and_all_of_the_time() -
 
 
 def test_the_time_of_an_export_follows_its_device() -> None:
-    """Four forward passes over 64 rows are a minute of a GPU's work and hours of a CPU's."""
-    wish = spec("llama2-7b")
+    """Four forward passes over 64 rows are a minute of a GPU's work and hours of a CPU's, had they the time."""
+    wish = spec("llama2-7b", export__equality_minutes=10_000)
     cpu = throughput.export_min(LLAMA_7B, wish, tflops=None, threads=4, validation_rows=64)
     gpu = throughput.export_min(LLAMA_7B, wish, tflops=312, threads=4, validation_rows=64)
     assert cpu > 120 and gpu < 10

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ftlib import events
 from ftlib.errors import InputError
 from ftlib.plan import amount, fits, gpus, memory, plan, shapes
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import Gpu
+from ftlib.rundir import RunDir
 from ftlib.spec import RunSpec
+from jobs import smoke
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, planned, site, spec
 
 B200 = {"account": "lab"}
@@ -116,7 +119,7 @@ def test_a_base_that_is_quantized_already_is_refused_with_the_way_out() -> None:
 
 
 def test_a_merge_that_no_node_holds_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def needed_gib(shape: shapes.ModelShape, spec: RunSpec, *_: object) -> float:
+    def needed_gib(shape: shapes.ModelShape, spec: RunSpec, **_: object) -> float:
         return 4000 if spec.export.merged else 10
 
     monkeypatch.setattr(memory, "export_host_gib", needed_gib)
@@ -175,3 +178,18 @@ def test_the_shape_of_every_model_is_still_found() -> None:
     done = jobs("plan", "--json", "--model", "tiny", "--cluster", "local")
     assert done.returncode == 0 and json.loads(done.stdout)["steps"]
     assert plan.HOST_SHARE <= 1
+
+
+def test_ten_steps_tell_their_pace_where_nobody_knows_how_many_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = planned(unmeasured(), site("a100")).model_dump(mode="json")
+    run = RunDir(tmp_path)
+    run.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, "loss": 1.0, "tokens_per_s": 4000.0, "seconds": 4.1, "life": 1} for step in range(1, 11)]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    events.append(run.events, "train-1", "checkpoint", stage="train", life=1, step=10, seconds=0.5)
+    smoke._measured(run, whole, peak=9.0)
+    out = capsys.readouterr().out
+    assert "A step takes 4.10 s; how many there are is unknown" in out and "whole training" not in out
+    assert json.loads((tmp_path / "smoke.json").read_text())["gpu_hours"] is None

@@ -46,7 +46,8 @@ class Nvml:
         (Nvml(), "13.0", True, "driver 580.65.06 speaks CUDA 13.0", ""),
         (Nvml("560.35", 12060), "12.8", True, "speaks CUDA 12.6", ""),  # any minor version of the major one
         (Nvml("580.65", 13000), "12.6", True, "made for CUDA 12.6", ""),
-        (Nvml("535.104", 12020), "13.0", False, "too old", "build for CUDA 12:"),
+        (Nvml("535.104", 12020), "13.0", False, "too old", "cp env/torch-cuda12.txt env/torch.txt"),
+        (Nvml("535.104", 12020), "13.0", False, "too old", "CUDA 13 needs driver 580 or newer: choose nodes"),
         (Nvml("535.104", 12020), "13.0", False, "driver 535.104 speaks CUDA 12.2", "580 or newer"),
         (Nvml(), None, False, "made for the CPU", "make env"),
         (Nvml(fails="Driver Not Loaded"), "13.0", False, "Driver Not Loaded", "gpu_partition"),
@@ -75,6 +76,7 @@ def test_a_gpu_that_the_packages_have_no_code_for(
     check = preflight.capability("NVIDIA B200", gpu, built_for, torch_version="2.6.0")
     assert check.ok is ok and words in check.words
     assert ("CUDA 12.8 and torch 2.7" in check.mend) is (not ok and gpu >= (10, 0))
+    assert ("capability 7.5 (T4) or newer and driver 580" in check.mend) is (not ok and gpu < (10, 0))
 
 
 def test_a_job_that_sees_no_gpu_says_what_slurm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 from ftlib.profile import Gpu
 
-# Below it neither torch's nor bitsandbytes' builds for CUDA 13 have machine code (Volta and older are left out).
+# Older GPUs compute no bf16, and neither torch's nor bitsandbytes' builds for CUDA 13 have machine code for them.
 LOWEST_CAPABILITY = 7.5
-# From here on GPUs multiply in bf16 themselves (Ampere).
+# From here on GPUs have units for bf16 (Ampere).
 BF16_CAPABILITY = 8.0
 # The oldest driver for programs of a CUDA major version (NVIDIA's guide to CUDA's minor version compatibility).
 OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}
@@ -16,6 +16,12 @@ OLDER = {
     "k20": 3.5, "k40": 3.5, "k80": 3.7, "m40": 5.2, "m60": 5.2, "gtx1080": 6.1, "gtx1080ti": 6.1, "p4": 6.1,
     "p40": 6.1, "p100": 6.0, "titanv": 7.0, "v100": 7.0, "v100s": 7.0,
 }  # fmt: skip
+# A second choice of torch for drivers of CUDA 12, tried with the other locks. It is no help for a V100: that computes
+# no bf16, which training does.
+FOR_CUDA_12 = (
+    "with drivers of CUDA 12 (525 or newer): cp env/torch-cuda12.txt env/torch.txt, then make env installs torch's "
+    "build for CUDA 12.8"
+)
 NEEDED = (
     f"torch's build for CUDA {LOCKED_CUDA} needs compute capability {LOWEST_CAPABILITY} (T4) or newer and driver "
     f"{OLDEST_DRIVER[LOCKED_CUDA]} or newer"

@@ -144,7 +144,9 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
             node = ",".join(dict.fromkeys([*filter(None, [owner]), *excluded_nodes(run)]))
         asked = os.environ.get("SLURM_MEM_PER_NODE", "")
         if decision.memory_factor != 1 and asked.isdigit():
-            memory = str(int(int(asked) * decision.memory_factor))
+            grown = int(int(asked) * decision.memory_factor)
+            # A request beyond what a node has would wait in the queue forever.
+            memory = str(max(int(asked), min(grown, _node_mib(run, stage) or grown)))
     may_requeue = os.environ.get("FT_REQUEUE", "1") == "1"
     event: events.Name = "failed" if not decision.requeue else "requeued" if may_requeue else "interrupted"
     events.append(
@@ -220,6 +222,15 @@ def _progressed(run: Path, stage: str, life: int) -> bool:
     saves = [(int(event["life"]), int(event["step"])) for event in log if event["event"] == "checkpoint"]
     before = max((step for number, step in saves if number < life), default=0)
     return any(step > before for number, step in saves if number == life)
+
+
+def _node_mib(run: Path, stage: str) -> int | None:
+    """Memory of a node of the stage's partition, in MiB, as the run's profile says it; None where it does not."""
+    partition = _read(run, "plan.json").get("stages", {}).get(stage, {}).get("partition")
+    for known in _read(run, "provenance.json").get("profile", {}).get("partitions", ()):
+        if known["name"] == partition:
+            return int(1024 * known["mem_gib_per_node"])
+    return None
 
 
 def _node_of(rank: int) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.errors import FtError
+from ftlib.plan import gpus
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets", "tokenizers")
-# The oldest driver for programs of a CUDA major version (NVIDIA's guide to CUDA's minor version compatibility).
-OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}
 # Less than the profile says by more than this: another GPU, or a slice of one.
 MEMORY_SHARE = 0.93
 WRITE_MIB = 64
@@ -92,11 +91,12 @@ def driver(nvml: Any, *, torch_version: str, wheel_cuda: str | None) -> Check:
     found = f"driver {version} speaks CUDA {speaks}, torch {torch_version} is made for CUDA {wheel_cuda}"
     if number // 1000 >= major:
         return Check("driver", True, found)
-    oldest = f" ({OLDEST_DRIVER[major]} or newer)" if major in OLDEST_DRIVER else ""
+    oldest = gpus.OLDEST_DRIVER.get(major)
+    needed = f"CUDA {major} needs driver {oldest} or newer" if oldest else f"CUDA {major} needs a newer driver"
+    way = f". Or, {gpus.FOR_CUDA_12}" if number // 1000 == 12 and major > 12 else ""
     return Check(
         "driver", False, f"the driver is too old for the packages: {found}",
-        f"install torch's build for CUDA {number // 1000}: PIP_EXTRA_INDEX_URL=<PyTorch's index of it>, remove the "
-        f"virtual environment, make env. Or ask the site for a newer driver{oldest}")
+        f"{needed}: choose nodes that have it ('gpu_partition', 'constraint' in cluster.yaml), or ask the site{way}")
 
 
 def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, torch_version: str) -> Check:
@@ -109,7 +109,7 @@ def capability(name: str, found: tuple[int, int], built_for: Sequence[str], *, t
         # Machine code runs on later minor versions of its major one; PTX (compute_) on all that are later.
         if there <= found and (there[0] == found[0] or parts[1] == "compute"):
             return Check("capability", True, f"{name} is {sm}, torch has code for {arch}")
-    mend = "choose another 'gpu_partition' in cluster.yaml, or install torch's build for another CUDA"
+    mend = f"{gpus.NEEDED}: choose another 'gpu_partition' in cluster.yaml"
     if found >= (10, 0):
         mend = f"{sm} needs CUDA 12.8 and torch 2.7, or newer: remove the virtual environment, make env"
     words = f"{name} is {sm}; torch {torch_version} has code for {', '.join(built_for) or 'no GPU'} alone"
