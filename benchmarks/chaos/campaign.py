@@ -194,8 +194,10 @@ def differences(run: RunDir, reference: RunDir) -> list[str]:
     return found
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _json(path: Path) -> dict[str, Any]:
+    """What a file of results says, but for how long it took; empty without the file."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {key: value for key, value in values.items() if key != "seconds"}
 
 
 def _answers(run: RunDir, subject: str) -> dict[int, Any]:
