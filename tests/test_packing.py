@@ -153,6 +153,17 @@ def test_rows_that_are_too_long_are_dropped_counted_and_said(
         prepare(write_run(tmp_path / "run 2", model, path, data__seq_len=16, data__held_out=0.4), StopFlag())
 
 
+def test_held_out_examples_that_are_all_too_long_are_refused(tmp_path: Path, model: Path) -> None:
+    rows = [{"prompt": f"{n}? ", "response": "short"} for n in range(40)]
+    long = {"prompt": "40? ", "response": "long " * 200}
+    held_out = sources.HELD_OUT
+    parts = sources.Sources(rows[:30], rows[30:], [(held_out, long), ("unseen", rows[0])])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sources, "read", lambda *_, **__: parts)
+        with pytest.raises(InputError, match="every held-out example is longer than data.seq_len=64 tokens"):
+            prepare(write_run(tmp_path / "run", model, None, data__seq_len=64), StopFlag())
+
+
 def test_a_file_that_changed_since_submitting_is_refused(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": str(n), "response": "x"}) for n in range(400)))

@@ -119,6 +119,10 @@ def _build(
             f"{part}: packed {meta['examples']:,} examples into {meta['rows']:,} rows of {meta['seq_len']} tokens, "
             f"{full:.1%} full, {targets:.0%} of the tokens are targets", flush=True)
     documents, kept = _encode("test", [row for _, row in rows.test], spec, tokenizer, stop)
+    if not any(group == sources.HELD_OUT for group, _ in itertools.compress(rows.test, kept)):
+        raise InputError(
+            f"every held-out example is longer than data.seq_len={spec.data.seq_len} tokens, so that there is nothing "
+            "to evaluate on; use a longer one or shorter examples")
     with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
         for group, row in itertools.compress(rows.test, kept):
             file.write(json.dumps(_question(row, group, spec.data.template), ensure_ascii=False) + "\n")

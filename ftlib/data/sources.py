@@ -26,6 +26,8 @@ BLANK = b" \t\r\n\xef\xbb\xbf"  # white space and a byte order mark
 KINDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LISTED = 20
 UNSEEN_PAIRS = 64
+# The group of test questions like those that were trained on.
+HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) ->
         validation = generate(data.functions, "validation", max(1, min(500, data.pairs // 20)), data.seed)
         held_out = generate(data.functions, "test", test_pairs, data.seed)
         unseen = generate("unseen", "test", UNSEEN_PAIRS, data.seed)
-        test = [("held-out", row) for row in held_out] + [("unseen", row) for row in unseen]
+        test = [(HELD_OUT, row) for row in held_out] + [("unseen", row) for row in unseen]
         return Sources(_chosen(train, data), validation, test)
     parts: dict[str, list[Row]] = {split: [] for split in SPLITS}
     where = str(source) if isinstance(source, Path) else f"data.hub={data.hub}"
@@ -76,7 +78,7 @@ def read(data: DataSpec, source: Path | list[Row] | None, *, test_pairs: int) ->
     _check_parts(where, {part: len(rows) for part, rows in parts.items()}, data)
     # Only the first so many are evaluated: the order must not be the file's, which may be sorted.
     random.Random(data.seed).shuffle(parts["test"])
-    return Sources(_chosen(parts["train"], data), parts["validation"], [("held-out", row) for row in parts["test"]])
+    return Sources(_chosen(parts["train"], data), parts["validation"], [(HELD_OUT, row) for row in parts["test"]])
 
 
 def part_of(row: Row, data: DataSpec) -> Split:
