@@ -120,7 +120,7 @@ setup: $(TRAIN) ## install all that runs need; the other targets do it when they
 # Side by side, see tests/schedule.py. ARGS="-n 0" runs them one after the other, in one process.
 PYTEST := $(PY) -m pytest -n auto --dist loadgroup --no-loadscope-reorder
 
-test: $(TRAIN) $(DEV) ## run the tests (15 minutes on two cores); REQUIRE=slurm: without Slurm they fail; ARGS="-n 0 -k word" goes to pytest
+test: $(TRAIN) $(DEV) ## run the tests, several at once; REQUIRE=slurm: without Slurm they fail; ARGS="-k word" goes to pytest
 	@exec $(PYTEST) $(value ARGS)
 
 test-all: $(TRAIN) $(DEV) ## run the tests that are too long for every change, too: ARGS=

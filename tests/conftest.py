@@ -33,6 +33,8 @@ _REQUIRED = os.environ.get("REQUIRE", "").replace(",", " ").split()
 _skipped: Counter[str] = Counter()
 _skipped_whole: Counter[str] = Counter()
 _deselected: list[pytest.Item] = []
+# Beside other tests on a busy machine, chains of jobs take a few times their minutes; pyproject.toml bounds the others.
+SLURM_TEST_S = 1200
 # The folder where workers tell the process above them which tests belong together.
 GROUPS = "FTLIB_TEST_GROUPS"
 DESELECTED = "not selected by -k, -m or --deselect"
@@ -91,6 +93,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if schedule.on_slurm(item):
             item.add_marker(pytest.mark.slurm)
+            if config.pluginmanager.hasplugin("timeout") and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(SLURM_TEST_S))
     if hasattr(config, "workerinput"):
         left_out = "nightly" if "not nightly" in config.option.markexpr else None
         groups = schedule.arrange(items, left_out=left_out)

@@ -25,9 +25,19 @@ LANES = 2
 # Seconds that a module's tests take on two quiet cores; measured with `make test ARGS="-n 0 --durations=0"`.
 SLURM_SECONDS = {
     "test_chaos": 240,
+    "test_chain": 170,
+    "test_zero_slurm": 150,
+    "test_sweep_slurm": 200,
+    "test_smoke": 150,
+    "test_cluster": 25,
+    "test_sites": 10,
+    "test_preflight": 5,
 }
 SECONDS = {
     "test_learning": 120,
+    "test_local_run": 110,
+    "test_methods": 70,
+    "test_sweep": 60,
 }
 # For each test of a module that is not listed: of Slurm, marked as slow, any other.
 SLURM_TEST_S, SLOW_TEST_S, TEST_S = 30.0, 15.0, 0.5

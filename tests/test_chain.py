@@ -44,7 +44,7 @@ def log(run: RunDir) -> str:
     return "\n".join(path.read_text() for path in sorted(run.slurm.glob("*/*_log.out")))[-6000:]
 
 
-def finished(checkout: Path, run: RunDir, timeout_s: float = 240) -> dict[str, Any]:
+def finished(checkout: Path, run: RunDir, timeout_s: float = 480) -> dict[str, Any]:
     def ended() -> dict[str, Any] | None:
         found = status(checkout, run.name)
         return found if found["state"] not in ("queued", "running") else None

@@ -22,6 +22,7 @@ from ftlib.rundir import RunDir
 from ftlib.slurm import diagnose
 from ftlib.stop import StopFlag
 from tests.hub_server import TOKEN, Hub, serving
+from tests.processes import started
 from tests.tiny_llama import write_run
 from tests.wishes import CHECKOUT, copied_checkout, jobs
 
@@ -83,7 +84,7 @@ def test_a_download_that_is_killed_in_a_file_goes_on_in_that_file(hub: Hub, tmp_
         "import sys; from pathlib import Path; from ftlib import download; from ftlib.stop import StopFlag\n"
         f"download.fetch_model({NAME!r}, None, cache=Path(sys.argv[1]), owner='a test', stop=StopFlag())"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT) as first:
+    with started([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT) as first:
         partial = wait_for_partial(tmp_path)
         first.send_signal(signal.SIGKILL)
         first.wait(10)
@@ -142,8 +143,9 @@ def test_of_two_that_fetch_at_once_one_downloads(hub: Hub, tmp_path: Path, capfd
         "import sys; from pathlib import Path; from ftlib import download; from ftlib.stop import StopFlag\n"
         f"print(download.fetch_model({NAME!r}, None, cache=Path(sys.argv[1]), owner=sys.argv[2], stop=StopFlag()))"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), owner], cwd=CHECKOUT) for owner in ("a", "b")]
-    assert [one.wait(60) for one in both] == [0, 0]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with started([*command, "a"], cwd=CHECKOUT) as one, started([*command, "b"], cwd=CHECKOUT) as other:
+        assert (one.wait(120), other.wait(120)) == (0, 0)
     assert big_requests(hub) == [""] and "is being downloaded by process" in capfd.readouterr().out
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import Slurm
+from tests.processes import started
 from tests.wishes import CHECKOUT, copied_checkout
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -35,17 +38,16 @@ def place(tmp_path: Path) -> Path:
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     (checkout / ".venv" / "pyvenv.cfg").touch()
-    python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then\n{PIP}\nexit\nfi\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then\n{PIP}\nexit\nfi\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     return checkout
 
 
-def make(place: Path, slurm: Slurm) -> subprocess.Popen[str]:
+def make(place: Path, slurm: Slurm) -> AbstractContextManager[subprocess.Popen[str]]:
     """`make fetch` of a model that is a folder: all that it needs is the packages."""
     environment = {name: value for name, value in slurm.env.items() if not name.startswith("OPT_")}
     words = ["make", "fetch", "CLUSTER=local-slurm", f"SET=cluster.scheduler.slurm_conf={slurm.env['SLURM_CONF']}"]
-    return subprocess.Popen(
-        words, cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return started(words, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def stamps(place: Path) -> list[str]:

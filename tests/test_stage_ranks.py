@@ -16,6 +16,7 @@ from ftlib.outcome import Outcome
 from ftlib.rundir import RunDir
 from jobs import stage
 from tests.cluster import Slurm
+from tests.processes import started
 from tests.sweeps import checkout
 from tests.test_chain import finished, log
 from tests.wishes import jobs, run_names
@@ -105,21 +106,19 @@ def ended(run: RunDir, *, kill_rank_0: bool) -> list[tuple[int, str]]:
     """Exit code and output of two ranks; as srun --kill-on-bad-exit does, rank 0 may be sent SIGTERM."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20_000, 30_000))}
     common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(run.path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    both = [
+        started(
+            [sys.executable, "-c", RANK, str(run.path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"},
         )
         for rank in range(2)
     ]  # fmt: skip
-    try:
+    with both[0] as first, both[1] as second:
+        ranks = first, second
         said = [ranks[1].communicate(timeout=120)[0]]
         if kill_rank_0:
             ranks[0].send_signal(signal.SIGTERM)
         said.insert(0, ranks[0].communicate(timeout=120)[0])
-    finally:
-        for process in ranks:
-            process.kill()
     return [(process.returncode, words) for process, words in zip(ranks, said, strict=True)]
 
 

@@ -18,6 +18,8 @@ from tests.processes import started
 
 HERE = Path(__file__).parent
 FILES = [*sorted(HERE.glob("*.py")), *sorted((HERE.parent / "benchmarks" / "chaos").glob("*.py"))]
+# Its process has a group of its own, which each of its tests ends.
+ENDED = ("test_gpu_check.py", "processes.py")
 RUNS = ("run", "check_output", "check_call", "call")
 
 
@@ -41,8 +43,8 @@ def test_no_test_waits_without_a_bound() -> None:
     found = [
         f"{path.relative_to(HERE.parent)}:{line}: {what}"
         for path in FILES
-        if path.name != "processes.py" or path.parent != HERE
         for line, what in unbounded(path.read_text(encoding="utf-8"))
+        if not (path.name in ENDED and "Popen" in what)
     ]
     assert found == []
 
