@@ -121,6 +121,7 @@ def test_cancelled_in_the_evaluation_it_stays_so_until_it_is_resumed(place: Path
     assert state.submissions(run)["evaluate"] != number and attempts(run, "export") == 1
 
 
+@pytest.mark.nightly  # quick tests kill a step's daemon in a job of one stage
 def test_a_step_whose_daemon_is_killed_in_the_second_stage_is_ended_and_begun_again(place: Path, slurm: Slurm) -> None:
     """The watcher of the second stage looks for the job's second step."""
     run = begin(place, slow="evaluate")
