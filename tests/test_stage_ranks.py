@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -132,8 +133,9 @@ def test_a_file_that_only_rank_1_cannot_read_is_the_outcome_of_both(tmp_path: Pa
     (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data")
     run = write_run(tmp_path / "the-run", tmp_path / "base", tmp_path / "data", train={"steps": 2})
-    plan = run.plan_file.read_text().replace('"world_size": 1', '"world_size": 2')
-    run.plan_file.write_text(plan.replace('"accumulation": 2', '"accumulation": 1'))
+    plan = {**run.plan(), "world_size": 2, "accumulation": 1}
+    plan["stages"]["train"] |= {"gpus_per_node": 0, "nodes": 2, "tasks_per_node": 1}
+    run.plan_file.write_text(json.dumps(plan))
     (first, first_said), (second, second_said) = ended(run, kill_rank_0=kill_rank_0)
     assert (first, second) == (64, 64), first_said + second_said
     (found,) = outcome.read(run.outcomes)
