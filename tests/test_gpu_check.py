@@ -16,7 +16,7 @@ from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import carried, pack, results, table
 from tests.wishes import CHECKOUT
 
-WAIT_S = 300
+WAIT_S = 580
 
 
 def start(out: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
