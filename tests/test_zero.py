@@ -110,7 +110,8 @@ def test_shards_of_a_bfloat16_training_are_exported(place: Path, stage: int) -> 
     run = wish(place, "bf16", stage, data={"seq_len": 48})
     run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
     live(run, 1, world=2)
-    assert trajectory(run)[-1][1] < trajectory(run)[0][1]
+    losses = [row[1] for row in trajectory(run) if row[1] is not None]
+    assert losses[-1] < losses[0]
     _the_export_is_what_was_trained(run)
 
 
