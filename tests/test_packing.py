@@ -160,7 +160,7 @@ def test_held_out_examples_that_are_all_too_long_are_refused(tmp_path: Path, mod
     parts = sources.Sources(rows[:30], rows[30:], [(held_out, long), ("unseen", rows[0])])
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sources, "read", lambda *_, **__: parts)
-        with pytest.raises(InputError, match="every held-out example is longer than data.seq_len=64 tokens"):
+        with pytest.raises(InputError, match=r"every held-out example is longer than data.seq_len=64 tokens"):
             prepare(write_run(tmp_path / "run", model, None, data__seq_len=64), StopFlag())
 
 
