@@ -15,10 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ftlib import events, outcome
+from ftlib import allocation, events, outcome
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
-from ftlib.slurm import allocation
 from ftlib.stop import StopFlag
 
 # On a CPU bitsandbytes looks for a faster kernel on a hub when it is imported, and warns; its own serve.

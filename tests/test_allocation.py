@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ftlib import allocation
 from ftlib.errors import InputError
-from ftlib.slurm import allocation
 from tests.wishes import CHECKOUT
 
 CPU = {"device": "cpu", "partition": "cpu", "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0}
@@ -126,6 +126,6 @@ def test_a_node_that_shows_fewer_gpus_than_it_should_is_left_for_another(monkeyp
 
 
 def test_it_stands_on_the_standard_library_alone() -> None:
-    code = "import sys, ftlib.slurm.allocation; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
+    code = "import sys, ftlib.allocation; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 
-from ftlib import recipe, rundir
+from ftlib import allocation, recipe, rundir
 from ftlib.errors import InputError
 from ftlib.plan import shapes
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import allocation
 from ftlib.stop import StopFlag
 from jobs import chain, stage
 from tests.cluster import Slurm

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from ftlib.allocation import VISIBLE
 from ftlib.errors import BadGpu, InputError
 from ftlib.plan import zero
-from ftlib.slurm.allocation import VISIBLE
 from ftlib.spec import RunSpec
 from ftlib.train import kernels, ranks
 
@@ -42,7 +42,7 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
 
 def check_gpus(stage: str, asked: dict[str, Any]) -> None:
     """InputError or BadGpu unless CUDA finds the GPUs that the plan gives `stage` (StagePlan as data).
-    What Slurm gave was checked when the stage began (ftlib.slurm.allocation)."""
+    What Slurm gave was checked when the stage began (ftlib.allocation)."""
     node, shown = os.uname().nodename, repr(os.environ.get(VISIBLE, "not set"))
     if not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for CPUs alone"
