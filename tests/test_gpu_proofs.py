@@ -17,7 +17,7 @@ from tests.wishes import CHECKOUT, spec
 torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 
 from benchmarks.gpu_check import pack  # noqa: E402
-from ftlib.plan import memory, shapes  # noqa: E402
+from ftlib.plan import gpus, memory, shapes  # noqa: E402
 from ftlib.train import preflight  # noqa: E402
 from tests import fake_memory, fat_binaries  # noqa: E402
 
@@ -88,7 +88,8 @@ class TestCode:
         """The lock leaves torch's CUDA packages out, by name: those of CUDA 13 end with cu13."""
         left_out = re.findall(r"^# nvidia-\w+-cu(\d+)$", (CHECKOUT / "env" / "train.lock").read_text(), re.MULTILINE)
         [major] = {int(number) for number in left_out}
-        oldest = preflight.OLDEST_DRIVER[major]
+        assert major == gpus.LOCKED_CUDA
+        oldest = gpus.OLDEST_DRIVER[major]
         page = (CHECKOUT / "docs" / "gpu.md").read_text()
         assert f"driver {oldest} or newer" in page and f"CUDA {major}" in page
 
@@ -98,7 +99,7 @@ class TestCode:
         wanted = [line for line in torch_requirements(tmp_path) if line.startswith("cuda-toolkit==")]
         major = int(wanted[0].split("==")[1].split(".")[0])
         left_out = (CHECKOUT / "env" / "train.lock").read_text()
-        assert major in preflight.OLDEST_DRIVER and f"# nvidia-cudnn-cu{major}\n" in left_out
+        assert major in gpus.OLDEST_DRIVER and f"# nvidia-cudnn-cu{major}\n" in left_out
 
 
 def torch_requirements(folder: Path) -> list[str]:
