@@ -16,8 +16,8 @@ OLDER = {
     "k20": 3.5, "k40": 3.5, "k80": 3.7, "m40": 5.2, "m60": 5.2, "gtx1080": 6.1, "gtx1080ti": 6.1, "p4": 6.1,
     "p40": 6.1, "p100": 6.0, "titanv": 7.0, "v100": 7.0, "v100s": 7.0,
 }  # fmt: skip
-# A second choice of torch for drivers of CUDA 12. With the other locks it was tried on a CPU alone: training and resume of
-# every method. It is no help for a V100: that computes no bf16, which training does.
+# A second choice of torch for drivers of CUDA 12. With the other locks it was tried on a CPU alone: training and resume
+# of every method. It is no help for a V100: that computes no bf16, which training does.
 FOR_CUDA_12 = (
     "with drivers of CUDA 12 (525 or newer): cp env/torch-cuda12.txt env/torch.txt, then make env installs torch's "
     "build for CUDA 12.8"
