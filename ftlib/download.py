@@ -23,7 +23,7 @@ from ftlib.stop import StopFlag
 
 POLL_S = 0.2
 REPORT_S = 10.0
-# Of a large file, what has arrived is told as progress in pieces of this size.
+# Of a large file, what has arrived counts as progress in pieces of this size.
 PIECE_BYTES = 2 * 2**30
 # Waits before a new try while the Hub cannot be reached or a connection breaks without a byte having come; a try that
 # brought bytes begins the list anew.

@@ -1,7 +1,7 @@
 """The process that downloads: `python -m ftlib.hubget`, started by ftlib.download, which may end it at any moment.
 
 Arguments are one JSON object on the command line (`Order`). What has arrived of a large file stays in
-<cache>/models--…/blobs/<etag>.ftlib.incomplete, and the next download goes on from there: huggingface_hub itself begins
+<cache>/models--…/blobs/<etag>.ftlib.incomplete, and the next download resumes there: huggingface_hub itself begins
 every file anew, because it cannot know that nobody else writes the same partial file. Here a lease sees to that.
 The last line of standard error is the reason of a failure; exit codes are those of ftlib.errors.
 """

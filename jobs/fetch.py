@@ -44,7 +44,7 @@ def fetch(options: argparse.Namespace) -> int:
 
 
 def _interrupt(stop: StopFlag) -> None:
-    stop.cause = stop.cause or "Ctrl-C; what has arrived stays, and the same command goes on"
+    stop.cause = stop.cause or "Ctrl-C; what has arrived is kept: run it again to continue"
 
 
 def _hub_model(spec: RunSpec) -> str | None:

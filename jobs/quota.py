@@ -100,7 +100,7 @@ def _count(word: str) -> float:
 
 
 def problems(profile: ClusterProfile) -> list[str]:
-    """A line where the group's storage is full; one that is nearly full is told on stderr."""
+    """A line where the group's storage is full; one that is nearly full gets a warning on stderr."""
     found = ask(profile)
     if found is None or found.share < NEARLY_FULL:
         return []

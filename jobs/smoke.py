@@ -110,7 +110,7 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
         before = chain.queue_image(run, once, by_guard=False)
         jobs = {}
         for stage_name in stages_here:
-            # A long download may be preempted, and goes on where it stopped.
+            # A long download may be preempted, and resumes where it stopped.
             site = profile if stage_name == PREPARE else once
             before = chain.queue_job(run, site, RunPlan.model_validate(run.plan()), [stage_name], before)
             jobs[stage_name] = before
@@ -256,7 +256,7 @@ def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
     asked = whole["stages"]["train"]
     on_gpu = asked["device"] == "cuda"
     planned_gib = whole["gpu_needed_gib"] if on_gpu else asked["mem_gib"]
-    # Unknown where the data's size is; then only what was measured is told.
+    # Unknown where the data's size is; then only what was measured is printed.
     train_min = None if whole["steps"] is None else whole["steps"] * step_s / 60
     found = {
         "tokens_per_s": speed, "planned_tokens_per_s": whole["tokens_per_s"], "peak_gib": round(peak, 2),

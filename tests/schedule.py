@@ -123,7 +123,7 @@ def _shares_a_fixture(item: pytest.Item) -> bool:
 
 
 def _seconds(items: list[pytest.Item]) -> dict[pytest.Item, float]:
-    """What each test is thought to take: a listed module's time is shared out to its tests."""
+    """What each test is expected to take: a listed module's time is shared out to its tests."""
     counts = Counter((_module(item), on_slurm(item)) for item in items)
     seconds = {}
     for item in items:

@@ -86,7 +86,7 @@ class Recorder:
     ) -> dict[str, Any] | None:
         """Do `work` and write its row; returns its figures, None where there are none.
         correctness: an exception is a failure, and figures are ok; otherwise they are a measurement.
-        needs_s: what `work` is thought to take; with less time left it is not begun.
+        needs_s: what `work` is expected to take; with less time left it is not begun.
         Ends the process with POISONED where the GPU cannot be used by it any more. A process that is started in its
         place passes over the checks that have rows, and returns their figures."""
         if self._earlier is None:

@@ -28,7 +28,7 @@ def check(data: DataSpec, *, hf_home: Path, internet: bool) -> int | None:
     if (repository / modelfiles.UNFINISHED).exists() and not internet:
         raise InputError(
             f"data.hub: {data.hub} is only in part in {repository}, and compute nodes here have no internet. "
-            "'make fetch' with the same options goes on with it")
+            "'make fetch' with the same options continues it")
     prepared = hf_home / "datasets" / (data.hub or "").replace("/", "___")
     if not (internet or modelfiles.snapshots(repository, data.revision) or list(prepared.glob("*"))):
         raise InputError(

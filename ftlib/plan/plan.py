@@ -26,7 +26,7 @@ LEAST_TIME_MIN = 20
 LEAST_WARNING_S = 120
 # What a node writes to a shared file system in a second, carefully; a save is measured later (ftlib/train/interval.py).
 WRITE_BYTES_PER_S = 0.5e9
-# What a node gets from the Hub in a second, carefully: a download that takes longer goes on in the next attempt.
+# What a node gets from the Hub in a second, carefully: a download that takes longer resumes in the next attempt.
 DOWNLOAD_BYTES_PER_S = 50e6
 
 

@@ -56,7 +56,7 @@ def environment(profile: ClusterProfile, plan: RunPlan, stage: str, *, run: Path
         said["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     token = hubapi.token_file()
     if token.is_file() and token != Path(said["HF_HOME"]) / "token":
-        # A login's token stays where it is though HF_HOME moves; only its path is told, never its value.
+        # A login's token stays where it is though HF_HOME moves; jobs get its path, never its value.
         said["HF_TOKEN_PATH"] = str(token)
     if stage != "prepare" or not profile.compute_internet:
         # Prepare fetches what is needed; a job that may hold a GPU never waits for a download.
