@@ -24,7 +24,7 @@ import pytest
 LANES = 2
 # Seconds that a module's tests take on two quiet cores; measured with `make test ARGS="-n 0 --durations=0"`.
 SLURM_SECONDS = {
-    "test_chaos": 240,
+    "test_chaos": 130,
     "test_chain": 170,
     "test_zero_slurm": 150,
     "test_sweep_slurm": 200,
@@ -34,7 +34,6 @@ SLURM_SECONDS = {
     "test_preflight": 5,
 }
 SECONDS = {
-    "test_learning": 120,
     "test_local_run": 110,
     "test_methods": 70,
     "test_sweep": 60,

@@ -12,7 +12,8 @@ import pytest
 from tests.wishes import copied_checkout, run_names
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
-pytestmark = pytest.mark.slow
+# Four minutes of one core; `make test` runs the same chain with fewer steps (test_local_run.py).
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 MOST_RESIDENT_GIB = 3
 # Runs the command and says how much memory its largest process held.
