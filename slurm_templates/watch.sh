@@ -45,14 +45,19 @@ ft_step_began() {
     squeue -h -s -j "$FT_JOB" -o %i | grep -q "\.$ft_number\$" && ft_pause 30
 }
 
+# Without its batch shell it has nothing to watch, and nobody would end it.
+ft_shell_lives() { kill -0 "$ft_shell"; }
+
 ft_look_at=5 ft_ask_at=60 ft_every=$FIRST_S
 until ft_step_began; do
-    # Without its batch shell it has nothing to watch, and nobody would end it.
-    kill -0 "$ft_shell" || exit
+    ft_shell_lives || exit
     ft_pause "$ft_every"
     [ "$ft_every" -ge "$MOST_S" ] || [ "$SECONDS" -lt 10 ] || ft_every=$((ft_every * 2))
 done
-until ft_gone; do ft_pause "$MOST_S"; done
+until ft_gone; do
+    ft_shell_lives || exit
+    ft_pause "$MOST_S"
+done
 if ft_ended; then
     ft_pause 60 # it ended as it should; other nodes, or an absent controller, may keep srun for a while
 else

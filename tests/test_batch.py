@@ -301,6 +301,26 @@ def test_a_step_that_is_seen_costs_no_look_at_the_nodes_processes(tmp_path: Path
         watch.wait(timeout=30)
         assert "slurmstepd is gone" in log.read_text() and "find" in calls.read_text()
 
+def test_a_step_watch_ends_with_its_batch_shell(tmp_path: Path) -> None:
+    """Where the batch shell was killed and the controller has forgotten the job, nothing says that the step is gone."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text('#!/bin/bash\n[ -e "$STEP" ] && printf "1 7 batch 0 0\\n2 7 0 0 0\\n"\n')
+    (tools / "scontrol").chmod(0o755)
+    step = tmp_path / "step"
+    step.touch()
+    said = {"PATH": f"{tools}:{os.environ['PATH']}", "STEP": str(step), "FT_RUN": str(tmp_path), "FT_STAGE": "train"}
+    said |= {"FT_LIFE": "1", "FT_JOB": "7", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", "FT_WATCH_S": "1"}
+    with started(["sleep", "60"]) as shell:
+        command = ["bash", "slurm_templates/watch.sh", str(shell.pid), str(tmp_path / "log"), "0"]
+        with started(command, cwd=CHECKOUT, env={**os.environ, **said}) as watch:
+            time.sleep(2)
+            assert watch.poll() is None
+            step.unlink()
+            shell.kill()
+            shell.wait(timeout=10)
+            watch.wait(timeout=20)
+
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
