@@ -255,7 +255,9 @@ def test_the_memory_of_a_merge_does_not_grow_with_the_model(
         [sys.executable, "-c", MEASURED, str(run.path), str(trained), str(tmp_path / "merged"), str(shard)],
         env=environment, capture_output=True, text=True, timeout=300, check=True)
     before, peak = map(int, done.stdout.split()[-2:])
-    allowed = shard + 4 * largest + (trained / "adapter_model.safetensors").stat().st_size
+    # What the interpreter itself still loads while it merges; of a real model that is a thousandth.
+    loaded_late = 4 << 20
+    allowed = shard + 4 * largest + (trained / "adapter_model.safetensors").stat().st_size + loaded_late
     print(f"{(peak - before) / 2**20:.1f} MiB, of {allowed / 2**20:.1f} allowed")
     assert 4 * parameters > 3 * allowed
     assert peak - before < allowed, f"{(peak - before) / 2**20:.0f} MiB of {allowed / 2**20:.0f}"

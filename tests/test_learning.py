@@ -13,7 +13,7 @@ from tests.wishes import copied_checkout, run_names
 
 pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
 # Four minutes of one core; `make test` runs the same chain with fewer steps (test_local_run.py).
-pytestmark = [pytest.mark.slow, pytest.mark.nightly]
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
 MOST_RESIDENT_GIB = 3
 # Runs the command and says how much memory its largest process held.
@@ -27,7 +27,7 @@ def test_the_default_run_learns_what_its_base_does_not_know(tmp_path: Path) -> N
     checkout = copied_checkout(tmp_path)
     command = [sys.executable, "-m", "jobs", "submit", "--cluster", "local"]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *command], cwd=checkout, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", MEASURED, *command], cwd=checkout, capture_output=True, text=True, timeout=1500
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (name,) = run_names(checkout)

@@ -73,7 +73,7 @@ def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: 
     text = f"grid: {{train.seed: {list(range(60))}}}\nmetric: perplexity\n"
     # Not all have room at once: the feeder queues the rest.
     (tmp_path / "held").touch()
-    swept = Swept(checkout, slurm, text, f"cluster.python={shlex.quote(str(quick))} cluster.scheduler.max_jobs=150")
+    swept = Swept(checkout, slurm, text, f"cluster.python={shlex.quote(str(quick))} cluster.scheduler.max_jobs=100")
     runs = swept.place.members()
     (runs[5].path / "fails").touch()
     (runs[2].path / "long").touch()

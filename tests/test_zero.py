@@ -84,7 +84,7 @@ def assert_near(run: RunDir, whole: RunDir) -> None:
                 assert mine[place] == pytest.approx(other[place], abs=NEAR), f"step {step}"
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.nightly), 3])
 def test_two_ranks_stop_save_their_shards_and_go_on_alike_and_one_rank_nearly(place: Path, stage: int) -> None:
     whole, stopped = begun(place, stage, 2)
     folder = checkpoint.folder_for(stopped.checkpoints, STOP)

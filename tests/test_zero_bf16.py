@@ -42,7 +42,7 @@ def in_bf16(place: Path, name: str, stage: int) -> RunDir:
 
 
 # Stage 1 has an optimizer of its own in bf16 (BF16_Optimizer); 2 and 3 have that of float32.
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.nightly), 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.nightly) for stage in (2, 3))])
 def test_zero_in_bf16_resumes_to_the_bit(place: Path, stage: int) -> None:
     whole, halved = in_bf16(place, "whole", stage), in_bf16(place, "halved", stage)
     live(whole, 1)
