@@ -27,7 +27,8 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
         "",
         "Made by `make chaos` (`python -m benchmarks.chaos --write docs/chaos.md`); do not edit.",
         "",
-        f"{len(kills)} kills in {len(results)} run{'s' * (len(results) != 1)} on the local Slurm ({os.cpu_count()} cores, {platform.machine()}), "
+        f"{len(kills)} kills in {len(results)} run{'s' * (len(results) != 1)} on the local Slurm "
+        f"({os.cpu_count()} cores, {platform.machine()}), "
         f"in {minutes:.0f} minutes, seed {seed}. Each run was then laid beside one of its kind that nothing touched: "
         "every step's loss, validation loss, learning rate, gradient norm and token count (by which the order of the "
         "samples shows), the exported adapter's and merged weights' SHA-256, the proof of their equality, every answer "
