@@ -29,7 +29,7 @@ from benchmarks.gpu_check import carried, pack, results, table
 CHECKOUT = results.CHECKOUT
 # Group: seconds that it may take, from its process's start, the last one what remains. Correctness comes before speed.
 GROUPS = {"basics": 60, "twins": 180, "speed": 300, "large": 580}
-# A machine is often lent for ten minutes.
+# Time on a GPU machine often comes in slots of ten minutes.
 WHOLE_S = 580
 DRY_S = 500  # a machine may be busy; idle, all groups take a minute
 GRACE_S = 10
