@@ -7,7 +7,7 @@ import shutil
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftlib.errors import InputError
 
@@ -19,14 +19,19 @@ def temporary_beside(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY}{target.name}-{uuid.uuid4().hex[:8]}")
 
 
+def _write_synced(path: Path, text: str, mode: Literal["w", "x"]) -> None:
+    """Write `text` and flush it to storage. FileExistsError with mode "x" where `path` is there."""
+    with path.open(mode, encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(target: Path, text: str) -> None:
     """Put `text` at `target`; a reader sees the old content or the new, never a part."""
     temporary = temporary_beside(target)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, text, "w")
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -38,10 +43,7 @@ def create_text(target: Path, text: str) -> bool:
     """`write_text`, unless something is at `target` already; whether it is ours that is there now."""
     temporary = temporary_beside(target)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(temporary, text, "w")
         try:
             os.link(temporary, target)
         except FileExistsError:
@@ -49,10 +51,7 @@ def create_text(target: Path, text: str) -> bool:
             return temporary.stat().st_nlink == 2
         except OSError:  # a file system without hard links
             try:
-                with target.open("x", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_synced(target, text, "x")
             except FileExistsError:
                 return False
     finally:

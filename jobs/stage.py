@@ -177,7 +177,7 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
 
 
 def _loaded(package: str, stop: StopFlag) -> ModuleType:
-    from ftlib.train.interruptible import interruptible
+    from ftlib.interruptible import interruptible
 
     if os.environ.get("WORLD_SIZE", "1") == "1":  # one rank alone must not leave
         return interruptible(stop, lambda: importlib.import_module(package))

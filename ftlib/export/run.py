@@ -18,13 +18,13 @@ from ftlib.errors import FtError
 from ftlib.export import equality
 from ftlib.export.equality import Comparison, logits_of
 from ftlib.export.weights import write_consolidated, write_merged
+from ftlib.interruptible import interruptible
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from ftlib.train import saving
 from ftlib.train.arguments import prepare_process
 from ftlib.train.falcon import fuse_attention, isolate_documents
-from ftlib.train.interruptible import interruptible
 from ftlib.train.methods import ADAPTER, PROMPT, load_trained, parts, put_prompt
 
 # What is not finished yet. Nobody looks for it, and the next attempt finds there what this one committed.

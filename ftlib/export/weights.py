@@ -14,10 +14,10 @@ from ftlib.data import tokenizing
 from ftlib.errors import FtError
 from ftlib.export import shards
 from ftlib.export.merge import MergedTensors
+from ftlib.interruptible import interruptible
 from ftlib.spec import RunSpec
 from ftlib.stop import StopFlag
 from ftlib.train import zero
-from ftlib.train.interruptible import interruptible
 
 
 def write_merged(

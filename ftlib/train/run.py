@@ -14,13 +14,13 @@ from torch import distributed as dist
 from ftlib import atomic, events
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import InputError
+from ftlib.interruptible import interruptible
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
 from ftlib.stop import StopFlag
 from ftlib.train import methods, ranks, rendezvous, saving, zero
 from ftlib.train.arguments import prepare_process, training_arguments
-from ftlib.train.interruptible import interruptible
 from ftlib.train.interval import Cadence, History, history
 from ftlib.train.model import load_base
 from ftlib.train.progress import StartTimes
