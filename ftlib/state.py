@@ -103,6 +103,7 @@ def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground
     process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster."""
     last_said = {str(e.get("stage")): e["event"] for e in known.log if e["event"] in ("submitted", "cancelled")}
+    cancelled_jobs = {(e.get("stage"), str(e.get("job_id"))) for e in known.log if e["event"] == "cancelled"}
     found: dict[str, StageState] = {}
     broken = False  # an earlier stage failed or was cancelled
     for stage in STAGES:
@@ -120,6 +121,9 @@ def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
                 state = "running" if lives and not (last and last.life == lives) else "queued"
             else:
                 state = SLURM_STATES.get(slurm, "failed" if slurm or not broken else "cancelled")
+            if state == "failed" and (stage, job) in cancelled_jobs:
+                # It was ending already, by its time limit or a failure, when its owner cancelled it.
+                state = "cancelled"
             if state == "queued":
                 words = reason
             elif state == "failed" and not words:

@@ -32,7 +32,8 @@ done
 export FT_LIFE
 
 if [ "$FT_LIFE" -gt 1 ]; then
-    "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE"
+    "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB"
+    [ $? -ne 3 ] || exit 143
 fi
 
 # Nothing that the stage needs is here: the outcome says so, and the epilogue acts by it.

@@ -344,3 +344,16 @@ def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> No
     causes = ["node failure", "killed", "node failure"]
     assert [(e["life"], e["cause"]) for e in events.read(run.events)] == list(enumerate(causes, 1))
     assert settle.settled_lives(run.path, "train", 4) == [Life(cause, False) for cause in causes]
+
+
+def test_a_job_that_was_cancelled_as_it_ended_is_neither_requeued_nor_begun_again(run: RunDir) -> None:
+    """`make cancel` in the second in which the epilogue requeues: Slurm may know the job as TIMEOUT, not CANCELLED."""
+    events.append(run.events, "submit-x", "cancelled", stage="train", job_id="7")
+    verdict = life(run, 1, outcome=LIMIT)
+    assert verdict.do == "stop" and "its owner cancelled it" in verdict.words
+    (run.lives / "train-2").write_text("7 n1 1700000020 \n")
+    with pytest.raises(SystemExit) as refused:
+        settle.main(["earlier", str(run.path), "train", "2", "7"])
+    assert refused.value.code == settle.CANCELLED
+    # What `make resume` queues has another job id.
+    settle.main(["earlier", str(run.path), "train", "2", "8"])

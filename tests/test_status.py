@@ -81,6 +81,19 @@ def test_of_two_stages_in_one_job_the_second_waits_for_the_first(
         assert found["evaluate"].words == "in the same job, after export"
 
 
+@pytest.mark.parametrize("slurm", ["TIMEOUT", "FAILED", "CANCELLED"])
+def test_a_job_that_was_ending_when_its_owner_cancelled_it_is_cancelled(slurm: str) -> None:
+    log = [{"event": "submitted", "stage": "prepare", "job_id": "7"}]
+    log += [{"event": "cancelled", "stage": "prepare", "job_id": "7"}]
+    ends = {**{stage: [] for stage in STAGES}, "prepare": [Outcome("prepare", 1, 75, "interrupted (time limit)")]}
+    known = state.Journal(
+        log, ends=ends, lives=dict.fromkeys(STAGES, 0) | {"prepare": 1},
+        jobs=dict.fromkeys(STAGES, "7"), nonces=dict.fromkeys(STAGES, ""),
+    )  # fmt: skip
+    found = state.stages(known, {"7": Job(slurm)})
+    assert {stage.state for stage in found.values()} == {"cancelled"}
+
+
 def test_an_answer_stands_for_the_least_poll_interval(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

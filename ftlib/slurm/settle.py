@@ -4,7 +4,8 @@
         requeue BACKOFF_S NODE_TO_EXCLUDE|- MEM_MIB|- WORDS
         leave EXIT_CODE WORDS      it would be requeued, but this site forbids it: the guard queues it anew
         stop EXIT_CODE WORDS
-    python -m ftlib.slurm.settle earlier RUN STAGE LIFE              before srun: lives that no epilogue saw the end of
+    python -m ftlib.slurm.settle earlier RUN STAGE LIFE JOB          before srun: lives that no epilogue saw the end of;
+        exit code 3 where the job was cancelled by its owner and must not begin again
 
 Standard library only: the host of a container may have nothing else.
 """
@@ -35,6 +36,8 @@ NEAR_LIMIT_S = 210
 CLOCKS_S = 2
 # The exit code of what SIGKILL ended, as a shell says it.
 KILLED = 137
+# What `earlier` tells the prologue of a job that was cancelled.
+CANCELLED = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
     it, in_slurm = _Life(run, stage, life, job), "SLURM_JOB_ID" in os.environ
     outcome, logs, state = it.outcome(), it.logs(log.parent), it.accounted() if in_slurm else ""
     found = it.found(code, outcome, logs, state)
-    if found.cause in ("preemption", "time limit") and in_slurm:
+    if cancelled_by_owner(run, stage, it.job):
+        found = Finding("cancelled", found.line)
+    elif found.cause in ("preemption", "time limit") and in_slurm:
         found = it.as_slurm_tells(found, state)
     lives = [*settled_lives(run, stage, life), policy.Life(found.cause, _progressed(run, stage, life))]
     adjusted = _read(run, ADJUSTMENTS)
@@ -179,6 +184,14 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
             run / "events", writer, "interrupted", stage=stage, life=number, job_id=it.job, cause=cause,
             line=found.line, words=words, settled_by=writer, **({"ended": int(ended)} if ended.isdigit() else {}),
         )  # fmt: skip
+
+
+def cancelled_by_owner(run: Path, stage: str, job: str) -> bool:
+    """Whether `make cancel` has ended the stage's job. A requeue that crosses it may start that job once more."""
+    return any(
+        event["event"] == "cancelled" and event.get("stage") == stage and str(event.get("job_id")) == job
+        for event in events.read(run / "events")
+    )
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
@@ -273,6 +286,9 @@ def main(words: list[str]) -> None:
     what, run, stage, life = words[0], Path(words[1]), words[2], int(words[3])
     if what == "earlier":
         earlier(run, stage, life, f"{stage}-{life}-prologue")
+        if cancelled_by_owner(run, stage, job=words[4]):
+            print("ftlib: its owner has cancelled this job: it does not begin again")
+            sys.exit(CANCELLED)
     else:
         code, job, log = words[4:7]
         print(end(run, stage, life, int(code), job, Path(log)).line())
