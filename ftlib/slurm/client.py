@@ -6,24 +6,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from ftlib.errors import FtError, Unavailable
+from ftlib.runs.scheduler import Job as Job
 
 TIMEOUT_S = 60
 FIELDS, SEPARATOR = ("%i", "%T", "%r", "%k", "%S"), "\x1f"
 # The longest argument that Linux passes on is 128 KiB.
 MOST_LISTED = 120_000
-
-
-class Job(NamedTuple):
-    """One job, or one task of an array, as the scheduler sees it."""
-
-    state: str  # Slurm's long state name, such as PENDING
-    reason: str = ""  # why it is pending, in Slurm's words
-    comment: str = ""
-    start: str = ""  # when it began or is thought to begin, in seconds since 1970; N/A where Slurm cannot tell
-    id: str = ""  # of an array's task: ARRAY_INDEX
 
 
 class Refused(FtError):

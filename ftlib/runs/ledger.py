@@ -1,0 +1,172 @@
+"""The ledger of a run: its events, the outcomes and the beginnings of its attempts, read once, with the few questions
+that more than one reader asks. It is a value: nothing here writes, and nothing asks Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar, cast
+
+from ftlib import outcome as outcomes
+from ftlib.outcome import Outcome
+from ftlib.runs import attempts, events
+from ftlib.runs.attempts import Attempt
+from ftlib.runs.events import (
+    Cancelled,
+    CheckpointSaved,
+    Decided,
+    Event,
+    Moved,
+    Progress,
+    ResumeRequested,
+    Settled,
+    Submitted,
+)
+
+STAGES = ("prepare", "train", "export", "evaluate")
+# Jobs of a run beside its stages: the recovery job, and the one that builds the image.
+RECOVERY, IMAGE = "recovery", "image"
+
+E = TypeVar("E", bound=Event)
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What is recorded about one run."""
+
+    events: tuple[Event, ...] = ()  # oldest first
+    attempts: Mapping[str, tuple[Attempt, ...]] = field(default_factory=dict)  # stage -> its attempts, first one first
+    outcomes: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)  # stage -> ends, first attempt first
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def of(self, kind: type[E], stage: str | None = None) -> list[E]:
+        """The events of one class (of one stage), oldest first."""
+        events = cast("list[E]", self._by_kind.get(kind, []))
+        return [event for event in events if stage is None or getattr(event, "stage", None) == stage]
+
+    def with_events(self, *more: Event) -> Ledger:
+        """This ledger as it would be after `more` had been recorded, now."""
+        latest = max((event.time for event in self.events), default=0.0)
+        added = tuple(dataclasses.replace(event, time=event.time or latest) for event in more)
+        return dataclasses.replace(self, events=self.events + added)
+
+    @cached_property
+    def _by_kind(self) -> dict[type[Event], list[Event]]:
+        by_kind: dict[type[Event], list[Event]] = {}
+        for event in self.events:
+            by_kind.setdefault(type(event), []).append(event)
+        return by_kind
+
+    # -- jobs ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def submissions(self) -> dict[str, Submitted]:
+        """Stage ("recovery", "image") -> its last submission. A run that was moved has none of before."""
+        last: dict[str, Submitted] = {}
+        for event in self.events:
+            if isinstance(event, Submitted):
+                last[event.stage] = event
+            elif isinstance(event, Moved):
+                last = {}
+        return last
+
+    @property
+    def jobs(self) -> dict[str, str]:
+        """Stage ("recovery", "image") -> the job it was last queued under."""
+        return {stage: submission.job_id for stage, submission in self.submissions.items()}
+
+    @cached_property
+    def home(self) -> Path | None:
+        """Where a resume found the run after it had been moved or copied; None where that never happened."""
+        moves = self.of(Moved)
+        return Path(moves[-1].to) if moves else None
+
+    def request_index(self, stage: str) -> int:
+        """Where in `events` the owner last asked for the stage to run (a submission, a resume): what ended before
+        counts against no budget. 0 without one."""
+        return max(
+            (index for index, event in enumerate(self.events) if _is_request(event, stage)), default=0
+        )  # fmt: skip
+
+    def cancelled(self, stage: str, job_id: str) -> bool:
+        """Whether the owner has cancelled that job of the stage, and has not asked for the run to continue since."""
+        cancelled = False
+        for event in self.events:
+            if isinstance(event, Cancelled) and event.stage == stage and event.job_id in ("", job_id):
+                cancelled = True
+            elif isinstance(event, ResumeRequested):
+                cancelled = False
+        return cancelled
+
+    # -- attempts --------------------------------------------------------------------------------------------------
+
+    def done(self, stage: str) -> bool:
+        """Whether some attempt of the stage has ended well."""
+        return any(outcome.code == 0 for outcome in self.outcomes.get(stage, ()))
+
+    @property
+    def first_open(self) -> str | None:
+        """The first stage that is not done; None where all are."""
+        return next((stage for stage in STAGES if not self.done(stage)), None)
+
+    def attempt_count(self, stage: str) -> int:
+        """How many attempts of the stage have begun."""
+        return len(self.attempts.get(stage, ()))
+
+    def outcome(self, stage: str, attempt: int) -> Outcome | None:
+        """How an attempt ended by its own account; None where it left no outcome."""
+        return next((one for one in self.outcomes.get(stage, ()) if one.life == attempt), None)
+
+    def settled(self, stage: str) -> dict[int, Settled]:
+        """Attempt -> why it ended. The first finding stands: an epilogue saw more than any later process."""
+        by_attempt: dict[int, Settled] = {}
+        for event in self.of(Settled, stage):
+            by_attempt.setdefault(event.attempt, event)
+        return by_attempt
+
+    def decisions(self, stage: str) -> list[Decided]:
+        """What was decided about the stage since its owner last asked for it, oldest first."""
+        since = self.request_index(stage)
+        return [event for event in self.events[since:] if isinstance(event, Decided) and event.stage == stage]
+
+    def progressed(self, stage: str, attempt: int) -> bool:
+        """Whether the attempt committed a checkpoint of a step that none before had reached, or other work."""
+        if any(event.attempt == attempt for event in self.of(Progress, stage)):
+            return True
+        saves = [(event.attempt, event.step) for event in self.of(CheckpointSaved, stage)]
+        reached = max((step for number, step in saves if number < attempt), default=0)
+        return any(step > reached for number, step in saves if number == attempt)
+
+
+def _is_request(event: Event, stage: str) -> bool:
+    if isinstance(event, ResumeRequested):
+        return True
+    return isinstance(event, Submitted) and event.stage == stage and not event.automatic
+
+
+def read(run: Path) -> Ledger:
+    """The ledger of the run folder `run`; empty where nothing was recorded yet."""
+    by_stage: dict[str, list[Outcome]] = {}
+    for outcome in outcomes.read(run / "outcomes"):
+        by_stage.setdefault(outcome.stage, []).append(outcome)
+    return Ledger(
+        events=tuple(events.read(run / "events")),
+        attempts=attempts.read(run / "lives"),
+        outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
+    )
+
+
+def jobs_of(ledgers: Iterable[Ledger]) -> set[str]:
+    """The jobs of all stages of `ledgers` that are not done: what Slurm has to be asked about."""
+    return {
+        job for ledger in ledgers for stage, job in ledger.jobs.items() if stage in STAGES and not ledger.done(stage)
+    }
+
+
+def open_stages(ledger: Ledger, stages: Sequence[str] = STAGES) -> list[str]:
+    """Those of `stages` that are not done, in order."""
+    return [stage for stage in stages if not ledger.done(stage)]
