@@ -20,7 +20,7 @@ def example(kind: type[events.Event]) -> events.Event:
             continue
         name = str(field.type).replace(" | None", "")
         known = {"Choice": "stop", "Settler": "epilogue", "Any": {"a": 1}, "tuple[str, ...]": ("one",)}
-        known["Mapping[str, float]"] = {"load_s": 1.5}
+        known |= {"Mapping[str, float]": {"load_s": 1.5}, "Mapping[str, int]": {"train": 2}}
         values[field.name] = VALUES.get(name, known.get(name))
     return kind(**values)
 
@@ -61,10 +61,14 @@ def test_events_of_the_first_release_are_read(tmp_path: Path) -> None:
     assert isinstance(recovery, Submitted) and recovery.stage == ledger.RECOVERY
 
 
-def test_a_resume_ends_a_cancellation(tmp_path: Path) -> None:
-    known = ledger.Ledger().with_events(Submitted(stage="train", job_id="7"), Cancelled(stage="train", job_id="7"))
-    assert known.cancelled("train", "7") and not known.cancelled("train", "8")
-    assert not known.with_events(ResumeRequested()).cancelled("train", "7")
+def test_a_cancelled_job_stays_cancelled_and_a_stage_without_one_until_a_resume() -> None:
+    known = ledger.Ledger().with_events(
+        Submitted(stage="train", job_id="7"), Cancelled(stage="train", job_id="7"), Cancelled(stage="export")
+    )
+    assert known.cancelled("train", "7") and known.cancelled("export", "") and not known.cancelled("train", "8")
+    resumed = known.with_events(ResumeRequested())
+    assert resumed.cancelled("train", "7") and not resumed.cancelled("export", "")
+    assert resumed.resume_pending("train") and not known.resume_pending("train")
 
 
 def test_overrides_hold_until_their_time_and_the_last_one_counts() -> None:

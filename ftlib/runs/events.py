@@ -203,6 +203,7 @@ class ResumeRequested(Event):
     """The owner wants the run to continue: budgets begin anew; what was stopped or cancelled may be queued again."""
 
     user: str | None = None
+    after_attempts: Mapping[str, int] = field(default_factory=dict)  # stage -> attempts that it had then
 
 
 @_kind("moved")

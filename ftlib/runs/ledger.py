@@ -40,6 +40,8 @@ class Ledger:
     events: tuple[Event, ...] = ()  # oldest first
     attempts: Mapping[str, tuple[Attempt, ...]] = field(default_factory=dict)  # stage -> its attempts, first one first
     outcomes: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)  # stage -> ends, first attempt first
+    micro_batch: int | None = None  # rows of the training's micro-batch as planned; None where nothing is planned yet
+    rows_of_a_rank: int | None = None  # rows that each rank contributes to an optimizer step
 
     # -- events ----------------------------------------------------------------------------------------------------
 
@@ -93,14 +95,30 @@ class Ledger:
         )  # fmt: skip
 
     def cancelled(self, stage: str, job_id: str) -> bool:
-        """Whether the owner has cancelled that job of the stage, and has not asked for the run to continue since."""
+        """Whether the owner has cancelled that job of the stage, for good; of a stage without a job ("") until the
+        owner wants the run to continue."""
         cancelled = False
         for event in self.events:
-            if isinstance(event, Cancelled) and event.stage == stage and event.job_id in ("", job_id):
+            if isinstance(event, Cancelled) and event.stage == stage and event.job_id == job_id:
                 cancelled = True
-            elif isinstance(event, ResumeRequested):
+            elif isinstance(event, ResumeRequested) and not job_id:
                 cancelled = False
         return cancelled
+
+    def superseded(self, stage: str, job_id: str) -> bool:
+        """Whether a job was queued for the stage after `job_id`. A job can start before its submission is recorded."""
+        jobs = [event.job_id for event in self.of(Submitted, stage)]
+        return job_id in jobs and jobs[-1] != job_id
+
+    def resume_pending(self, stage: str) -> bool:
+        """Whether the owner has asked the run to continue since the stage was last queued."""
+        pending = False
+        for event in self.events:
+            if isinstance(event, ResumeRequested):
+                pending = True
+            elif isinstance(event, Submitted) and event.stage == stage:
+                pending = False
+        return pending
 
     # -- attempts --------------------------------------------------------------------------------------------------
 
@@ -127,6 +145,21 @@ class Ledger:
         for event in self.of(Settled, stage):
             by_attempt.setdefault(event.attempt, event)
         return by_attempt
+
+    def attempts_since_request(self, stage: str, *, up_to: int) -> dict[int, Settled]:
+        """Attempt -> why it ended, of those that ended since the owner last asked for the stage; `up_to` included."""
+        first = 1
+        for event in self.events:
+            if isinstance(event, Submitted) and event.stage == stage and not event.automatic:
+                first = event.after_attempt + 1
+            elif isinstance(event, ResumeRequested):
+                first = event.after_attempts.get(stage, 0) + 1
+        return {number: end for number, end in sorted(self.settled(stage).items()) if first <= number <= up_to}
+
+    def smaller_micro_batch(self, rows: int) -> int:
+        """The largest micro-batch of at most half of `rows` that divides what each rank contributes to a step."""
+        whole = self.rows_of_a_rank or rows
+        return next(size for size in range(rows // 2, 0, -1) if whole % size == 0)
 
     def decisions(self, stage: str) -> list[Decided]:
         """What was decided about the stage since its owner last asked for it, oldest first."""

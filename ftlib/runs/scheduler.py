@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from ftlib.runs.events import Submitted
+
 
 class Job(NamedTuple):
     """One job, or one task of an array, as the scheduler sees it."""
@@ -24,6 +26,28 @@ UNKNOWN_JOB = Job("")
 Accounting = Literal["answered", "disabled", "failed"]
 
 
+# Slurm's states of a job that has not ended; a job in any other state cannot start again by itself.
+WAITING = (
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "PREEMPTED",
+)  # fmt: skip
+AT_WORK = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING")
+CANCELLED = ("CANCELLED", "REVOKED")
+# Ends after which Slurm cancels what depends on the job with afterok.
+FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where the one who asks stands, if inside a job: in its prologue (the attempt begins) or epilogue (it has ended).
+    """
+
+    job_id: str
+    stage: str
+    attempt: int
+    ended: bool
+    may_requeue: bool = True  # the site allows requeueing
+
+
 @dataclass(frozen=True)
 class SchedulerView:
     """What Slurm says at one moment, and where the one who asks stands."""
@@ -31,16 +55,41 @@ class SchedulerView:
     jobs: Mapping[str, Job] = field(default_factory=dict)  # job id -> what squeue or accounting says of it
     answered: bool = True  # squeue answered; otherwise nothing is known of any job
     accounting: Accounting = "answered"
-    here: str | None = None  # the id of the job that asks (its prologue or epilogue); None on a login node
-    may_requeue: bool = True  # the site allows requeueing
+    here: Here | None = None  # None on a login node, and in the recovery job
 
     def job(self, job_id: str) -> Job:
         """What Slurm says of a job."""
         return self.jobs.get(job_id, UNKNOWN_JOB)
 
+    def active(self, job_id: str) -> bool:
+        """Whether the job is queued or running."""
+        return self.job(job_id).state in (*WAITING, *AT_WORK)
+
+    @classmethod
+    def inside(cls, here: Here, state: str | None) -> SchedulerView:
+        """What is known inside a job: the controller's word for its state, None where it does not answer."""
+        return cls(jobs={here.job_id: Job(state or "")}, answered=state is not None, here=here)
+
+    def knows(self, job_id: str) -> bool:
+        """Whether it is known that the job is active or not: the controller lists every job that is not over."""
+        return self.answered or self.job(job_id).state not in ("", "UNKNOWN")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job to be queued for a run."""
+
+    stages: tuple[str, ...]  # that it runs one after the other; ("recovery",) is the recovery job
+    nonce: str  # of its comment
+    after_ok: str | None = None  # the job that must complete before it
+    after_not_ok: tuple[str, ...] = ()  # any of these must fail before it (the recovery job's)
+
 
 class Scheduler(Protocol):
-    """A scheduler of jobs. Each call may raise `Unavailable` where it does not answer."""
+    """A scheduler, as one run uses it. Each call may raise `Unavailable` where it does not answer."""
+
+    def submit(self, request: Request) -> Submitted:
+        """Queue a job; the event to be recorded of its first stage. Raises `FtError` where it is refused."""
 
     def queue(self) -> list[Job]:
         """The user's jobs that the controller still knows, with their comments."""

@@ -1,0 +1,25 @@
+"""What the decisions need of a run folder: its ledger, a place to record events, and the claim of its one writer.
+`RunDir` is one on a file system; the simulation has one in memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from ftlib.runs.events import Event
+from ftlib.runs.ledger import Ledger
+
+
+class RunStore(Protocol):
+    """The record of one run."""
+
+    name: str
+
+    def ledger(self) -> Ledger:
+        """All that is recorded now."""
+
+    def record(self, *events: Event, writer: str | None = None) -> None:
+        """Add events of one moment to the writer's own file (this process's, without one)."""
+
+    def claim(self) -> AbstractContextManager[None]:
+        """Be the only process that queues jobs of this run. Raises `InputError` where another one does."""
