@@ -13,7 +13,7 @@ from ftlib.runs import chain, decide
 from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
 from ftlib.runs.events import ResumeRequested, Settled, Settler
 from ftlib.runs.ledger import STAGES, Ledger, jobs_of
-from ftlib.runs.scheduler import Here, Scheduler, SchedulerView
+from ftlib.runs.scheduler import Controller, Here, Scheduler, SchedulerView
 from ftlib.runs.store import RunStore
 
 # Finds out why an attempt ended: the ledger, a stage, an attempt's number, who asks.
@@ -35,11 +35,11 @@ def settle(
     return run.ledger()
 
 
-def begin_attempt(run: RunStore, scheduler: Scheduler, here: Here, investigate: Investigate) -> Action:
+def begin_attempt(run: RunStore, controller: Controller, here: Here, investigate: Investigate) -> Action:
     """What a prologue does: settle what no epilogue saw, and learn whether the attempt may begin (`Nothing`, not
     superseded) or the job must end (`Stop`, or superseded)."""
     writer = f"{here.stage}-{here.attempt}-prologue"
-    view = _view_from_inside(scheduler, here)
+    view = SchedulerView.inside(here, controller.state(here.job_id))
     ledger = settle(run, view, investigate, "prologue", writer)
     action = decide.next_action(ledger, view, time.time())
     if action.events():
@@ -47,10 +47,10 @@ def begin_attempt(run: RunStore, scheduler: Scheduler, here: Here, investigate: 
     return action
 
 
-def end_attempt(run: RunStore, scheduler: Scheduler, here: Here, investigate: Investigate) -> Action:
+def end_attempt(run: RunStore, controller: Controller, here: Here, investigate: Investigate) -> Action:
     """What an epilogue does before it acts: settle its attempt, decide, and record the decision."""
     writer = f"{here.stage}-{here.attempt}-epilogue"
-    view = _view_from_inside(scheduler, here)
+    view = SchedulerView.inside(here, controller.state(here.job_id))
     ledger = settle(run, view, investigate, "epilogue", writer)
     action = decide.next_action(ledger, view, time.time())
     if action.events():
@@ -59,7 +59,7 @@ def end_attempt(run: RunStore, scheduler: Scheduler, here: Here, investigate: In
 
 
 def requeue(
-    scheduler: Scheduler, job_id: str, changes: dict[str, str], *, report: Callable[[str], None],
+    controller: Controller, job_id: str, changes: dict[str, str], *, report: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> str:  # fmt: skip
     """Requeue the job that runs this, and change what its next attempt asks for.
@@ -70,15 +70,15 @@ def requeue(
     wait_s = 1
     while wait_s <= LONGEST_WAIT_S:
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
-        accepted = scheduler.requeue(job_id, incomplete_only=True)
+        accepted = controller.requeue(job_id, incomplete_only=True)
         if not accepted:
-            state = scheduler.state(job_id)
+            state = controller.state(job_id)
             if state == "CANCELLED":
                 return state
             # The controller forgets a job at its time limit to be incomplete; only then we insist.
-            accepted = state == "TIMEOUT" and scheduler.requeue(job_id, incomplete_only=False)
+            accepted = state == "TIMEOUT" and controller.requeue(job_id, incomplete_only=False)
         if accepted:
-            if changes and not scheduler.update(job_id, changes):
+            if changes and not controller.update(job_id, changes):
                 report(f"the requeued job was not changed: {changes}")
             return REQUEUED
         report(f"the requeue was not accepted; trying again in {wait_s} s")
@@ -144,8 +144,3 @@ def _all_jobs(ledger: Ledger) -> set[str]:
     # Of done stages, too: why a job was cancelled shows in the end of the one before it.
     return jobs_of([ledger]) | set(ledger.jobs.values())
 
-
-def _view_from_inside(scheduler: Scheduler, here: Here) -> SchedulerView:
-    """What Slurm says of the job that asks. Where it does not answer, nothing is known, and that is no error here."""
-    state = scheduler.state(here.job_id)
-    return SchedulerView.inside(here, state)

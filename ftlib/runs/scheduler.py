@@ -85,8 +85,24 @@ class Request:
     after_not_ok: tuple[str, ...] = ()  # any of these must fail before it (the recovery job's)
 
 
+class Controller(Protocol):
+    """Slurm's controller, as a batch script sees it. Nothing here raises where it does not answer."""
+
+    def state(self, job_id: str) -> str | None:
+        """The controller's word for a job's state now; None where it does not answer or has forgotten the job."""
+
+    def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
+        """Put a running job back into the queue; whether that was accepted.
+
+        incomplete_only: leave a job alone that was cancelled or has ended.
+        """
+
+    def update(self, job_id: str, changes: Mapping[str, str]) -> bool:
+        """Change a pending job (`StartTime`, `ExcNodeList`, `MinMemoryNode`); whether that was accepted."""
+
+
 class Scheduler(Protocol):
-    """A scheduler, as one run uses it. Each call may raise `Unavailable` where it does not answer."""
+    """A scheduler, as a run on a login node uses it. Each call may raise `Unavailable` where it does not answer."""
 
     def submit(self, request: Request) -> Submitted:
         """Queue a job; the event to be recorded of its first stage. Raises `FtError` where it is refused."""
@@ -99,15 +115,3 @@ class Scheduler(Protocol):
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         """End jobs; those that are gone already are no error."""
-
-    def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
-        """Put a running job back into the queue; whether that was accepted.
-
-        incomplete_only: leave a job alone that was cancelled or has ended.
-        """
-
-    def state(self, job_id: str) -> str | None:
-        """The controller's word for a job's state now; None where it does not answer or has forgotten the job."""
-
-    def update(self, job_id: str, changes: Mapping[str, str]) -> bool:
-        """Change a pending job (`StartTime`, `ExcNodeList`, `MinMemoryNode`); whether that was accepted."""
