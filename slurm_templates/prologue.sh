@@ -32,8 +32,11 @@ done
 export FT_LIFE
 
 if [ "$FT_LIFE" -gt 1 ]; then
-    "$FT_PYTHON" -m ftlib.slurm.settle earlier "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB"
-    [ $? -ne 3 ] || exit 143
+    # Where nothing is printed the record cannot be read or written: the attempt begins, and finds out for itself.
+    read -r ft_do ft_number <<END
+$("$FT_PYTHON" -m ftlib.slurm.attempt begin "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB")
+END
+    [ "$ft_do" != exit ] || exit "$ft_number"
 fi
 
 # Nothing that the stage needs is here: the outcome says so, and the epilogue acts by it.
