@@ -34,8 +34,9 @@ from submitit.core.submission import process_job
 from submitit.core.utils import DelayedSubmission
 
 from benchmarks.lives import environment, prepared_run, print_or_dump, print_table
-from ftlib import checkpoint, events
+from ftlib import checkpoint
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved, FirstStep, Resumed
 from jobs import wish as wishes
 
 GRACE_S = 2.0
@@ -150,7 +151,7 @@ class Ours:
 
     def lives(self) -> tuple[dict[int, int], dict[int, int]]:
         """The step each life began after, and the last one it made."""
-        began = {e["life"]: e["step"] for e in events.read(self.run.events) if e["event"] == "resumed"}
+        began = {resumed.attempt: resumed.step for resumed in self.run.ledger().of(Resumed)}
         last: dict[int, int] = {}
         for line in self.run.metrics_file.read_text(encoding="utf-8").splitlines():
             try:
@@ -162,16 +163,16 @@ class Ours:
 
     def costs(self) -> dict[str, float]:
         """What a save, a start and a step took on average, in seconds: so many of them fit into the trace."""
-        happened = events.read(self.run.events)
-        saves = [event for event in happened if event["event"] == "checkpoint"]
-        starts = [sum(v for k, v in e.items() if k.endswith("_s")) for e in happened if e["event"] == "first_step"]
-        saved = {(event["life"], event["step"]) for event in saves}
+        known = self.run.ledger()
+        saves = known.of(CheckpointSaved)
+        starts = [sum(first_step.parts_s.values()) for first_step in known.of(FirstStep)]
+        saved = {(event.attempt, event.step) for event in saves}
         lines = self.run.metrics_file.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line[-1:] == "}"]
         at = [(row["life"], row["step"], datetime.datetime.fromisoformat(row["time"]).timestamp()) for row in rows]
         # From row to row: with all that is done around a step, but without saves.
         steps = [b[2] - a[2] for a, b in pairwise(at) if (a[0], a[1] + 1) == b[:2] and a[:2] not in saved]
-        means = {"save_s": [event["seconds"] for event in saves], "start_s": starts, "step_s": steps}
+        means = {"save_s": [event.seconds for event in saves], "start_s": starts, "step_s": steps}
         return {name: statistics.fmean(values) for name, values in means.items()}
 
 

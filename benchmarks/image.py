@@ -25,9 +25,9 @@ from benchmarks.chaos.campaign import FLAVOURS, SEEN, Ground, differences
 from benchmarks.chaos.kinds import KINDS, next_life_begun
 from benchmarks.chaos.places import PLACES, raw_rows, stand_at
 from benchmarks.chaos.processes import thaw
-from ftlib import events
 from ftlib.checkpoint import digest
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Started
 
 ONE, TWO = list(FLAVOURS)[:2]
 SHARED, SHARE = "DDP, 1 node x 2 ranks", "resources.gpus_per_node=2"
@@ -130,8 +130,8 @@ def campaign(made: Campaign) -> None:
 
 def images_of(run: RunDir) -> list[str]:
     """In which image each life of the training was: its hash's beginning, or `-` outside."""
-    found = [e for e in events.read(run.events) if e["event"] == "started" and e["stage"] == "train"]
-    return [(e.get("image") or "-").partition("sha256:")[2][:8] or "-" for e in found]
+    found = run.ledger().of(Started, "train")
+    return [(started.image or "-").partition("sha256:")[2][:8] or "-" for started in found]
 
 
 def markdown(made: Campaign, log: str, minutes: float) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ftlib import events, rundir
+from ftlib import rundir
 from ftlib.metrics import read_metrics
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
+from ftlib.runs.events import FirstStep
 from ftlib.slurm import batch
 from ftlib.stop import StopFlag
 from jobs import wish as wishes
@@ -91,13 +92,12 @@ def start(run: RunDir, life: int) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT)  # fmt: skip
 
 
-def first_step(run: RunDir, life: int, process: subprocess.Popen[bytes], timeout_s: float = 120) -> dict[str, Any]:
+def first_step(run: RunDir, life: int, process: subprocess.Popen[bytes], timeout_s: float = 120) -> FirstStep:
     """The event of the life's first new step, waited for."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end and process.poll() is None:
-        for event in events.read(run.events):
-            if event["event"] == "first_step" and event["life"] == life:
-                return event
+        if event := run.ledger().last(FirstStep, "train", life):
+            return event
         time.sleep(0.05)
     log = (run.slurm / "train.log").read_text(encoding="utf-8", errors="replace")
     raise SystemExit(f"life {life} made no step:\n{log[-3000:]}")

@@ -5,7 +5,6 @@ a bare process imports the same libraries and loads the same model, quantised, w
 from __future__ import annotations
 
 import argparse
-import datetime
 import signal
 import statistics
 import subprocess
@@ -68,13 +67,11 @@ def rounds(run: RunDir, count: int) -> list[dict[str, float]]:
         ended = time.time()
         process = start(run, life)
         event = first_step(run, life, process)
-        at = datetime.datetime.fromisoformat(event["time"]).timestamp()
-        parts = {key: value for key, value in event.items() if key.endswith("_s")}
         # Stopped while the bare process runs: both shall have the machine alone.
         process.send_signal(signal.SIGSTOP)
         beside = bare(run)
         process.send_signal(signal.SIGCONT)
-        found.append({"stop_s": ended - signalled, **parts, "ours_s": at - signalled, "bare_s": beside})
+        found.append({"stop_s": ended - signalled, **event.parts_s, "ours_s": event.time - signalled, "bare_s": beside})
     process.kill()
     process.wait()
     return found

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.lives import CONF, print_table, spread
 from ftlib.rundir import STAGES
+from ftlib.runs import events
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import wish as wishes
@@ -56,10 +57,12 @@ def make_runs(runs: Path, count: int, arrays: Sequence[dict[str, str]], *, conf:
             (runs / name / file).write_text(json.dumps(value, indent=1))
         with (runs / name / "events" / "submit-login-1.jsonl").open("w") as file:
             for second, (stage, array) in enumerate(arrays[index // PER_ARRAY].items()):
-                said = {"time": f"2026-01-01T00:00:0{second}.000000+00:00", "stage": stage, "nonce": f"nonce-{stage}"}
-                job = {"job_id": f"{array}_{index % PER_ARRAY}", "after_life": 0}
-                for event in ({"event": "intended", **said}, {"event": "submitted", **said, **job}):
-                    file.write(json.dumps(event) + "\n")
+                intended = events.Intended(stage=stage, nonce=f"nonce-{stage}")
+                job = f"{array}_{index % PER_ARRAY}"
+                submitted = events.Submitted(stage=stage, job_id=job, nonce=f"nonce-{stage}")
+                for event in (intended, submitted):
+                    row = events.to_row(event, f"2026-01-01T00:00:0{second}.000000+00:00")
+                    file.write(json.dumps(row) + "\n")
     if sweep:
         spec = SweepSpec.model_validate({"grid": {"train.seed": list(range(count))}})
         points = {name: {"train.seed": seed} for seed, name in enumerate(names)}

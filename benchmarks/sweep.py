@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.lives import CHECKOUT, CONF, print_table, spread
+from ftlib.runs import events
 
 ENV = {**os.environ, "SLURM_CONF": str(CONF)}
 POINTS, LOOP = 1000, 20
@@ -74,8 +75,12 @@ def give_scores(checkout: Path) -> None:
         (run.parent / "evaluation.json").write_text(json.dumps({"base": scores, "tuned": scores}))
         for stage in ("prepare", "train", "export", "evaluate"):
             (run.parent / "outcomes" / f"{stage}-1").write_text("0 done\n")
-            rows = [{"event": name, "stage": stage, "life": 1, "code": 0, "time": f"2026-01-01T0{hour}:00:00+00:00"}
-                    for hour, name in enumerate(("started", "completed"))]  # fmt: skip
+            began = events.Started(stage=stage, attempt=1, job_id="1")
+            ended = events.Ended(stage=stage, attempt=1, code=0)
+            rows = [
+                events.to_row(began, "2026-01-01T00:00:00+00:00"),
+                events.to_row(ended, "2026-01-01T01:00:00+00:00"),
+            ]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (run.parent / "events" / f"{stage}-1.jsonl").write_text(text)
 

@@ -23,9 +23,10 @@ from pathlib import Path
 from benchmarks.lives import CHECKOUT, print_table, sha
 from benchmarks.methods import make_run
 from benchmarks.save import bare_write
-from ftlib import atomic, checkpoint, events
+from ftlib import atomic, checkpoint
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved
 
 STEPS, HALF = 25, 5
 FLAVOURS = {"ZeRO 2": 2, "ZeRO 3": 3, "DDP": 0}
@@ -111,7 +112,7 @@ def cost(root: Path, gib: float) -> None:
         settings = f"{SHORT} zero.stage={stage} model.name={root / 'base'} train.steps={SAVES} train.save_every_steps=1"
         run = make_run(root / f"cost-{stage}" / "a-run", root / "cache", "tiny-zero3", settings)
         live(run, 1, 2)
-        saves = [event["seconds"] for event in events.read(run.events) if event["event"] == "checkpoint"][1:]
+        saves = [event.seconds for event in run.ledger().of(CheckpointSaved)][1:]
         newest = checkpoint.committed(run.checkpoints)[0]
         rows.append((f"{flavour}, a save", *_beside(root, newest, statistics.median(saves), block)))
         began = time.perf_counter()

@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic, outcome
+from ftlib import atomic
 from ftlib.errors import InputError, nearest
+from ftlib.runs import events, ledger, outcome
+from ftlib.runs.events import Event
+from ftlib.runs.ledger import STAGES as STAGES
+from ftlib.runs.ledger import Ledger
 from ftlib.spec import RunSpec, file_digest, read
 
-STAGES = ("prepare", "train", "export", "evaluate")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -32,7 +36,6 @@ class RunDir:
 
     spec_file = _inside("spec.json")
     plan_file = _inside("plan.json")
-    adjustments_file = _inside("adjustments.json")
     provenance_file = _inside("provenance.json")
     code = _inside("code")
     slurm = _inside("slurm")
@@ -60,19 +63,34 @@ class RunDir:
         """The settings as they were submitted."""
         return read(RunSpec, self.spec_file)
 
-    def plan(self) -> dict[str, Any]:
-        """The run's plan as plain data, with what earlier lives taught (a smaller micro-batch) over it."""
-        batch = ("micro_batch", "accumulation")
-        taught = {key: value for key, value in self.adjustments().items() if key in batch}
-        return {**self._json(self.plan_file), **taught}
+    def plan(self, known: Ledger | None = None) -> dict[str, Any]:
+        """The run's plan as plain data, with its overrides (a smaller micro-batch) over it.
+
+        known: the run's ledger, where it was read already.
+        """
+        plan = self.stored_plan()
+        overrides = (known or self.ledger()).overrides(now=time.time())
+        if overrides.micro_batch is not None:
+            rows_of_rank = plan["micro_batch"] * plan["accumulation"]  # of each step; what all ranks do stays the same
+            plan["micro_batch"] = overrides.micro_batch
+            plan["accumulation"] = rows_of_rank // overrides.micro_batch
+        return plan
+
+    def stored_plan(self) -> dict[str, Any]:
+        """The plan as it was made, without overrides."""
+        return self._json(self.plan_file)
 
     def stage_plan(self, stage: str) -> dict[str, Any]:
         """What the plan gives one stage: its device and resources, as plain data."""
         return dict(self.plan()["stages"][stage])
 
-    def adjustments(self) -> dict[str, Any]:
-        """What earlier lives taught (ftlib.slurm.settle writes it); empty at first."""
-        return self._json(self.adjustments_file) if self.adjustments_file.exists() else {}
+    def ledger(self) -> Ledger:
+        """What is recorded about the run, read now."""
+        return ledger.read(self.path)
+
+    def record(self, *happened: Event, writer: str | None = None) -> None:
+        """Add events of one moment to the file of `writer` (of this process on a login node without one)."""
+        events.append(self.events, writer or events.submit_writer(), *happened)
 
     def provenance(self) -> dict[str, Any]:
         """Cluster, code, lock, and what data the run was submitted with."""

@@ -1,13 +1,15 @@
 """What a run is doing: derived from its outcomes and events first, then from what the scheduler says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ftlib import events, outcome
-from ftlib.outcome import Outcome, names
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import comments
+from ftlib.runs.events import Cancelled, Submitted
+from ftlib.runs.ledger import Ledger
+from ftlib.runs.outcome import Outcome
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 ACTIVE = ("queued", "running")
@@ -33,45 +35,9 @@ class StageState:
     words: str  # how its last life ended, or Slurm's reason why it waits
 
 
-@dataclass
-class Journal:
-    """What the small files of a run folder say, each read once."""
-
-    log: list[dict[str, Any]]  # events, oldest first
-    ends: dict[str, list[Outcome]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
-    lives: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
-    jobs: dict[str, str] = field(default_factory=dict)  # stage, or guard -> the job it was last queued under
-    nonces: dict[str, str] = field(default_factory=dict)  # stage -> the word by which that job's comment tells it
-    home: Path | None = None  # where a resume found it after it had been moved or copied
-
-    def done(self, stage: str) -> bool:
-        """Whether some life of the stage ended well."""
-        return any(end.code == 0 for end in self.ends[stage])
-
-
-def journal(run: RunDir) -> Journal:
-    """Read a run's events, outcomes and lives."""
-    found = Journal(events.read(run.events))
-    for end in outcome.read(run.outcomes):
-        if end.stage in found.ends:
-            found.ends[end.stage].append(end)
-    for name in names(run.lives):
-        stage = name.rpartition("-")[0]
-        if stage in found.lives:
-            found.lives[stage] += 1
-    for event in found.log:
-        if event["event"] == "submitted":
-            found.jobs[event["stage"]] = str(event["job_id"])
-            # The job that prepares a sibling's dataset has that one's word.
-            found.nonces[event["stage"]] = "" if "prepared_by" in event else str(event.get("nonce", ""))
-        elif event["event"] == "moved":  # what was queued before was queued for the other place
-            found.jobs, found.home = {}, Path(event["to"])
-    return found
-
-
-def elsewhere(run: RunDir, known: Journal, provenance: dict[str, Any]) -> tuple[Place, str]:
+def elsewhere(run: RunDir, known: Ledger, provenance: dict[str, Any]) -> tuple[Place, str]:
     """Whether the run lies where it was made, and a person's words where it does not. A copy has no jobs of its own:
-    those in its events are the original's, and `known` forgets them."""
+    those in its events are the original's."""
     if known.home is None and provenance["run"] != run.name:
         original = provenance["run"]
         words = f"a copy of run {original} under another name; jobs and checkpoints are that run's"
@@ -82,43 +48,33 @@ def elsewhere(run: RunDir, known: Journal, provenance: dict[str, Any]) -> tuple[
         if not (original / "spec.json").exists():
             return "moved", f"moved here from {original.parent}, where its queued jobs still look for it"
         words = f"a copy of the run in {original.parent}; the jobs are that run's"
-    known.jobs = {}
     return "copy", words
 
 
-def submission(run: RunDir, stage: str) -> dict[str, Any]:
-    """The event of the stage's last submission; empty without one."""
-    return next((event for event in reversed(events.read(run.events))
-                 if event["event"] == "submitted" and event["stage"] == stage), {})  # fmt: skip
-
-
-def submissions(run: RunDir) -> dict[str, str]:
-    """The job id each stage, and the guard, was last queued under; local runs have process ids."""
-    return journal(run).jobs
-
-
-def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
+def stages(known: Ledger, scheduler: Mapping[str, tuple[str, ...]] | None, *,
            alive: bool = False) -> dict[str, StageState]:
     """Every stage's state, by what its folder says first.
     scheduler: job id -> (Slurm's state, its reason, its comment, …); None for a run without Slurm, whose foreground
     process is `alive` or not. A job whose comment is another's has come by our job's number, on another cluster."""
-    last_said = {str(e.get("stage")): e["event"] for e in known.log if e["event"] in ("submitted", "cancelled")}
-    cancelled_jobs = {(e.get("stage"), str(e.get("job_id"))) for e in known.log if e["event"] == "cancelled"}
+    requests = (event for event in known.events if isinstance(event, (Submitted, Cancelled)))
+    last_request = {event.stage: event for event in requests}
+    cancelled_jobs = {(event.stage, event.job_id) for event in known.of(Cancelled)}
     found: dict[str, StageState] = {}
     broken = False  # an earlier stage failed or was cancelled
     for stage in STAGES:
-        lives, job = known.lives[stage], known.jobs.get(stage)
-        last = known.ends[stage][-1] if known.ends[stage] else None
-        words = last.words if last else ""
+        lives, job = known.attempt_count(stage), known.jobs.get(stage)
+        ends = known.outcomes.get(stage)
+        last = ends[-1] if ends else None
+        words = last.message if last else ""
         state: State
         if known.done(stage):
             state = "completed"
         elif scheduler is not None and job:
             slurm, reason, comment = (*scheduler.get(job, ()), "", "", "")[:3]
-            if comment and known.nonces[stage] not in comment:
+            if comment and not _is_ours(comment, known.submissions[stage]):
                 slurm = ""
             if slurm == "UNKNOWN":  # Slurm does not answer: by what the folder says
-                state = "running" if lives and not (last and last.life == lives) else "queued"
+                state = "running" if lives and not _ended(last, lives) else "queued"
             else:
                 state = SLURM_STATES.get(slurm, "failed" if slurm or not broken else "cancelled")
             if state == "failed" and (stage, job) in cancelled_jobs:
@@ -128,10 +84,10 @@ def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
                 words = reason
             elif state == "failed" and not words:
                 words = f"Slurm says {slurm}" if slurm else "Slurm does not know its job any more"
-        elif last_said.get(stage) == "cancelled" or broken:
+        elif isinstance(last_request.get(stage), Cancelled) or broken:
             state = "cancelled"
         elif scheduler is None and alive:
-            state = "running" if lives and job and not (last and last.life == lives) else "queued"
+            state = "running" if lives and job and not _ended(last, lives) else "queued"
         else:
             # Without a failure nothing works on it: a foreground run that was stopped, or a chain queued in part.
             state = "failed" if last and last.code != 75 else "cancelled"
@@ -143,6 +99,19 @@ def stages(known: Journal, scheduler: Mapping[str, tuple[str, ...]] | None, *,
         broken = broken or state in ("failed", "cancelled")
         found[stage] = StageState(state, job, lives, words)
     return found
+
+
+def _is_ours(comment: str, submission: Submitted) -> bool:
+    """Whether a job's comment is that of the job that was queued."""
+    if not submission.nonce or submission.prepared_by is not None:  # the comment tells another run's job
+        return True
+    parsed = comments.parse(comment)
+    return parsed is not None and parsed.nonce == submission.nonce
+
+
+def _ended(last: Outcome | None, attempts: int) -> bool:
+    """Whether the newest attempt is the one with the last outcome."""
+    return last is not None and last.attempt == attempts
 
 
 def overall(found: Mapping[str, StageState]) -> State:

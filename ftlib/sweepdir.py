@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from ftlib import atomic, outcome
+from ftlib import atomic
 from ftlib.errors import InputError, nearest
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import NAME, RunDir, claim
+from ftlib.runs import outcome
 from ftlib.spec import Model, read
 from ftlib.sweep import Point, SweepSpec
 
@@ -83,5 +84,5 @@ def share_prepared(run: RunDir, siblings: Iterable[RunDir]) -> None:
     for sibling in siblings:
         if sibling.path.exists() and not sibling.stage_done("prepare"):
             atomic.write_text(sibling.prepared_file, text)
-            # Life 0: none of its own.
+            # Attempt 0: none of its own.
             outcome.write(sibling.outcomes, outcome.Outcome("prepare", 0, 0, f"prepared by {run.name}"))

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ftlib import events, outcome, state
 from ftlib.errors import FtError
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
-from ftlib.slurm import batch, container, settle
+from ftlib.runs import attempts, comments, events
+from ftlib.runs.comments import AND
+from ftlib.runs.events import Intended, Submitted
+from ftlib.runs.ledger import ARRAYS, IMAGE
+from ftlib.slurm import batch, container
 from ftlib.sweepdir import SweepDir
-from jobs.chain import AND, STAGE_MODULE, ModuleExecutor
+from jobs.chain import STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
 
 
@@ -45,13 +49,15 @@ def record(
     prepared_by: str | None = None,
 ) -> None:  # fmt: skip
     """Write into the run's own events under which jobs, whose comments hold which nonces, its stages are queued."""
-    rows: list[tuple[events.Name, dict[str, object]]] = []
-    lives = Counter(name.rpartition("-")[0] for name in outcome.names(run.lives))
-    for stage, job in jobs.items():
-        row = {"stage": stage, "job_id": job, "nonce": nonces[stage], "after_life": lives[stage]}
-        whose = {"prepared_by": prepared_by} if stage == "prepare" and prepared_by else {}
-        rows.append(("submitted", row | {"automatic": automatic} | whose))
-    events.append_all(run.events, events.submit_writer(), rows)
+    known = attempts.read(run.lives)
+    submitted = (
+        Submitted(
+            stage=stage, job_id=job, nonce=nonces[stage], after_attempt=len(known.get(stage, ())), automatic=automatic,
+            prepared_by=prepared_by if stage == "prepare" else None,
+        )
+        for stage, job in jobs.items()
+    )  # fmt: skip
+    run.record(*submitted)
 
 
 class Arrays:
@@ -110,7 +116,7 @@ class Arrays:
                 os.makedirs(f"{need.run}/slurm/{stage}", exist_ok=True)
 
         threaded(lay_out, chunk.needs)
-        events.append(self.sweep.events, events.submit_writer(), "intended", nonce=nonce)
+        events.append(self.sweep.events, events.submit_writer(), Intended(stage=ARRAYS, nonce=nonce))
 
     def _first_dependency(self, chunk: Chunk, prepares: dict[Path, str]) -> tuple[str | None, bool]:
         """sbatch's --dependency of a chunk's first array; whether its tasks must look if their dataset is there."""
@@ -151,7 +157,8 @@ class Arrays:
     ) -> ModuleExecutor:  # fmt: skip
         """submitit's executor of one array, whose tasks run `stages` one after the other."""
         needs, folder = [chunk.needs[index] for index in indices], self.sweep.arrays / nonce
-        bad = {node for need in needs if need.automatic for node in settle.excluded_nodes(need.run)}
+        automatic, now = [RunDir(need.run) for need in needs if need.automatic], time.time()
+        bad = {node for run in automatic for node in run.ledger().overrides(now).excluded}
         exclude = ",".join(filter(None, [self.profile.exclude, *sorted(bad)])) or None
         profile, plan = self.profile.model_copy(update={"exclude": exclude}), needs[0].plan
         name, first, asked = AND.join(stages), stages[0], chunk.asked(profile, stages)
@@ -161,7 +168,7 @@ class Arrays:
             setup=batch.array_setup(
                 profile, variables, self.sweep.runs, folder, stages, asked.time_min, prepared=prepared
             ),
-            comment=f"ftlib {self.sweep.name} {name} {nonce}",
+            comment=comments.write(self.sweep.name, stages, nonce),
             dependency=",".join(filter(None, [after, f"afterok:{self.image}" if self.image else None])) or None,
         )  # fmt: skip
         runs = [RunDir(need.run) for need in (needs if profile.container else needs[:1])]
@@ -184,14 +191,14 @@ class Arrays:
             of = dict.fromkeys(jobs, nonce)
             if by and (job := need.prepare or prepares.get(by)):
                 jobs["prepare"] = job
-                of["prepare"] = nonces.get(by) or str(state.submission(RunDir(by), "prepare")["nonce"])
+                of["prepare"] = nonces.get(by) or RunDir(by).ledger().submissions["prepare"].nonce
             if jobs:
                 if self.image:
-                    jobs["image"], of["image"] = self.image, ""
+                    jobs[IMAGE], of[IMAGE] = self.image, ""
                 record(RunDir(need.run), jobs, of, automatic=need.automatic, prepared_by=by.name if by else None)
 
         threaded(note, chunk.needs)
-        events.append(self.sweep.events, events.submit_writer(), "submitted", nonce=nonce)
+        events.append(self.sweep.events, events.submit_writer(), Submitted(stage=ARRAYS, job_id="", nonce=nonce))
 
 
 def preview(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib import events, state
 from ftlib.errors import FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import batch, client, container, settle
+from ftlib.runs import attempts, comments
+from ftlib.runs.comments import AND, GUARD
+from ftlib.runs.events import Cancelled, CheckpointSaved, Intended, Submitted
+from ftlib.runs.ledger import IMAGE, RECOVERY
+from ftlib.slurm import batch, client, container
 
-GUARD, IMAGE = "guard", "image"
-AND = "+"  # between the names of stages that share a job, in its name and comment
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
 
@@ -83,7 +85,7 @@ def scripts(
     after = None
     for stages in plan.jobs:
         name = AND.join(stages)
-        comment = f"ftlib {run.name} {name} <nonce>"
+        comment = comments.write(run.name, stages, "<nonce>")
         made = executor(profile, plan, stages, provenance, run=run, comment=comment, after=after)
         yield f"{name}.sbatch", made.script()
         after = f"<job id of {name}>"
@@ -97,7 +99,7 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
     """
     plan = _warned_in_time(run, RunPlan.model_validate(run.plan()))
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
-    exclude = ",".join(filter(None, [profile.exclude, *settle.excluded_nodes(run.path)]))
+    exclude = ",".join(filter(None, [profile.exclude, *sorted(run.ledger().overrides(time.time()).excluded)]))
     profile = profile.model_copy(update={"exclude": exclude or None})
     queued: dict[str, str] = {}
     try:
@@ -123,7 +125,7 @@ def queue_job(
 ) -> str:  # fmt: skip
     """Queue the job that runs `stages` one after the other, to follow the job `after`; returns its id."""
     nonce, name = _intend(run, stages), AND.join(stages)
-    comment = f"ftlib {run.name} {name} {nonce}"
+    comment = comments.write(run.name, stages, nonce)
     made = executor(profile, plan, stages, run.provenance(), run=run.path, comment=comment, after=after)
     for stage in stages:  # Slurm makes no folders for logs
         (run.slurm / stage).mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def queue_job(
 
 def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
     """The plan, with a warning before the time limit that the slowest save of earlier lives would need."""
-    saves = [event["seconds"] for event in events.read(run.events) if event["event"] == "checkpoint"]
+    saves = [event.seconds for event in run.ledger().of(CheckpointSaved)]
     train = plan.stages["train"]
     longer = train.model_copy(update={"warning_s": max(train.warning_s, 60 + math.ceil(1.5 * max(saves, default=0)))})
     return plan.model_copy(update={"stages": {**plan.stages, "train": longer}})
@@ -148,43 +150,43 @@ def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str 
 
 def _guarded(run: RunDir) -> bool:
     """Whether the newest jobs have a guard: a submit that was killed may have queued the last stage and no guard."""
-    stages = [event["stage"] for event in events.read(run.events) if event["event"] == "submitted"]
-    return stages[-1:] == [GUARD]
+    stages = [event.stage for event in run.ledger().of(Submitted)]
+    return stages[-1:] == [RECOVERY]
 
 
 def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str]) -> None:
-    nonce = _intend(run, [GUARD])
+    nonce = _intend(run, [RECOVERY])
     variables = batch.environment(profile, plan, STAGES[0], run=run.path, cache=Path(run.provenance()["cache"]))
     made = ModuleExecutor(
         run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]), module=f"jobs.guard {shlex.quote(str(run.path))}"
     )
     words = batch.small_parameters(
         profile, name=f"{run.name}.{GUARD}", setup=batch.enter(profile, variables, run.code),
-        comment=f"ftlib {run.name} {GUARD} {nonce}",
+        comment=comments.write(run.name, [RECOVERY], nonce),
         # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
         dependency="?".join(f"afternotok:{job}" for job in watched),
     )  # fmt: skip
     made.update_parameters(**words)
-    _submitted(run, [GUARD], made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
+    _submitted(run, [RECOVERY], made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
 
 
 def _intend(run: RunDir, stages: Sequence[str]) -> str:
     """Write down that a job is about to be queued; returns the word by which its comment tells it."""
     nonce = uuid.uuid4().hex[:12]
-    rows: list[tuple[events.Name, dict[str, object]]]
-    rows = [("intended", {"stage": stage, "nonce": nonce}) for stage in stages]
-    events.append_all(run.events, events.submit_writer(), rows)
+    run.record(*(Intended(stage=stage, nonce=nonce) for stage in stages))
     return nonce
 
 
 def _submitted(run: RunDir, stages: Sequence[str], job: str, nonce: str, *, by_guard: bool) -> str:
     """Write down that the job runs `stages`; returns it."""
-    rows: list[tuple[events.Name, dict[str, object]]] = []
-    for stage in stages:
-        lives = len(list(run.lives.glob(f"{stage}-*")))
-        row = {"stage": stage, "job_id": job, "nonce": nonce, "after_life": lives, "automatic": by_guard}
-        rows.append(("submitted", row))
-    events.append_all(run.events, events.submit_writer(), rows)
+    known = attempts.read(run.lives)
+    submitted = (
+        Submitted(
+            stage=stage, job_id=job, nonce=nonce, after_attempt=len(known.get(stage, ())), automatic=by_guard,
+        )
+        for stage in stages
+    )  # fmt: skip
+    run.record(*submitted)
     return job
 
 
@@ -194,24 +196,23 @@ def adopt(run: RunDir) -> list[str]:
     The intent was written before sbatch was called, and the job carries its nonce in its comment. Returns the stages.
     Must be called under `run.claim()`.
     """
-    log = events.read(run.events)
-    answered = {event["nonce"] for event in log if event["event"] == "submitted" and "nonce" in event}
-    open_intents = {event["nonce"] for event in log if event["event"] == "intended"} - answered
-    found = []
+    known = run.ledger()
+    answered = {event.nonce for event in known.of(Submitted)}
+    open_intents = {event.nonce for event in known.of(Intended)} - answered
+    adopted: list[str] = []
     for job in client.jobs() if open_intents else ():
-        words = job.comment.split(" ")
-        if len(words) == 4 and words[:2] == ["ftlib", run.name] and words[3] in open_intents:
-            stages = words[2].split(AND)
-            _submitted(run, stages, job.id, words[3], by_guard=False)
-            found += stages
-    return found
+        comment = comments.parse(job.comment)
+        if comment and comment.run == run.name and comment.nonce in open_intents:
+            _submitted(run, comment.stages, job.id, comment.nonce, by_guard=False)
+            adopted += comment.stages
+    return adopted
 
 
 def cancel(run: RunDir, job_ids: dict[str, str]) -> None:
     """Cancel the stages' jobs, the last first, so that none starts because another ended."""
-    if "prepared_by" in state.submission(run, "prepare"):  # other points of its sweep wait for that job, too
+    prepare = run.ledger().submissions.get("prepare")
+    if prepare and prepare.prepared_by is not None:  # other points of its sweep wait for that job, too
         job_ids = {stage: job for stage, job in job_ids.items() if stage != "prepare"}
-    writer = events.submit_writer()
     for stage in reversed(list(job_ids)):
-        events.append(run.events, writer, "cancelled", stage=stage, job_id=job_ids[stage], user=os.environ.get("USER"))
+        run.record(Cancelled(stage=stage, job_id=job_ids[stage], user=os.environ.get("USER")))
     client.cancel(dict.fromkeys(reversed(list(job_ids.values()))))  # a job of two stages once

@@ -9,17 +9,19 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-from ftlib import events, state
+from ftlib import state
 from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
+from ftlib.runs import comments, events
+from ftlib.runs.events import Cancelled, Intended, Submitted
+from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client
 from ftlib.sweepdir import SweepDir
 from jobs import guard, image
 from jobs.arrays import Arrays, Fed, record
-from jobs.chain import AND, ModuleExecutor
+from jobs.chain import ModuleExecutor
 from jobs.points import Need, active, fitting, need_of, share_datasets, threaded
 
 FEEDER = "feeder"
@@ -38,11 +40,11 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     runs = sweep.members()
     view = {job.id: job for job in queue}
     used = sum(active(view, job.id) for job in queue)
-    journals = threaded(state.journal, runs)
-    forgotten = {job for known in journals for job in known.jobs.values()} - view.keys()
+    ledgers = threaded(RunDir.ledger, runs)
+    forgotten = {job for known in ledgers for job in known.jobs.values()} - view.keys()
     view |= {job.id: job for job in client.accounted(sorted(forgotten))}
     fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
-    for run, known in zip(runs, journals, strict=True):
+    for run, known in zip(runs, ledgers, strict=True):
         found = need_of(run, known, view, by=by, told=told)
         if isinstance(found, Need):
             needs.append(found)
@@ -53,12 +55,12 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     fed.waiting = len(needs) - len(now)
     feeding = Arrays(sweep, profile, fed, kept.spec.at_once, kept.cache)
     feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
-    for known in journals:
+    for known in ledgers:
         for stage, job in known.jobs.items():
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
     with contextlib.ExitStack() as held:
-        seen = {run.path: known.log for run, known in zip(runs, journals, strict=True)}
+        seen = {run.path: known for run, known in zip(runs, ledgers, strict=True)}
         mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
@@ -70,8 +72,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     return fed
 
 
-def _claimed(need: Need, known: list[dict[str, Any]], held: contextlib.ExitStack, *, by: str) -> bool:
-    """Whether the point is ours to queue: nobody else is at it, or was since its events were those `known`."""
+def _claimed(need: Need, known: Ledger, held: contextlib.ExitStack, *, by: str) -> bool:
+    """Whether the point is ours to queue: nobody else is at it, or was since its ledger was the one `known`."""
     run = RunDir(need.run)
     if by == "feeder":
         guard.wait_for_the_login_node(run.path)
@@ -79,33 +81,31 @@ def _claimed(need: Need, known: list[dict[str, Any]], held: contextlib.ExitStack
         held.enter_context(run.claim())
     except InputError:
         return False
-    return _submissions(events.read(run.events)) == _submissions(known)
-
-
-def _submissions(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [event for event in log if event["event"] == "submitted"]
+    return run.ledger().of(Submitted) == known.of(Submitted)
 
 
 def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
     """Take in arrays whose submit was killed before it wrote down their ids: the comment holds the intent's nonce."""
-    log = events.read(sweep.events)
-    answered = {event["nonce"] for event in log if event["event"] == "submitted"}
-    for nonce in [e["nonce"] for e in log if e["event"] == "intended" and e["nonce"] not in answered]:
-        mine = [(words, job.id) for job in queue if (words := job.comment.split(" "))[-1] == nonce]
+    known = events.read(sweep.events)
+    answered = {event.nonce for event in known if isinstance(event, Submitted)}
+    open_intents = [event.nonce for event in known if isinstance(event, Intended) and event.nonce not in answered]
+    for nonce in open_intents:
         found: dict[str, dict[str, str]] = {}  # index -> stage -> job
-        for words, job in mine:
-            found.setdefault(job.partition("_")[2], {}).update(dict.fromkeys(words[2].split(AND), job))
+        for job in queue:
+            comment = comments.parse(job.comment)
+            if comment and comment.nonce == nonce:
+                found.setdefault(job.id.partition("_")[2], {}).update(dict.fromkeys(comment.stages, job.id))
         for index, jobs in found.items():
             run = RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2])
             record(run, jobs, dict.fromkeys(jobs, nonce))
             for sibling in run.siblings() if "prepare" in jobs else ():
                 record(sibling, {"prepare": jobs["prepare"]}, {"prepare": nonce}, prepared_by=run.name)
-        events.append(sweep.events, events.submit_writer(), "submitted", nonce=nonce)
+        events.append(sweep.events, events.submit_writer(), Submitted(stage=ARRAYS, job_id="", nonce=nonce))
 
 
 def _queue_feeder(fed: Arrays, queue: list[client.Job], plan: RunPlan) -> None:
     """A job that runs when an array had bad ends, or when there is room for the rest; the last one goes."""
-    comment = f"ftlib {fed.sweep.name} {FEEDER}"
+    comment = comments.shared(fed.sweep.name, FEEDER)
     client.cancel(job.id for job in queue if job.comment == comment and state.SLURM_STATES.get(job.state) == "queued")
     arrays = sorted(set().union(*fed.active.values()))
     words = [f"afternotok:{array}" for array in arrays]
@@ -133,18 +133,17 @@ def cancel(sweep: SweepDir) -> int:
     client.use(profile.scheduler.slurm_conf)
     queue = client.jobs()
     mine = {job.id for job in queue if state.SLURM_STATES.get(job.state) in state.ACTIVE}
-    client.cancel(job.id for job in queue if job.id in mine and job.comment == f"ftlib {sweep.name} {FEEDER}")
+    comment = comments.shared(sweep.name, FEEDER)
+    client.cancel(job.id for job in queue if job.id in mine and job.comment == comment)
     arrays: set[str] = set()
 
     def note(run: RunDir) -> bool:
-        jobs = {stage: job for stage, job in state.submissions(run).items() if job in mine}
+        jobs = {stage: job for stage, job in run.ledger().jobs.items() if job in mine}
         arrays.update(job.partition("_")[0] for job in jobs.values())
         user = os.environ.get("USER")
-        rows: list[tuple[events.Name, dict[str, object]]]
-        rows = [("cancelled", {"stage": stage, "job_id": job, "user": user}) for stage, job in jobs.items()]
-        if rows:
-            events.append_all(run.events, events.submit_writer(), rows)
-        return bool(rows)
+        if jobs:
+            run.record(*(Cancelled(stage=stage, job_id=job, user=user) for stage, job in jobs.items()))
+        return bool(jobs)
 
     count = sum(threaded(note, sweep.members()))
     client.cancel(sorted(arrays, reverse=True))

@@ -11,8 +11,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from ftlib import events, state
+from ftlib import state
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import events
+from ftlib.runs.events import Cancelled, Decided, Submitted
+from ftlib.runs.ledger import IMAGE, Ledger
 from ftlib.slurm import client, policy, queue, settle
 from ftlib.slurm.client import Job
 
@@ -35,7 +38,7 @@ def decide(run: RunDir) -> str:
 
     profile = stored_profile(run)
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
-    jobs = state.submissions(run)
+    jobs = run.ledger().jobs
     if words := why_not(run, queue.ask(list(jobs.values())).jobs):
         return words
     wait_for_the_login_node(run.path)
@@ -50,25 +53,24 @@ def decide(run: RunDir) -> str:
 
 def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
     """Why the run's first stage that is not done must not be queued again; None when it may. `view`: jobs by id."""
-    jobs = state.submissions(run)
-    stage = next((name for name in STAGES if not run.stage_done(name)), None)
+    known = run.ledger()
+    jobs, stage = known.jobs, known.first_open
     if stage is None or stage not in jobs:
         return "every stage is done" if stage is None else f"{stage} was never queued"
-    log = events.read(run.events)
-    if any(e["event"] == "cancelled" and e.get("job_id") == jobs[stage] for e in log):
+    if any(event.job_id == jobs[stage] for event in known.of(Cancelled)):
         return f"{stage} was cancelled by its owner; it stays so"
     # An earlier stage may have run in the same job.
     earlier = [jobs[name] for name in STAGES[: STAGES.index(stage)] if jobs.get(name, jobs[stage]) != jobs[stage]]
-    before = earlier[-1] if earlier else jobs.get("image")
+    before = earlier[-1] if earlier else jobs.get(IMAGE)
     slurm = view.get(jobs[stage], Job("")).state
     # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
     by_dependency = view.get(before or "", Job("COMPLETED")).state in FAILED
     if slurm == "CANCELLED" and not by_dependency:
-        events.append(run.events, events.submit_writer(), "cancelled", stage=stage, job_id=jobs[stage])
+        run.record(Cancelled(stage=stage, job_id=jobs[stage]))
         return f"{stage} was cancelled by its owner; it stays so"
     if state.SLURM_STATES.get(slurm) in state.ACTIVE:
         return f"{stage} is {slurm}: nothing to do"
-    return _stop_reason(run, stage, len(list(run.lives.glob(f"{stage}-*"))), jobs[stage])
+    return _stop_reason(run, known, stage, jobs[stage])
 
 
 def wait_for_the_login_node(folder: Path) -> None:
@@ -85,27 +87,31 @@ def wait_for_the_login_node(folder: Path) -> None:
         time.sleep(1)
 
 
-def _stop_reason(run: RunDir, stage: str, lives: int, job: str) -> str | None:
+def _stop_reason(run: RunDir, known: Ledger, stage: str, job: str) -> str | None:
     """Why the stage must not be queued again; None when it may. Settles its last life where nobody has."""
-    writer = events.submit_writer()
-    ours = [e for e in events.read(run.events) if e.get("stage") == stage]
-    since = max((i for i, e in enumerate(ours) if e["event"] == "submitted" and not e.get("automatic")), default=0)
-    tried = [e for e in ours[since:] if e["event"] == "submitted" and e.get("after_life") == lives]
+    lives = known.attempt_count(stage)
+    since_request = known.events[known.request_index(stage) :]
+    submitted = [event for event in since_request if isinstance(event, Submitted) and event.stage == stage]
+    tried = [event for event in submitted if event.after_attempt == lives]
     if len(tried) >= MOST_STILLBORN:
         words = f"{len(tried)} jobs in a row ended before they began"
-        events.append(run.events, writer, "failed", stage=stage, job_id=job, words=words)
+        run.record(Decided(stage=stage, choice="stop", job_id=job, message=words))
         return words
     if lives == 0 or tried:
         return None
-    settle.earlier(run.path, stage, lives + 1, writer)
-    last = [e for e in events.read(run.events) if e.get("stage") == stage and e.get("life") == lives and "cause" in e]
-    if last and last[-1]["event"] == "failed":
-        return f"{stage}: {last[-1].get('words', 'it was stopped')}"
-    micro_batch = int(run.plan()["micro_batch"]) if stage == "train" else None
-    decision = policy.decide(settle.settled_lives(run.path, stage, lives + 1), micro_batch=micro_batch)
+    settle.earlier(run.path, stage, lives + 1, events.submit_writer(), by="recovery job")
+    known = run.ledger()
+    decided = known.last(Decided, stage, lives)
+    if decided and decided.choice == "stop":
+        return f"{stage}: {decided.message}"
+    micro_batch = int(run.plan(known)["micro_batch"]) if stage == "train" else None
+    decision = policy.decide(settle.settled_lives(known, stage, lives + 1), micro_batch=micro_batch)
     if decision.requeue:
         return None
-    events.append(run.events, writer, "failed", stage=stage, life=lives, job_id=job, words=decision.words)
+    cause = known.settled(stage)[lives].cause
+    run.record(
+        Decided(stage=stage, choice="stop", job_id=job, attempt=lives, cause=cause, message=decision.words)
+    )
     return f"{stage}: {decision.words}"
 
 

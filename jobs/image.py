@@ -24,6 +24,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from ftlib import atomic, recipe, state
 from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
+from ftlib.runs import comments
 from ftlib.slurm import batch, client, container
 from ftlib.spec import file_digest
 from jobs import logs
@@ -86,7 +87,7 @@ def job_before(profile: ClusterProfile, checkout: Path) -> str | None:
     assert profile.scheduler is not None
     client.use(profile.scheduler.slurm_conf)
     target = Path(image["path"])
-    comment = f"ftlib image {target.name}"
+    comment = comments.shared("image", target.name)
     for job in client.jobs():
         if job.comment == comment and state.SLURM_STATES.get(job.state) in state.ACTIVE:
             return job.id

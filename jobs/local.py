@@ -13,11 +13,12 @@ from pathlib import Path
 from submitit import Job
 from submitit.local.local import LocalExecutor, LocalJob
 
-from ftlib import events, outcome
 from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import outcome
+from ftlib.runs.events import Cancelled, Started, Submitted
 from ftlib.slurm import batch, client, container, settle
 from jobs import logs
 from jobs import stage as stage_module
@@ -59,25 +60,26 @@ def _stage(
         executor.update_parameters(timeout_min=YEAR_MIN, stderr_to_stdout=True)
         with _inherited(run.code, {**variables, "FT_LIFE": str(life)}):
             job = executor.submit(stage_module.run, str(run.path), stage)
-        said = {"stage": stage, "job_id": job.job_id, "after_life": life - 1, "automatic": automatic}
-        events.append(run.events, events.submit_writer(), "submitted", **said)
+        run.record(
+            Submitted(stage=stage, job_id=str(job.job_id), after_attempt=life - 1, automatic=automatic)
+        )
         _watch(run, stage, life, job, caught)
         automatic = True
-        last = next((end for end in outcome.read(run.outcomes, stage) if end.life == life), None)
+        last = next((end for end in outcome.read(run.outcomes, stage) if end.attempt == life), None)
         if last and last.code == DONE:
             return DONE
         if caught:
             user = os.environ.get("USER")
             for missing in STAGES[STAGES.index(stage) :] if stage in STAGES else ():
-                events.append(run.events, events.submit_writer(), "cancelled", stage=missing, user=user)
-            saved = last.words if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
+                run.record(Cancelled(stage=missing, user=user))
+            saved = last.message if last and last.code == RUN_AGAIN else "killed; the last committed checkpoint stands"
             again = f"make resume RUN={run.name} goes on from there" if resumable else "Start it anew"
             print(f"\n{stage}: {saved}. {again}.", flush=True)
             return RUN_AGAIN
         code = last.code if last else settle.KILLED
         verdict = settle.end(run.path, stage, life, code, job.job_id, Path(job.paths.stdout))
         if verdict.do != "requeue":
-            words = f"{last.words}\n" if last else ""
+            words = f"{last.message}\n" if last else ""
             print(f"{words}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
             return verdict.code
         print(f"{stage}: {verdict.words}", flush=True)
@@ -130,7 +132,7 @@ def _inherited(folder: Path, variables: dict[str, str]) -> Iterator[None]:
 
 def _kill_tasks(run: RunDir, stage: str, life: int) -> None:
     """SIGKILL the stage's own process: its controller is gone and cannot."""
-    for event in events.read(run.events):
-        if event["event"] == "started" and event.get("stage") == stage and event.get("life") == life:
+    for started in run.ledger().of(Started, stage):
+        if started.attempt == life:
             with contextlib.suppress(ProcessLookupError, ValueError):
-                os.kill(int(event["job_id"]), signal.SIGKILL)
+                os.kill(int(started.job_id), signal.SIGKILL)

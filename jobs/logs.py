@@ -16,8 +16,11 @@ from ftlib import rundir, state
 from ftlib.errors import DONE, InputError, unknown
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.slurm import queue, settle
-from ftlib.state import ACTIVE, Journal
+from ftlib.runs.attempts import Attempt
+from ftlib.runs.events import Submitted
+from ftlib.runs.ledger import RECOVERY, Ledger
+from ftlib.slurm import queue
+from ftlib.state import ACTIVE
 from jobs.look import see
 from jobs.wish import RUNS
 
@@ -80,29 +83,25 @@ def _follow(run: RunDir, wanted: tuple[str, ...]) -> None:
 
 def newest(run: RunDir, wanted: tuple[str, ...]) -> Part | None:
     """The part of the life that began last, of the stages `wanted`; None before any log is there."""
-    known = state.journal(run)
-    began = []
-    for order, stage in enumerate(wanted):
-        for path in run.lives.glob(f"{stage}-*"):
-            said = path.read_text(encoding="utf-8").split()
-            if len(said) > 2:  # else it is being written
-                began.append((int(said[2]), order, int(path.name.rpartition("-")[2]), said))
-    if began:
-        _, order, life, said = max(began)
-        path = run.slurm / wanted[order] / f"{_job(known, wanted[order], life, said)}_0_log.out"
-        start = settle.log_starts(said).get(path.name, 0)
-        return Part(wanted[order], life, path, start) if path.exists() else None
+    known = run.ledger()
+    attempts = [attempt for stage in wanted for attempt in known.attempts.get(stage, ())]
+    begun = [attempt for attempt in attempts if attempt.began]  # else it is being written
+    if begun:
+        last = max(begun, key=lambda one: (one.began, wanted.index(one.stage), one.number))
+        path = run.slurm / last.stage / f"{_job(known, last)}_0_log.out"
+        start = last.log_starts.get(path.name, 0)
+        return Part(last.stage, last.number, path, start) if path.exists() else None
     logs = [path for stage in wanted for path in (run.slurm / stage).glob("*_log.out")]
     path = max(logs, key=lambda path: path.stat().st_mtime, default=Path())
     return Part(path.parent.name, 0, path) if logs else None
 
 
-def _job(known: Journal, stage: str, life: int, said: list[str]) -> str:
+def _job(known: Ledger, attempt: Attempt) -> str:
     """The job as its log's name has it: a foreground life's own file names the process that started the job."""
-    if said[1] != "local":
-        return said[0]
-    mine = (e for e in known.log if e["event"] == "submitted" and e["stage"] == stage)
-    return next((str(e["job_id"]) for e in mine if e.get("after_life") == life - 1), said[0])
+    if attempt.node != "local":
+        return attempt.job_id
+    submitted = known.of(Submitted, attempt.stage)
+    return next((one.job_id for one in submitted if one.after_attempt == attempt.number - 1), attempt.job_id)
 
 
 def _show(part: Part, start: int, *, heading: bool = True) -> int:
@@ -131,7 +130,7 @@ def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
     if first.state == "queued" and job and state.SLURM_STATES.get(job.state) == "queued":
         words = queue.why_waits(job, time.time())
     # Where nobody could requeue it, the guard will.
-    guard = seen.answer.jobs.get(seen.known.jobs.get("guard", ""))
+    guard = seen.answer.jobs.get(seen.known.jobs.get(RECOVERY, ""))
     guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE
     goes_on = first.state in ACTIVE or (guarded and first.state == "failed")
     return goes_on, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")

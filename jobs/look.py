@@ -26,6 +26,7 @@ from ftlib.report.board import board
 from ftlib.report.plan import console
 from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.events import Moved
 from ftlib.slurm import client, queue
 from ftlib.slurm.queue import Answer
 from ftlib.state import ACTIVE, StageState
@@ -48,8 +49,10 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
     by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
     found, me = [], getpass.getuser()
     for run in runs:
-        known, provenance = state.journal(run), run.provenance()
+        known, provenance = run.ledger(), run.provenance()
         place, words = state.elsewhere(run, known, provenance)
+        if place == "copy":  # it will be at home here once it is resumed, and has no jobs of its own
+            known = known.with_events(Moved(to=str(run.path)))
         notes = [words] if words and not all(map(known.done, STAGES)) else []
         if (user := provenance.get("user")) and user != me:
             notes.append(f"it belongs to {user}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from ftlib import recipe, state
 from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
+from ftlib.runs import comments
 from ftlib.slurm import batch, client
 from jobs import logs
 from jobs import wish as wishes
@@ -59,7 +60,7 @@ def packages(options: argparse.Namespace) -> int:
 
 def _comment(stamp: Path) -> str:
     """By which the job is found again: the stamp's name holds a digest of the locks."""
-    return f"ftlib packages {stamp}"
+    return comments.shared("packages", str(stamp))
 
 
 def _queued(stamp: Path) -> str | None:

@@ -13,9 +13,11 @@ from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.events import Cancelled
+from ftlib.runs.ledger import Ledger
 from ftlib.slurm import batch
 from ftlib.slurm.client import Job
-from ftlib.state import ACTIVE, Journal
+from ftlib.state import ACTIVE
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
 
@@ -77,7 +79,7 @@ class Chunk:
         )
 
 
-def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
+def need_of(run: RunDir, known: Ledger, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
     """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
 
     by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
@@ -88,11 +90,11 @@ def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path
     if first is None:
         return "completed" if state.overall(found) == "completed" else "on its way"
     job = found[first].job_id
-    ended = {str(event.get("job_id")) for event in known.log if event["event"] == "cancelled"}
+    ended = {event.job_id for event in known.of(Cancelled)}
     if any(stage.state in ACTIVE and stage.job_id in ended for stage in found.values()):
         return "was cancelled and is still saving; again in a moment"
     if job and by == "feeder":
-        whose = run.path.parent / state.submission(run, first).get("prepared_by", run.name)
+        whose = run.path.parent / (known.submissions[first].prepared_by or run.name)
         if whose not in told:
             told[whose] = guard.why_not(RunDir(whose), view)
         if words := told[whose]:
@@ -104,7 +106,8 @@ def need_of(run: RunDir, known: Journal, view: View, *, by: str, told: dict[Path
     waits = found[before[-1]].job_id if before else None
     return Need(
         run.path, tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
-        RunPlan.model_validate(run.plan()), f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
+        RunPlan.model_validate(run.plan(known)),
+        f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
         prepare=waits if before == ["prepare"] else None, before=waits if before != ["prepare"] else None,
         behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),
         automatic=by == "feeder" and job is not None,
@@ -185,7 +188,7 @@ def _owner(sweep: SweepDir, need: Need, view: View) -> tuple[RunDir, str | None]
     file = sweep.datasets / need.dataset
     if file.exists():
         other = RunDir(sweep.runs / file.read_text(encoding="utf-8").strip())
-        job = state.submissions(other).get("prepare", "") if other.path != need.run else ""
+        job = other.ledger().jobs.get("prepare", "") if other.path != need.run else ""
         if other.prepared_file.exists() or active(view, job):
             return other, job
     atomic.write_text(file, need.run.name)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import os
 import signal
 from pathlib import Path
 
-from ftlib import atomic, events, modelfiles, recipe, rundir, state
+from ftlib import atomic, modelfiles, recipe, rundir, state
 from ftlib.errors import DONE, FtError, InputError
 from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
+from ftlib.runs import earlier
+from ftlib.runs.events import Cancelled, Moved, Override
+from ftlib.runs.overrides import MICRO_BATCH
 from ftlib.slurm import client
 from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
@@ -56,7 +60,7 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     (seen,) = see([run])
     found = seen.stages
     now = state.overall(found)
-    ended = {str(event.get("job_id")) for event in events.read(run.events) if event["event"] == "cancelled"}
+    ended = {event.job_id for event in run.ledger().of(Cancelled)}
     if ending := [name for name, s in found.items() if s.state in ACTIVE and s.job_id in ended]:
         raise FtError(f"{run.name}: {', '.join(ending)} was cancelled and is still saving. Try again in a moment")
     if now == "completed":
@@ -85,13 +89,13 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
 def _settle_in(run: RunDir) -> None:
     """A run that was moved or copied goes on where it lies now. Its checkpoints know it by its name."""
     provenance = run.provenance()
-    place, words = state.elsewhere(run, state.journal(run), provenance)
+    place, words = state.elsewhere(run, run.ledger(), provenance)
     if place == "here":
         return
     if provenance["run"] != run.name:
         mend = "Give the folder its name back, or make submit … NEW=1 for another run"
         raise InputError(f"run {run.name}: {words}. {mend}")
-    events.append(run.events, events.submit_writer(), "moved", to=str(run.path))
+    run.record(Moved(to=str(run.path)))
 
 
 def cancel(options: argparse.Namespace) -> int:
@@ -159,9 +163,10 @@ def resize(run: RunDir, profile: ClusterProfile, nodes: str, busy: list[str]) ->
     size = Path(data).stat().st_size if data and Path(data).exists() else None
     made = plan.make(wish, profile, shapes.from_config(files.config, spec.model.name), data_bytes=size)
     with run.claim():
-        taught = {k: v for k, v in run.adjustments().items() if k not in ("micro_batch", "accumulation")}
-        if run.adjustments_file.exists():
-            atomic.write_json(run.adjustments_file, taught)
+        # The new plan's micro-batch is one that fits.
+        why = f"the training goes on with {nodes} node{'s' if nodes != '1' else ''}"
+        run.record(Override(field=MICRO_BATCH, value=None, who=getpass.getuser(), why=why))
+        earlier.forget_micro_batch(run.path)
         atomic.write_json(run.plan_file, json.loads(made.model_dump_json()))
     print(
         f"{run.name} goes on with {nodes} node{'s' if nodes != '1' else ''}: micro-batch {made.micro_batch} x "

@@ -19,13 +19,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic, events, metrics, outcome, rundir, state
+from ftlib import atomic, metrics, rundir, state
 from ftlib.errors import DONE, FtError, InputError, Interrupted
 from ftlib.plan.amount import TOKENS_PER_PAIR
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
+from ftlib.runs.events import CheckpointSaved, FirstStep
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
 from jobs import environment, fetch, local, logs, stage, submit
@@ -52,7 +54,7 @@ def env(options: argparse.Namespace) -> int:
     name = f"env-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     run = RunDir(wishes.RUNS / STAGE / name)
     if run.stage_done(STAGE) and not options.new:
-        print(f"{outcome.read(run.outcomes, STAGE)[-1].words}. Checked before; NEW=1 checks again.")
+        print(f"{outcome.read(run.outcomes, STAGE)[-1].message}. Checked before; NEW=1 checks again.")
         return DONE
     return _try(wish, name, limit_min=ENV_MIN, trial={"need_bytes": submit.SPARE_BYTES})
 
@@ -86,7 +88,7 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     run = RunDir(runs / name)
     if profile.scheduler:
         client.use(profile.scheduler.slurm_conf)
-        jobs = {stage: job for stage, job in state.submissions(run).items() if stage in (PREPARE, STAGE)}
+        jobs = {stage: job for stage, job in run.ledger().jobs.items() if stage in (PREPARE, STAGE)}
         job = jobs.get(STAGE)
         if job and state.SLURM_STATES.get(queue.ask([job]).jobs[job].state) in state.ACTIVE:
             print(f"Job {' and job '.join(jobs.values())}: on the way already.")
@@ -250,9 +252,9 @@ def _measured(run: RunDir, whole: dict[str, Any], peak: float) -> None:
     """Print what the steps tell of the whole run, beside its plan; smoke.json holds the same."""
     rows = [row for row in metrics.read_metrics(run.metrics_file) if "loss" in row][WARM:]
     speed, step_s = (statistics.median(row[name] for row in rows) for name in ("tokens_per_s", "seconds"))
-    log = events.read(run.events)
-    save_s = [event["seconds"] for event in log if event["event"] == "checkpoint"][-1]
-    start_s = sum(v for e in log if e["event"] == "first_step" for k, v in e.items() if k.endswith("_s"))
+    known = run.ledger()
+    save_s = known.of(CheckpointSaved)[-1].seconds
+    start_s = sum(sum(first_step.parts_s.values()) for first_step in known.of(FirstStep))
     asked = whole["stages"]["train"]
     on_gpu = asked["device"] == "cuda"
     planned_gib = whole["gpu_needed_gib"] if on_gpu else asked["mem_gib"]

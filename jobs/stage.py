@@ -13,11 +13,13 @@ import time
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from ftlib import allocation, events, outcome
+from ftlib import allocation
 from ftlib.errors import DONE, FtError, Interrupted
 from ftlib.rundir import RunDir
+from ftlib.runs import events, outcome
+from ftlib.runs.events import Ended, Started
+from ftlib.runs.outcome import Outcome
 from ftlib.stop import StopFlag
 
 # On a CPU bitsandbytes looks for a faster kernel on a hub when it is imported, and warns; its own serve.
@@ -70,14 +72,16 @@ def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: flo
 
 def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> int:
     writer = f"{stage}-{life}"
-    event: events.Name
     if rank == 0:
         # Of an array's task, SLURM_JOB_ID is not what squeue and sacct call it.
         job = os.environ.get("FT_JOB") or os.environ.get("SLURM_JOB_ID") or str(os.getpid())
-        where: dict[str, Any] = {"node": socket.gethostname(), "image": os.environ.get("FT_IMAGE")}
-        if "SLURM_JOB_ID" in os.environ:  # a job that stages share may hold more than this one plans for
-            where["gpus"] = allocation.gpus_given(os.environ)
-        events.append(rundir.events, writer, "started", stage=stage, life=life, job_id=job, **where)
+        # A job that stages share may hold more GPUs than this one plans for.
+        gpus = allocation.gpus_given(os.environ) if "SLURM_JOB_ID" in os.environ else None
+        started = Started(
+            stage=stage, attempt=life, job_id=job, node=socket.gethostname(), image=os.environ.get("FT_IMAGE"),
+            gpus=gpus,
+        )  # fmt: skip
+        rundir.record(started, writer=writer)
     began = time.monotonic()
     try:
         # Before torch is imported, which reads the variable when it first looks for GPUs.
@@ -86,27 +90,30 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         works = {"prepare": prepare, "train": train, "export": export, "evaluate": evaluate}
         work = works[stage] if stage in works else importlib.import_module(f"jobs.{stage}").main
         words = str(work(rundir, life, stop))
-        code, event = DONE, "completed"
+        code = DONE
     except Interrupted as error:
-        words, code, event = str(error), error.exit_code, "interrupted"
+        words, code = str(error), error.exit_code
     except FtError as error:
-        words, code, event = "; ".join(error.messages), error.exit_code, "failed"
+        words, code = "; ".join(error.messages), error.exit_code
         print(f"{stage} stopped:", *error.messages, sep="\n  ", flush=True)
     except Exception as error:  # the last resort: every end of a life leaves an outcome
         traceback.print_exc()
-        words, code, event = f"{type(error).__name__}: {error}", 1, "failed"
+        words, code = f"{type(error).__name__}: {error}", 1
     if rank and code in outcome.OF_ANY_RANK:
         # srun ends the other ranks now, and rank 0 could not say why.
         words += f" (rank {rank} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"
-        outcome.create(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+        outcome.create(rundir.outcomes, Outcome(stage, life, code, words))
         print(f"{stage}: {words}", flush=True)
     elif rank == 0:
-        stands = outcome.settle(rundir.outcomes, outcome.Outcome(stage, life, code, words))
+        stands = outcome.settle(rundir.outcomes, Outcome(stage, life, code, words))
         if stands.code != code:
-            words, code, event = stands.words, stands.code, "failed"
+            words, code = stands.message, stands.code
         now = time.monotonic()
-        took = {"seconds": round(now - began, 1), "signal_s": stop.at and round(now - stop.at, 2)}
-        events.append(rundir.events, writer, event, stage=stage, life=life, code=code, words=words, **took)
+        ended = Ended(
+            stage=stage, attempt=life, code=code, message=words, seconds=round(now - began, 1),
+            signal_s=stop.at and round(now - stop.at, 2),
+        )  # fmt: skip
+        rundir.record(ended, writer=writer)
         print(f"{stage}: {words}", flush=True)
     return code
 

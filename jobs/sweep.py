@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 
-from ftlib import atomic, rundir, state, sweepdir
+from ftlib import atomic, rundir, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
@@ -252,7 +252,7 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
     from jobs import local
 
     members, points, failed = place.members(), place.read().points, dict[str, int]()
-    found = [need_of(run, state.journal(run), {}, by="resume", told={}) for run in members]
+    found = [need_of(run, run.ledger(), {}, by="resume", told={}) for run in members]
     share_datasets(place, [need for need in found if isinstance(need, Need)], {})
     for number, run in enumerate(members, 1):
         print(f"\n== point {number} of {len(members)}: {sweeps.words(points[run.name])} ({run.name})", flush=True)

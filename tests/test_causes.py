@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from ftlib import events
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Cancelled, CheckpointSaved, Settled, Submitted
 from ftlib.slurm import diagnose, policy, settle
 from ftlib.slurm.policy import Life, decide
 
@@ -207,7 +208,12 @@ def life(
 
 
 def committed(run: RunDir, number: int, step: int) -> None:
-    events.append(run.events, f"train-{number}", "checkpoint", stage="train", life=number, step=step)
+    run.record(CheckpointSaved(stage="train", attempt=number, step=step), writer=f"train-{number}")
+
+
+def causes(run: RunDir) -> list[str]:
+    """Why its attempts ended, as it was settled."""
+    return [settled.cause for settled in run.ledger().of(Settled)]
 
 
 def test_gpu_memory_halves_the_micro_batch_to_one_and_keeps_the_global_batch(run: RunDir) -> None:
@@ -220,7 +226,7 @@ def test_gpu_memory_halves_the_micro_batch_to_one_and_keeps_the_global_batch(run
     committed(run, 4, 40)
     verdict = life(run, 4, log("gpu-oom"))
     assert verdict.do == "stop" and "cannot be smaller" in verdict.words
-    assert len(run.adjustments()["notes"]) == 3
+    assert [change.value for change in run.ledger().overrides(time.time()).history] == [4, 2, 1]
 
 
 def test_host_memory_asks_for_half_as_much_again_twice_at_most(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,9 +262,10 @@ def test_a_bad_gpu_leaves_its_node_out_for_a_day(run: RunDir, monkeypatch: pytes
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     verdict = life(run, 1, log("ecc"))
     assert (verdict.do, verdict.exclude) == ("requeue", "n1")
-    until = run.adjustments()["exclude"]["n1"]
-    assert settle.excluded_nodes(run.path, now=until - 60) == ["n1"]
-    assert settle.excluded_nodes(run.path, now=until + 60) == []
+    (excluded,) = run.ledger().overrides(time.time()).history
+    assert excluded.until and time.time() + 23 * 3600 < excluded.until < time.time() + 25 * 3600
+    assert run.ledger().overrides(excluded.until - 60).excluded == ("n1",)
+    assert run.ledger().overrides(excluded.until + 60).excluded == ()
 
 
 def test_the_bad_gpu_of_another_rank_leaves_that_ranks_node_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,18 +280,17 @@ def test_what_an_earlier_life_wrote_into_the_log_is_not_held_against_a_later_one
     committed(run, 1, 10)
     assert life(run, 1, log("gpu-oom")).do == "requeue"
     life(run, 2, log("stale-nfs"))
-    causes = [e["cause"] for e in events.read(run.events) if "cause" in e]
-    assert causes == ["GPU memory", "transient"]
+    assert causes(run) == ["GPU memory", "transient"]
 
 
 def test_a_person_who_resumes_begins_the_count_anew(run: RunDir) -> None:
     for number in (1, 2, 3):
         verdict = life(run, number, code=137)
     assert verdict.do == "stop"
-    events.append(run.events, "submit-x", "submitted", stage="train", job_id="8", after_life=3)
+    run.record(Submitted(stage="train", job_id="8", after_attempt=3))
     assert life(run, 4, code=137).do == "requeue"
     # The guard is no person.
-    events.append(run.events, "submit-y", "submitted", stage="train", job_id="9", after_life=4, automatic=True)
+    run.record(Submitted(stage="train", job_id="9", after_attempt=4, automatic=True))
     assert life(run, 5, code=137).do == "requeue"
     assert life(run, 6, code=137).do == "stop"
 
@@ -316,8 +322,7 @@ def test_the_sender_of_a_warning_is_found(
     shim(run, "sacct", f"echo '1600000000|PREEMPTED'; echo '1700000001|{sacct}'" if sacct else "exit 1")
     shim(run, "scontrol", f"echo 'JobId=7 {job}'" if job else "exit 1")
     life(run, 1, outcome=outcome)
-    (event,) = events.read(run.events)
-    assert event["cause"] == cause
+    assert causes(run) == [cause]
 
 
 def test_without_an_answer_a_job_of_two_stages_says_itself_when_it_ends(
@@ -329,7 +334,7 @@ def test_without_an_answer_a_job_of_two_stages_says_itself_when_it_ends(
     life(run, 1, outcome=LIMIT)
     monkeypatch.setenv("FT_ENDS", "1700000000")
     life(run, 2, outcome=LIMIT)
-    assert [event["cause"] for event in events.read(run.events)] == ["by hand", "time limit"]
+    assert causes(run) == ["by hand", "time limit"]
 
 
 def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> None:
@@ -339,16 +344,19 @@ def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> No
         (run.lives / f"train-{number}").write_text(f"7 n1 {1_700_000_000 + 10 * number} \n")
     # The SIGTERM with which Slurm clears a lost node looks like a preemption's to a process that still lives there.
     (run.outcomes / "train-3").write_text("75 interrupted (preemption), saved at step 2\n")
-    settle.earlier(run.path, "train", 4, "train-4-prologue")
-    settle.earlier(run.path, "train", 4, "train-4-prologue")
-    causes = ["node failure", "killed", "node failure"]
-    assert [(e["life"], e["cause"]) for e in events.read(run.events)] == list(enumerate(causes, 1))
-    assert settle.settled_lives(run.path, "train", 4) == [Life(cause, False) for cause in causes]
+    settle.earlier(run.path, "train", 4, "train-4-prologue", by="prologue")
+    settle.earlier(run.path, "train", 4, "train-4-prologue", by="prologue")
+    expected: list[diagnose.Cause] = ["node failure", "killed", "node failure"]
+    settled = run.ledger().of(Settled)
+    assert [(one.attempt, one.cause, one.by) for one in settled] == [
+        (number, cause, "prologue") for number, cause in enumerate(expected, 1)
+    ]
+    assert settle.settled_lives(run.ledger(), "train", 4) == [Life(cause, False) for cause in expected]
 
 
 def test_a_job_that_was_cancelled_as_it_ended_is_neither_requeued_nor_begun_again(run: RunDir) -> None:
     """`make cancel` in the second in which the epilogue requeues: Slurm may know the job as TIMEOUT, not CANCELLED."""
-    events.append(run.events, "submit-x", "cancelled", stage="train", job_id="7")
+    run.record(Cancelled(stage="train", job_id="7"))
     verdict = life(run, 1, outcome=LIMIT)
     assert verdict.do == "stop" and "its owner cancelled it" in verdict.words
     (run.lives / "train-2").write_text("7 n1 1700000020 \n")

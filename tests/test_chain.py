@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ftlib import checkpoint, events, metrics
+from ftlib import checkpoint, metrics
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.events import Ended, Started
 from tests.cluster import Slurm
 from tests.wishes import jobs, run_names, status
 
@@ -80,7 +81,7 @@ def test_the_chain_completes_one_stage_after_the_other(whole: RunDir, checkout: 
 
 
 def test_each_stage_ran_the_snapshot_and_said_its_intent_first(whole: RunDir) -> None:
-    names = [event["event"] for event in events.read(whole.events) if event["writer"].startswith("submit-")]
+    names = [event.KIND for event in whole.ledger().events if event.writer.startswith("submit-")]
     two = ["intended", "intended", "submitted", "submitted"]
     assert names == ["intended", "submitted"] * 2 + two + ["intended", "submitted"]  # the last is the guard
     assert (whole.code / "ftlib" / "spec.py").exists()
@@ -105,9 +106,10 @@ def test_preempted_run_saves_goes_on_and_ends_bit_equal(whole: RunDir, checkout:
     final = [checkpoint.folder_for(r.checkpoints, 80) / "adapter_model.safetensors" for r in (run, whole)]
     assert checkpoint.digest(final[0]) == checkpoint.digest(final[1])
     # Export waited for the second life's end.
-    started = {e["stage"]: e["time"] for e in events.read(run.events) if e["event"] == "started"}
-    trained = [e["time"] for e in events.read(run.events) if e["event"] == "completed" and e["stage"] == "train"]
-    assert len(trained) == 1 and started["export"] > trained[0]
+    known = run.ledger()
+    (trained,) = [ended for ended in known.of(Ended, "train") if ended.code == 0]
+    (exported,) = known.of(Started, "export")
+    assert exported.time > trained.time
 
 
 @pytest.mark.parametrize("by", ["make cancel", "scancel"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ftlib.outcome import Outcome
+from ftlib.runs.outcome import Outcome
 from ftlib.runs.attempts import Attempt
 from ftlib.runs.decide import Action, Leave, Nothing, QueueAnew, Requeue, Stop, next_action, open_ends
 from ftlib.runs.events import (

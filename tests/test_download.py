@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import atomic, download, events, hubapi, hubget, modelfiles
+from ftlib import atomic, download, hubapi, hubget, modelfiles
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.lease import Lease
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Progress
 from ftlib.slurm import diagnose
 from ftlib.stop import StopFlag
 from tests.hub_server import TOKEN, Hub, serving
@@ -292,8 +293,8 @@ class TestARun:
         run = self.run_of(tmp_path / "run")
         assert run.spec().model.revision is None
         assert stage.fetch_model(run, 3, StopFlag()) == "a" * 40
-        progress = [event for event in events.read(run.events) if event["event"] == "progress"]
-        assert progress and {(event["stage"], event["life"]) for event in progress} == {("prepare", 3)}
+        progress = run.ledger().of(Progress)
+        assert progress and {(event.stage, event.attempt) for event in progress} == {("prepare", 3)}
         atomic.write_json(run.prepared_file, {"model_commit": "a" * 40})
         hub.add(NAME, {"config.json": b"{}"}, commit="b" * 40)
         assert run.spec().model.revision == "a" * 40 and run.requested().model.revision is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import io
 import json
 import math
@@ -13,12 +12,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ftlib import atomic, events, outcome
+from ftlib import atomic
 from ftlib.errors import InputError, Interrupted
 from ftlib.evaluate.scoring import copies, scores
 from ftlib.report.cost import stage_costs
 from ftlib.report.page import evaluation_table
 from ftlib.rundir import RunDir
+from ftlib.runs import events, outcome
+from ftlib.runs.ledger import Ledger
 from ftlib.slurm import settle
 from ftlib.stop import StopFlag
 from tests.tiny_llama import write_model, write_run
@@ -89,17 +90,23 @@ def test_the_table_is_whole_in_a_log_of_a_hundred_columns() -> None:
 
 
 def test_costs_count_every_life_of_a_stage_also_one_that_was_killed() -> None:
-    def event(name: str, stage: str, life: int, minute: int) -> dict[str, Any]:
-        return {"time": f"2026-01-01T00:{minute:02}:00.000+00:00", "event": name, "stage": stage, "life": life}
+    def started(stage: str, attempt: int, minute: int) -> events.Event:
+        return events.Started(stage=stage, attempt=attempt, job_id="1", time=60.0 * minute)
 
-    seen = [
-        event("submitted", "train", 1, 0), event("started", "train", 1, 10), event("checkpoint", "train", 1, 14),
-        event("started", "train", 2, 20), event("interrupted", "train", 2, 25),
-        event("started", "train", 3, 30), event("completed", "train", 3, 31), event("started", "evaluate", 1, 40),
-    ]  # fmt: skip
+    seen = Ledger(
+        events=(
+            events.Submitted(stage="train", job_id="1", time=0.0),
+            started("train", 1, 10),
+            events.CheckpointSaved(stage="train", attempt=1, step=5, time=60.0 * 14),
+            started("train", 2, 20),
+            events.Ended(stage="train", attempt=2, code=75, time=60.0 * 25),
+            started("train", 3, 30),
+            events.Ended(stage="train", attempt=3, code=0, time=60.0 * 31),
+            started("evaluate", 1, 40),
+        )
+    )
     plan = {"stages": {"train": {"device": "cuda", "nodes": 2, "gpus_per_node": 3}}}
-    now = datetime.datetime(2026, 1, 1, 0, 42, tzinfo=datetime.timezone.utc)
-    train, evaluate = stage_costs(seen, plan, now)
+    train, evaluate = stage_costs(seen, plan, now=60.0 * 42)
     assert (train.stage, train.lives, train.seconds, train.gpu_hours) == ("train", 3, 600, 1.0)
     assert (evaluate.lives, evaluate.seconds, evaluate.gpu_hours) == (1, 120, 0)
 
@@ -135,7 +142,7 @@ def test_the_stage_scores_both_models_and_writes_the_report(
     from jobs import stage
 
     run = exported(odd_dir / "run", models)
-    events.append(run.events, "evaluate-1", "started", stage="evaluate", life=1)
+    run.record(events.Started(stage="evaluate", attempt=1, job_id="1"), writer="evaluate-1")
     words = stage.evaluate(run, 1, StopFlag())
     evaluation = json.loads(run.evaluation_file.read_text())
     assert list(evaluation) == ["base", "tuned", "copy", "unseen"]

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from ftlib import events
 from ftlib.errors import FtError, Interrupted
 from ftlib.report import page
 from ftlib.rundir import RunDir
+from ftlib.runs import events
+from ftlib.runs.events import Progress
 from ftlib.stop import StopFlag
 
 torch = pytest.importorskip("torch", reason="export needs torch: the train extra")
@@ -166,7 +167,7 @@ def test_nothing_is_exported_before_training_is_complete(tmp_path: Path, trained
 
 def pieces(run: RunDir) -> list[str]:
     """What the export stage has reported as committed since the file of events was last removed."""
-    return [event["piece"] for event in events.read(run.events) if event["event"] == "progress"]
+    return [event.piece for event in run.ledger().of(Progress)]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, stop: StopFlag, piece: str) -> None:

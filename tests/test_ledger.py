@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ftlib import events, state
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.events import Decided
 from tests.processes import started
 from tests.wishes import CHECKOUT, run_names
 
@@ -90,7 +90,7 @@ class Login:
 
     def set(self, stage: str, now: str) -> None:
         """The stage's newest job gets another state."""
-        path = self.queue / state.submissions(self.run())[stage]
+        path = self.queue / self.run().ledger().jobs[stage]
         _, comment = path.read_text().split(" ", 1)
         path.write_text(f"{now} {comment}")
 
@@ -103,7 +103,7 @@ class Login:
     def life(self, stage: str, number: int, outcome: str = "", *, settled: bool = False, code: int = 137) -> None:
         """A life of a stage; `settled`: its epilogue ran, on a site that forbids requeueing."""
         run = self.run()
-        job = state.submissions(run)[stage]
+        job = run.ledger().jobs[stage]
         now = int(time.time())
         (run.lives / f"{stage}-{number}").write_text(f"{job} n1 {now} \n")
         with (self.queue.parent / "lives").open("a") as accounting:
@@ -140,14 +140,14 @@ def adopted(login: Login, job: str) -> None:
     assert "Found the job of prepare" in done.stdout
     assert login.jobs() == ONE_EACH
     run = login.run()
-    assert state.submissions(run)["prepare"] == job
+    assert run.ledger().jobs["prepare"] == job
     assert not (run.path / "writer").exists()
 
 
 def test_a_submit_killed_between_its_intent_and_the_answer_is_adopted(login: Login) -> None:
     assert login.submit(KILL_PARENT="1").returncode == -9
     assert login.jobs() == Counter(["prepare"])
-    assert "prepare" not in state.submissions(login.run())
+    assert "prepare" not in login.run().ledger().jobs
     adopted(login, "101")
 
 
@@ -158,7 +158,7 @@ def test_the_job_of_two_stages_is_adopted_for_both(login: Login) -> None:
     assert done.returncode == 0, done.stderr
     assert "Found the job of export " in done.stdout and "Found the job of evaluate " in done.stdout
     assert login.jobs() == ONE_EACH
-    jobs = state.submissions(login.run())
+    jobs = login.run().ledger().jobs
     assert jobs["export"] == jobs["evaluate"] == "103"
     assert login.python("-m", "jobs", "cancel", "--run", login.run().name).returncode == 0
     assert login.jobs("CANCELLED")["export+evaluate"] == 1
@@ -342,8 +342,8 @@ def test_jobs_that_end_before_they_begin_stop_after_three(training: Login) -> No
         said.append(training.guard())
     assert [words.startswith("queued anew") for words in said] == [True, True, False]
     assert "ended before they began" in said[-1]
-    (event,) = [e for e in events.read(training.run().events) if e["event"] == "failed"]
-    assert event["stage"] == "train"
+    (decided,) = training.run().ledger().of(Decided)
+    assert (decided.stage, decided.choice) == ("train", "stop")
 
 
 def test_the_guard_does_nothing_while_the_job_waits_or_runs_or_all_is_done(training: Login) -> None:

@@ -119,9 +119,9 @@ def test_a_killed_stage_goes_on_by_itself_and_ends_bit_equal(
     second: tuple[subprocess.Popen[str], RunDir], whole: RunDir
 ) -> None:
     process, run = second
-    from ftlib import events
+    from ftlib.runs.events import Started
 
-    (started,) = [e for e in events.read(run.events) if e["event"] == "started" and e["stage"] == "train"]
+    (started,) = run.ledger().of(Started, "train")
     os.kill(int(started["job_id"]), signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said

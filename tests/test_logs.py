@@ -12,9 +12,9 @@ import time
 import pytest
 
 from benchmarks.status import status
-from ftlib import outcome
-from ftlib.outcome import Outcome
 from ftlib.rundir import STAGES
+from ftlib.runs import outcome
+from ftlib.runs.outcome import Outcome
 from jobs import cli, logs
 from tests.processes import started
 from tests.seen import ARRAYS, RUNNING, Site, life, waiting

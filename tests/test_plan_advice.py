@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import events
 from ftlib.errors import InputError
 from ftlib.plan import amount, fits, gpus, memory, plan, shapes
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import Gpu
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved
 from ftlib.spec import RunSpec
 from jobs import smoke
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, planned, site, spec
@@ -188,7 +188,7 @@ def test_ten_steps_tell_their_pace_where_nobody_knows_how_many_there_are(
     run.metrics_file.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"step": step, "loss": 1.0, "tokens_per_s": 4000.0, "seconds": 4.1, "life": 1} for step in range(1, 11)]
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    events.append(run.events, "train-1", "checkpoint", stage="train", life=1, step=10, seconds=0.5)
+    run.record(CheckpointSaved(stage="train", attempt=1, step=10, seconds=0.5), writer="train-1")
     smoke._measured(run, whole, peak=9.0)
     out = capsys.readouterr().out
     assert "A step takes 4.10 s; how many there are is unknown" in out and "whole training" not in out

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import events, outcome, rundir, state
+from ftlib import rundir, state
 from ftlib.errors import InputError
-from ftlib.outcome import Outcome
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
+from ftlib.runs.events import Started, Submitted
+from ftlib.runs.outcome import Outcome
 
 
 @pytest.fixture
@@ -68,20 +70,20 @@ def test_a_dead_writers_claim_is_taken_over_but_not_another_machines(run: RunDir
 
 
 def test_events_of_all_writers_by_time_and_without_a_cut_line(run: RunDir) -> None:
-    events.append(run.events, "a", "submitted", stage="train", job_id="1")
-    events.append(run.events, "b", "started", stage="train", life=1)
+    run.record(Submitted(stage="train", job_id="1"), writer="a")
+    run.record(Started(stage="train", attempt=1, job_id="1"), writer="b")
     with (run.events / "b.jsonl").open("a") as file:
         file.write('{"time": "2026", "event": "comp')
-    assert [event["event"] for event in events.read(run.events)] == ["submitted", "started"]
+    assert [type(event) for event in run.ledger().events] == [Submitted, Started]
 
 
 def queued(run: RunDir, *stages: str) -> None:
     for number, stage in enumerate(stages, 1):
-        events.append(run.events, "submit", "submitted", stage=stage, job_id=str(number))
+        run.record(Submitted(stage=stage, job_id=str(number)))
 
 
 def states(run: RunDir, view: dict[str, tuple[str, str]] | None, *, alive: bool = False) -> dict[str, str]:
-    return {name: s.state for name, s in state.stages(state.journal(run), view, alive=alive).items()}
+    return {name: s.state for name, s in state.stages(run.ledger(), view, alive=alive).items()}
 
 
 ALL = ("prepare", "train", "export", "evaluate")
@@ -92,7 +94,7 @@ def test_outcomes_come_before_what_the_scheduler_says(run: RunDir) -> None:
     outcome.write(run.outcomes, Outcome("prepare", 1, 0, "made"))
     view = {"1": ("FAILED", ""), "2": ("RUNNING", ""), "3": ("PENDING", "Dependency"), "4": ("PENDING", "Dependency")}
     assert list(states(run, view).values()) == ["completed", "running", "queued", "queued"]
-    assert state.overall(state.stages(state.journal(run), view)) == "running"
+    assert state.overall(state.stages(run.ledger(), view)) == "running"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_every_end_that_slurm_knows(run: RunDir, slurm: str, ours: str) -> None:
 def test_what_stands_behind_a_failure_is_cancelled(run: RunDir) -> None:
     queued(run, *ALL)
     outcome.write(run.outcomes, Outcome("prepare", 1, 64, "bad line 3"))
-    found = state.stages(state.journal(run), {"1": ("FAILED", "")})
+    found = state.stages(run.ledger(), {"1": ("FAILED", "")})
     assert [s.state for s in found.values()] == ["failed", "cancelled", "cancelled", "cancelled"]
     assert found["prepare"].words == "bad line 3" and state.overall(found) == "failed"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import processes
-from ftlib import events, state
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Settled
 from tests.array_shims import quick_python
 from tests.cluster import Slurm
 from tests.test_chain import finished, log, submit, until
@@ -49,7 +49,7 @@ def attempts(run: RunDir, stage: str) -> int:
 
 
 def job(run: RunDir) -> str:
-    found = state.submissions(run)
+    found = run.ledger().jobs
     assert found["export"] == found["evaluate"]
     return found["export"]
 
@@ -88,7 +88,7 @@ def test_preempted_in_either_stage_the_job_resumes_in_that_one(place: Path, slur
     assert finished(checkout_of(run), run)["state"] == "completed", log(run)
     assert job(run) == number
     assert (attempts(run, "export"), attempts(run, "evaluate")) == ((2, 1) if stage == "export" else (1, 2))
-    causes = {e["stage"]: e["cause"] for e in events.read(run.events) if e.get("cause")}
+    causes = {settled.stage: settled.cause for settled in run.ledger().of(Settled)}
     assert causes == {stage: "preemption"}
 
 
@@ -102,7 +102,7 @@ def test_a_batch_shell_killed_between_the_two_leaves_the_evaluation_to_the_recov
     processes.kill(shell)
     # The run is "failed" until the recovery job has looked at it.
     until(lambda: run.stage_done("evaluate"), 120, "the evaluation's second attempt")
-    found = state.submissions(run)
+    found = run.ledger().jobs
     assert found["export"] == number != found["evaluate"]
     assert attempts(run, "export") == 1 and attempts(run, "evaluate") == 2
 
@@ -118,7 +118,7 @@ def test_cancelled_in_the_evaluation_it_stays_so_until_it_is_resumed(place: Path
     resumed = jobs("resume", "--run", run.name, checkout=checkout)
     assert resumed.returncode == 0 and "Going on at evaluate" in resumed.stdout, resumed.stderr
     assert finished(checkout, run)["state"] == "completed", log(run)
-    assert state.submissions(run)["evaluate"] != number and attempts(run, "export") == 1
+    assert run.ledger().jobs["evaluate"] != number and attempts(run, "export") == 1
 
 
 @pytest.mark.nightly  # quick tests kill a step's daemon in a job of one stage
@@ -129,6 +129,6 @@ def test_a_step_whose_daemon_is_killed_in_the_second_stage_is_ended_and_begun_ag
     (daemon,) = until(lambda: processes.step_daemons(number), 20, "the second step's daemon")
     processes.kill(daemon)
     assert finished(checkout_of(run), run)["state"] == "completed", log(run)
-    causes = {e["stage"]: e["cause"] for e in events.read(run.events) if e.get("cause")}
+    causes = {settled.stage: settled.cause for settled in run.ledger().of(Settled)}
     assert causes == {"evaluate": "killed"}, log(run)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from ftlib import outcome
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
 from jobs import smoke
 from tests.cluster import Slurm
 from tests.processes import started

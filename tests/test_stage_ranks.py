@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import atomic, outcome
-from ftlib.outcome import Outcome
+from ftlib import atomic
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
+from ftlib.runs.outcome import Outcome
 from jobs import stage
 from tests.cluster import Slurm
 from tests.processes import started
@@ -139,7 +140,7 @@ def test_a_file_that_only_rank_1_cannot_read_is_the_outcome_of_both(tmp_path: Pa
     (first, first_said), (second, second_said) = ended(run, kill_rank_0=kill_rank_0)
     assert (first, second) == (64, 64), first_said + second_said
     (found,) = outcome.read(run.outcomes)
-    assert found.code == 64 and found.words == "model.name: weights.bin: Permission denied (rank 1 on n1)"
+    assert found.code == 64 and found.message == "model.name: weights.bin: Permission denied (rank 1 on n1)"
     assert "Traceback" not in second_said
 
 
@@ -167,5 +168,5 @@ def test_slurm_does_not_start_again_what_another_rank_found_wrong(checkout: Path
     found = finished(checkout, run)
     assert found["state"] == "failed", log(run)
     (end,) = outcome.read(run.outcomes, "train")
-    assert end.code == 64 and end.words.startswith("model.name: weights.bin: Permission denied (rank 1 on "), end
+    assert end.code == 64 and end.message.startswith("model.name: weights.bin: Permission denied (rank 1 on "), end
     assert [path.name for path in run.lives.glob("train-*")] == ["train-1"], "it was not started again"

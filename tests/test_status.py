@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import os
@@ -10,18 +11,21 @@ import shutil
 import subprocess
 import time
 from io import StringIO
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from benchmarks.status import status
-from ftlib import events, metrics, outcome, state
-from ftlib.outcome import Outcome
+from ftlib import metrics, state
 from ftlib.report.board import board
 from ftlib.report.cost import stage_costs
 from ftlib.report.status import Row, SweepRow
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import events, outcome
+from ftlib.runs.attempts import Attempt
+from ftlib.runs.events import Cancelled, Moved, Resumed, Settled, Started, Submitted
+from ftlib.runs.ledger import Ledger
+from ftlib.runs.outcome import Outcome
 from ftlib.slurm.client import Job
 from ftlib.slurm.queue import Answer, why_waits
 from jobs import cli, look, runs
@@ -67,15 +71,16 @@ def test_thousands_of_tasks_are_one_question_and_a_sweep_is_one_line(
 def test_of_two_stages_in_one_job_the_second_waits_for_the_first(
     slurm: str, ends: list[Outcome], expected: tuple[str, str]
 ) -> None:
-    done = {stage: [Outcome(stage, 1, 0, "done")] for stage in ("prepare", "train")}
-    known = state.Journal(
-        [], ends={**done, "export": ends, "evaluate": []}, lives=dict.fromkeys(STAGES, 1) | {"evaluate": 0},
-        jobs=dict.fromkeys(("export", "evaluate"), "7"), nonces=dict.fromkeys(STAGES, ""),
-    )  # fmt: skip
+    done = {stage: (Outcome(stage, 1, 0, "done"),) for stage in ("prepare", "train")}
+    begun = {stage: (Attempt(stage=stage, number=1),) for stage in STAGES}
+    known = Ledger(
+        events=tuple(Submitted(stage=stage, job_id="7") for stage in ("export", "evaluate")),
+        attempts={stage: of_stage for stage, of_stage in begun.items() if stage != "evaluate"},
+        outcomes={**done, "export": tuple(ends)},
+    )
     found = state.stages(known, {"7": Job(slurm, "Resources")})
     if slurm == "RUNNING" and ends:
-        known.lives["evaluate"] = 1
-        found = state.stages(known, {"7": Job(slurm)})
+        found = state.stages(dataclasses.replace(known, attempts=begun), {"7": Job(slurm)})
     assert (found["export"].state, found["evaluate"].state) == expected
     if expected == ("running", "queued"):
         assert found["evaluate"].words == "in the same job, after export"
@@ -83,13 +88,12 @@ def test_of_two_stages_in_one_job_the_second_waits_for_the_first(
 
 @pytest.mark.parametrize("slurm", ["TIMEOUT", "FAILED", "CANCELLED"])
 def test_a_job_that_was_ending_when_its_owner_cancelled_it_is_cancelled(slurm: str) -> None:
-    log = [{"event": "submitted", "stage": "prepare", "job_id": "7"}]
-    log += [{"event": "cancelled", "stage": "prepare", "job_id": "7"}]
-    ends = {**{stage: [] for stage in STAGES}, "prepare": [Outcome("prepare", 1, 75, "interrupted (time limit)")]}
-    known = state.Journal(
-        log, ends=ends, lives=dict.fromkeys(STAGES, 0) | {"prepare": 1},
-        jobs=dict.fromkeys(STAGES, "7"), nonces=dict.fromkeys(STAGES, ""),
-    )  # fmt: skip
+    submitted = [Submitted(stage=stage, job_id="7") for stage in STAGES]
+    known = Ledger(
+        events=(*submitted, Cancelled(stage="prepare", job_id="7")),
+        attempts={"prepare": (Attempt(stage="prepare", number=1),)},
+        outcomes={"prepare": (Outcome("prepare", 1, 75, "interrupted (time limit)"),)},
+    )
     found = state.stages(known, {"7": Job(slurm)})
     assert {stage.state for stage in found.values()} == {"cancelled"}
 
@@ -105,7 +109,7 @@ def test_an_answer_stands_for_the_least_poll_interval(
     assert only(capsys)["state"] == "queued" and len(site.calls()) == 1
     assert only(capsys)["state"] == "queued" and site.calls() == []
     # Another submit since, of which the answer cannot know.
-    events.append(run.events, "submit-b", "submitted", stage="train", job_id="999", nonce="n")
+    run.record(Submitted(stage="train", job_id="999", nonce="n"))
     only(capsys)
     assert [call.split()[0] for call in site.calls()] == ["squeue", "sacct"]
     # A clock that was set back: the answer would be of the future.
@@ -220,8 +224,9 @@ def test_a_resumed_life_shows_where_it_goes_on_not_what_was_lost(
     (run,) = site.make()
     trained(run, 100)
     (run.lives / "train-2").write_text("1 n1 1700000000 \n")
-    events.append(run.events, "train-1-epilogue", "requeued", stage="train", life=1, cause="preemption", words="again")
-    events.append(run.events, "train-2", "resumed", stage="train", life=2, step=60)
+    settled = Settled(stage="train", attempt=1, job_id="1", cause="preemption", by="epilogue")
+    run.record(settled, writer="train-1-epilogue")
+    run.record(Resumed(stage="train", attempt=2, step=60), writer="train-2")
     site.say(waiting(**RUNNING))
     row = only(capsys)
     assert (row["step"], row["loss"], row["lives"], row["causes"]) == (60, None, 2, {"preemption": 1})
@@ -253,15 +258,14 @@ def test_gpu_hours_used_lost_and_idle(site: Site, capsys: pytest.CaptureFixture[
 
 
 def test_a_life_that_was_settled_later_cost_no_time_in_the_queue() -> None:
-    def event(name: str, minute: int, **more: Any) -> dict[str, Any]:
-        return {"time": f"2026-01-01T00:{minute:02}:00+00:00", "event": name, "stage": "train", "life": 1, **more}
-
-    log = [event("started", 0), event("checkpoint", 10), event("interrupted", 50, settled_by="train-2-prologue")]
-    now = datetime.datetime(2026, 1, 1, 1, tzinfo=datetime.timezone.utc)
-    (cost,) = stage_costs(log, {}, now)
+    own = [
+        events.Started(stage="train", attempt=1, job_id="7", time=0.0),
+        events.CheckpointSaved(stage="train", attempt=1, step=5, time=600.0),
+    ]
+    later = Settled(stage="train", attempt=1, job_id="7", cause="node failure", by="prologue", time=3000.0)
+    (cost,) = stage_costs(Ledger(events=(*own, later)), {}, now=3600.0)
     assert (cost.seconds, cost.lost_seconds) == (600, 0)
-    log[-1]["ended"] = int(datetime.datetime(2026, 1, 1, 0, 14, tzinfo=datetime.timezone.utc).timestamp())
-    (cost,) = stage_costs(log, {}, now)
+    (cost,) = stage_costs(Ledger(events=(*own, dataclasses.replace(later, ended=840.0))), {}, now=3600.0)
     assert (cost.seconds, cost.lost_seconds) == (840, 240)
 
 
@@ -365,7 +369,7 @@ def test_a_moved_run_says_where_its_jobs_look_for_it(
     assert cli.main(["resume", "--run", run.name]) == 64
     assert f"make cancel RUN={run.name}" in capsys.readouterr().err
     # Once it was resumed, here is where it is.
-    events.append(moved / run.name / "events", "submit-b", "moved", to=str(moved / run.name))
+    RunDir(moved / run.name).record(Moved(to=str(moved / run.name)))
     row = only(capsys)
     assert row["notes"] == [] and row["state"] == "cancelled"
 
@@ -393,12 +397,12 @@ def test_a_clock_that_jumps_neither_reorders_nor_takes_hours_back(
     site.say(waiting(**RUNNING))
     trained(run, 3)
     ahead = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=400)
+    began = Started(stage="train", attempt=1, job_id="7", node="n7")
+    ended = events.Ended(stage="train", attempt=1, code=0)
     with (run.events / "train-1.jsonl").open("w") as file:
-        for name, at in (("started", ahead), ("completed", ahead - datetime.timedelta(days=800))):
-            file.write(
-                json.dumps({"time": at.isoformat(), "event": name, "stage": "train", "life": 1, "node": "n7"}) + "\n"
-            )
-    log = events.read(run.events)
-    assert [event["event"] for event in log][-2:] == ["started", "completed"]
-    assert sum(cost.seconds for cost in stage_costs(log, run.plan(), ahead)) == 0
+        for event, at in ((began, ahead), (ended, ahead - datetime.timedelta(days=800))):
+            file.write(json.dumps(events.to_row(event, at.isoformat())) + "\n")
+    known = run.ledger()
+    assert [type(event) for event in known.events][-2:] == [Started, events.Ended]
+    assert sum(cost.seconds for cost in stage_costs(known, run.plan(), ahead.timestamp())) == 0
     assert "a clock is wrong, here or of n7" in only(capsys)["notes"][0]

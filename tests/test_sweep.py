@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import events, outcome, state
 from ftlib.rundir import STAGES
+from ftlib.runs import outcome
+from ftlib.runs.events import Decided, Settled
 from ftlib.slurm import batch
 from tests.array_shims import Login, quick_python
 from tests.sweeps import JOBS, TASKS, complete, fail, feeder, fresh, place, queued, seeds, strangers, swept
@@ -34,7 +35,7 @@ def test_five_thousand_points_are_a_few_arrays_and_one_prepare_job(login: Login,
     assert [len(queue.of(stage)) for stage in JOBS] == [1, 5, 5]  # ⌈5000 / 1001⌉
     members = place(login).members()
     assert len(members) == 5000
-    jobs_of = [state.submissions(run) for run in members]
+    jobs_of = [run.ledger().jobs for run in members]
     for stage in TASKS:
         assert len({found[stage] for found in jobs_of}) == 5000
     assert len({found["prepare"] for found in jobs_of}) == 1
@@ -107,7 +108,7 @@ def test_later_points_join_the_prepare_job_that_is_queued(login: Login, file: Ca
     queue.save()
     assert "Queued: train 4 in 1 array" in swept(login, name, settings="cluster.scheduler.max_jobs=100")
     queue = login.queue
-    (job,) = {state.submissions(run)["prepare"] for run in place(login).members()}
+    (job,) = {run.ledger().jobs["prepare"] for run in place(login).members()}
     assert [queue.arrays[array]["dependency"] for array in queue.of("train")] == [f"afterok:{job}"] * 2
     complete(login, *queue.of("prepare"))
     assert all(run.stage_done("prepare") for run in place(login).members())
@@ -122,7 +123,7 @@ def test_a_killed_submit_leaves_no_orphan_and_no_double(login: Login, file: Call
     swept(login, name)
     assert queued(login) == {"prepare": 1, "train": 6, "export+evaluate": 6, "feeder": 1}
     for run in place(login).members():
-        found = state.submissions(run)
+        found = run.ledger().jobs
         assert set(found) == {*STAGES}
         indices = {stage: found[stage].partition("_")[2] for stage in TASKS}
         assert len(set(indices.values())) == 1
@@ -139,7 +140,9 @@ def test_only_missing_and_failed_points_are_queued_again(login: Login, file: Cal
     array = login.queue.of("train")[-1]
     complete(login, login.queue.of("prepare")[-1])
     run = fail(login, array, "3")
-    events.append(run.events, "train-1-epilogue", "failed", stage="train", life=1, cause="code", words="a bug")
+    settled = Settled(stage="train", attempt=1, job_id=f"{array}_3", cause="code", by="epilogue")
+    decided = Decided(stage="train", attempt=1, choice="stop", cause="code", message="a bug")
+    run.record(settled, decided, writer="train-1-epilogue")
     (run.lives / "train-1").write_text(f"{array}_3 n1 1 \n")
     outcome.write(run.outcomes, outcome.Outcome("train", 1, 1, "a bug"))
     # The feeder leaves alone what the guard's rules have stopped, and the rest on its way.
@@ -147,7 +150,7 @@ def test_only_missing_and_failed_points_are_queued_again(login: Login, file: Cal
     # A person's word counts more.
     again = swept(login, name)
     assert "Queued: train 1 in 1 array, export+evaluate 1 in 1 array" in again
-    assert queued(login)["train"] == 8 and state.submissions(run)["train"] == f"{login.queue.of('train')[-1]}_0"
+    assert queued(login)["train"] == 8 and run.ledger().jobs["train"] == f"{login.queue.of('train')[-1]}_0"
 
 
 def test_a_lost_task_is_queued_again_by_the_feeder_within_its_budget(login: Login, file: Callable[..., str]) -> None:
@@ -168,7 +171,7 @@ def test_a_failed_prepare_job_is_queued_again_for_all_its_points(login: Login, f
         queue.arrays[queue.of(name)[0]]["tasks"] = dict.fromkeys(map(str, range(5)), "CANCELLED")
     queue.save()
     assert "prepare 1 in 1 array, train 5 in 1 array" in feeder(login)
-    assert len({state.submissions(run)["prepare"] for run in place(login).members()}) == 1
+    assert len({run.ledger().jobs["prepare"] for run in place(login).members()}) == 1
 
 
 def test_a_cancelled_sweep_stays_so_until_it_is_resumed(login: Login, file: Callable[..., str]) -> None:

@@ -6,8 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 
-from ftlib import outcome, state
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import outcome
 from tests.array_shims import Login
 from tests.sweeps import fail, place, seeds, swept
 from tests.wishes import jobs
@@ -68,4 +68,4 @@ def test_status_of_a_point_is_like_any_run_s(login: Login, file: Callable[..., s
     swept(login, file(seeds(3)))
     run = place(login).members()[2]
     done = jobs("status", "--json", "--run", run.name, checkout=login.checkout, **login.env)
-    assert done.returncode == 0 and state.submissions(run)["train"] in done.stdout, done.stderr
+    assert done.returncode == 0 and run.ledger().jobs["train"] in done.stdout, done.stderr

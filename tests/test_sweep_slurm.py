@@ -95,7 +95,7 @@ def test_sixty_points_end_though_they_are_preempted_and_one_always_fails(slurm: 
     assert "it would not help to try again" in said
     # Each point's jobs are its own tasks, and its logs lie in its folder.
     for stage in ("train", "export", "evaluate"):
-        assert len({state.submissions(run)[stage] for run in runs}) == 60
+        assert len({run.ledger().jobs[stage] for run in runs}) == 60
     assert all(len(list((run.slurm / "train").glob("*_0_log.out"))) == 1 for run in runs)
     seen = json.loads(swept("status", "--sweep", "mine", "--json"))
     assert Counter(row["state"] for row in seen["runs"]) == {"completed": 59, "failed": 1}
@@ -120,7 +120,7 @@ def test_six_tiny_models_preempted_in_training_share_one_dataset(slurm: Slurm, t
     swept.until(lambda: any(len(metrics.read_metrics(run.metrics_file)) > 2 for run in runs), 240, "training")
     swept.preempt()
     swept.end(500)
-    assert ended(runs, "evaluate") == 6, [state.stages(state.journal(run), {}) for run in runs]
+    assert ended(runs, "evaluate") == 6, [state.stages(run.ledger(), {}) for run in runs]
     for run in runs:
         assert [row["step"] for row in metrics.read_metrics(run.metrics_file)] == list(range(1, 21))
         assert (run.export / "adapter" / "adapter_config.json").exists() and run.report_file.exists()

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftlib import checkpoint, events
+from ftlib import checkpoint
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved, FirstStep, Resumed
 from ftlib.spec import RunSpec, validate
 from ftlib.stop import StopFlag
 
@@ -191,9 +192,9 @@ def test_metrics_have_every_step_once_and_the_loss_falls(uninterrupted: RunDir) 
     assert all(0 < row["tokens"] < 4 * SEQ_LEN for row in steps), "padding is not counted"
     kept = [folder.name for folder in checkpoint.committed(uninterrupted.checkpoints)]
     assert kept == ["step-00000030", "step-00000024"]
-    saved = [event for event in events.read(uninterrupted.events) if event["event"] == "checkpoint"]
-    assert [event["step"] for event in saved] == [8, 10, 16, 20, 24, 30], "each due one, and each new best"
-    assert all(event["seconds"] > 0 and event["bytes"] > 10_000 for event in saved)
+    saved = uninterrupted.ledger().of(CheckpointSaved)
+    assert [event.step for event in saved] == [8, 10, 16, 20, 24, 30], "each due one, and each new best"
+    assert all(event.seconds > 0 and event.bytes > 10_000 for event in saved)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_resumed_equals_uninterrupted(make_run: MakeRun, uninterrupted: RunDir, 
     live(run, len(stops) + 1)
     assert trajectory(run) == trajectory(uninterrupted)
     assert adapter_sha(run) == adapter_sha(uninterrupted)
-    resumed = [event["step"] for event in events.read(run.events) if event["event"] == "resumed"]
+    resumed = [event.step for event in run.ledger().of(Resumed)]
     assert resumed == stops
 
 
@@ -287,7 +288,7 @@ def test_without_an_interval_it_saves_early_and_says_what_follows(
 ) -> None:
     run = make_run(train={"save_every_steps": None, "eval_every_steps": None})
     live(run, 1)
-    saved = [event["step"] for event in events.read(run.events) if event["event"] == "checkpoint"]
+    saved = [event.step for event in run.ledger().of(CheckpointSaved)]
     assert saved == [20, 30], "before the first save its cost is not known"
     said = capsys.readouterr().out
     assert "a checkpoint every" in said and "a kill without warning is expected every 24 h (0 in 0.0 h so far)" in said
@@ -308,10 +309,10 @@ def test_the_parts_of_a_start_are_recorded(make_run: MakeRun) -> None:
     run = make_run(train={"steps": 4, "eval_every_steps": None})
     live(run, 1, stop_after=2)
     live(run, 2)
-    firsts = [event for event in events.read(run.events) if event["event"] == "first_step"]
-    assert [(event["life"], event["step"]) for event in firsts] == [(1, 1), (2, 3)]
+    firsts = run.ledger().of(FirstStep)
+    assert [(event.attempt, event.step) for event in firsts] == [(1, 1), (2, 3)]
     parts = {"imports_s", "check_s", "load_s", "optimizer_s", "first_step_s"}
-    assert all(parts <= event.keys() and all(event[part] >= 0 for part in parts) for event in firsts)
+    assert all(parts <= event.parts_s.keys() and all(event.parts_s[part] >= 0 for part in parts) for event in firsts)
 
 
 def test_an_evaluation_changes_no_weights(make_run: MakeRun, uninterrupted: RunDir) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import outcome
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
 from ftlib.train.interval import Cadence, History, history, interval_s, mean_between_kills_h
 
 
@@ -99,7 +99,7 @@ def test_history_counts_lives_that_nobody_warned(tmp_path: Path) -> None:
 
     event(1, 0, "started")
     event(1, 9, "checkpoint", seconds=1.0, step=5)
-    event(1, 10, "interrupted")
+    event(1, 10, "interrupted", code=75)
     outcome.write(run.outcomes, outcome.Outcome("train", 1, 75, "interrupted (preemption), saved at step 5"))
     event(2, 20, "started")
     for minute, seconds in ((22, 1.0), (24, 2.0), (26, 3.0)):

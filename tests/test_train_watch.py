@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ftlib import outcome
 from ftlib.errors import Interrupted
 from ftlib.metrics import idle_gpu_hours
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
 from ftlib.slurm import diagnose, policy
 from ftlib.stop import StopFlag
 from ftlib.train.watch import GpuWatch, act_after_s
@@ -110,7 +110,7 @@ def test_a_process_that_hangs_is_ended_and_says_what_is_saved(run: RunDir, stage
     with GpuWatch(run, 2, StopFlag(), uuid="u", stage=stage, nvml=Nvml(0), end=end, **short):  # type: ignore[arg-type]
         assert over.wait(10)
     assert ended == [75]
-    words = outcome.read(run.outcomes, stage)[0].words
+    words = outcome.read(run.outcomes, stage)[0].message
     assert words == f"interrupted (idle GPU){saved}; the process hung and was ended"
     assert rows(run)[0]["stage"] == stage
     assert diagnose.from_outcome(75, words) == "idle GPU"

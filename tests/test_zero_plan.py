@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ftlib.errors import InputError
 from ftlib.plan import plan, shapes, zero
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Override
 from jobs import runs
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, site, spec
 
@@ -124,7 +127,9 @@ def run(tmp_path: Path) -> RunDir:
         folder.mkdir()
     found.spec_file.write_text(wish.model_dump_json())
     found.plan_file.write_text(made.model_dump_json())
-    found.adjustments_file.write_text(json.dumps({"micro_batch": 2, "accumulation": 2, "exclude": {"n3": 1.0}}))
+    halved = Override(field="train.micro_batch", value=2, who="epilogue", why="CUDA out of memory")
+    bad = Override(field="exclude.n3", value=True, who="epilogue", why="ECC", until=time.time() + 3600)
+    found.record(halved, bad, writer="train-1-epilogue")
     model = str(CHECKOUT / wish.model.name)
     found.provenance_file.write_text(json.dumps({"model_path": model, "cache": str(tmp_path), "data_path": None}))
     return found
@@ -135,7 +140,22 @@ def test_a_resize_keeps_the_global_batch_and_what_earlier_lives_taught(run: RunD
     after = run.plan()
     assert (after["world_size"], after["micro_batch"], after["accumulation"]) == (1, 2, 4)
     assert after["stages"]["train"]["nodes"] == 1 and after["zero"]["train_batch_size"] == 8
-    assert run.adjustments() == {"exclude": {"n3": 1.0}} and run.spec().resources.nodes == 2
+    overrides = run.ledger().overrides(time.time())
+    assert (overrides.micro_batch, overrides.excluded) == (None, ("n3",)) and run.spec().resources.nodes == 2
+
+
+def test_a_resize_of_a_run_of_the_first_release_is_seen_by_its_own_code_too(run: RunDir) -> None:
+    """Which reads micro-batch and accumulation in adjustments.json, and would go on with the old ones."""
+    shutil.rmtree(run.events)
+    file = run.path / "adjustments.json"
+    adjusted = {"micro_batch": 2, "accumulation": 2, "exclude": {"n3": time.time() + 3600}}
+    notes = ["micro-batch 4 -> 2: CUDA out of memory", "node n3 is left out for 24 h: ECC"]
+    file.write_text(json.dumps({**adjusted, "notes": notes}))
+    assert (run.plan()["micro_batch"], run.plan()["accumulation"]) == (2, 2)
+    runs.resize(run, site("local-slurm"), "1", [])
+    assert "micro_batch" not in json.loads(file.read_text()) and "accumulation" not in json.loads(file.read_text())
+    assert (run.plan()["micro_batch"], run.plan()["accumulation"]) == (2, 4)
+    assert run.ledger().overrides(time.time()).excluded == ("n3",)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ def test_a_resize_keeps_the_global_batch_and_what_earlier_lives_taught(run: RunD
     ],
 )
 def test_a_resize_that_cannot_be_changes_nothing(run: RunDir, nodes: str, busy: list[str], said: str) -> None:
-    before = run.plan_file.read_text(), run.adjustments_file.read_text()
+    before = run.plan_file.read_text(), run.ledger()
     with pytest.raises(InputError, match=said):
         runs.resize(run, site("local-slurm"), nodes, busy)
-    assert before == (run.plan_file.read_text(), run.adjustments_file.read_text())
+    assert before[0] == run.plan_file.read_text() and before[1].events == run.ledger().events

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos.processes import workers
-from ftlib import events, metrics
+from ftlib import metrics
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Resumed
 from tests.cluster import Slurm
 from tests.test_chain import finished, log, steps, until
 from tests.wishes import jobs, run_names, status
@@ -93,7 +94,7 @@ def test_a_twin_lives_through_everything_and_ends_on_another_number_of_nodes(
     rows = [row for row in metrics.read_metrics(run.metrics_file) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert sum(row["loss"] for row in rows[-10:]) < 0.8 * sum(row["loss"] for row in rows[:10])
-    resumed = [event["step"] for event in events.read(run.events) if event["event"] == "resumed"]
+    resumed = [event.step for event in run.ledger().of(Resumed)]
     assert len(resumed) >= 2 and resumed == sorted(resumed) and resumed[0] > 5
     assert "the checkpoint is of 4 GPUs (processes) and is rewritten for 2" in log(run)
     found = json.loads((run.export / "equality.json").read_text())

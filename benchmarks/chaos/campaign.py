@@ -20,9 +20,10 @@ from typing import Any
 from benchmarks.chaos import processes, slurm
 from benchmarks.chaos.kinds import KINDS, Kind, next_life_begun
 from benchmarks.chaos.places import PLACES, View, stand_at
-from ftlib import metrics, outcome, state
+from ftlib import metrics
 from ftlib.evaluate.evaluate import read_answers
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
 
 STEPS, SAVE, EVAL, WARM_UP = 100, 10, 20, 0.12
 SETTINGS = (
@@ -132,7 +133,7 @@ class Ground:
     def cancel(self) -> None:
         """End what is left of the runs' jobs."""
         for path in (self.folder / "runs").glob("*/spec.json"):
-            jobs = state.submissions(RunDir(path.parent)).values()
+            jobs = RunDir(path.parent).ledger().jobs.values()
             slurm.say("scancel", *jobs, check=False)
 
     def state(self, run: RunDir) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def judge(ground: Ground, run: RunDir, flavour: str, kills: list[Kill], referenc
         kill.right = kill.cause == KINDS[kill.kind].cause
         # A rank that is killed before it has met the others is missed by them first.
         kill.right |= kill.cause == "collective" and kill.place == "before the handler"
-        if any(end.life == kill.life and end.code == 0 for end in outcome.read(run.outcomes, kill.stage)):
+        if any(end.attempt == kill.life and end.code == 0 for end in outcome.read(run.outcomes, kill.stage)):
             kill.cause, kill.right = "it went on to its end", True
         kill.lost = _lost(run, kill)
     lives = len(list(run.lives.glob("*")))

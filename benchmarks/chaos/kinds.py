@@ -17,7 +17,7 @@ from ftlib.slurm.diagnose import Cause
 
 def job_of(view: View) -> str:
     """The job of this life."""
-    return (view.run.lives / f"{view.stage}-{view.life}").read_text().split()[0]
+    return view.run.ledger().attempt(view.stage, view.life).job_id
 
 
 def _gone(view: View) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 from benchmarks.chaos import processes
 from benchmarks.chaos.processes import Worker
-from ftlib import checkpoint, events, outcome
+from ftlib import checkpoint
 from ftlib.atomic import TEMPORARY
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
+from ftlib.runs.events import Cancelled, Decided, Resumed
 
 # A life has then trained past its first periodic save: what a run may lose again and again, without an end.
 PAST_A_SAVE = 2
@@ -39,7 +41,7 @@ class View:
 
     def began(self) -> float:
         """When the life began, in seconds since 1970."""
-        return float((self.run.lives / f"{self.stage}-{self.life}").read_text().split()[2])
+        return float(self.run.ledger().attempt(self.stage, self.life).began)
 
     def started(self) -> bool:
         """Whether the stage's own code runs."""
@@ -48,20 +50,18 @@ class View:
 
     def from_step(self) -> int:
         """Where this life went on."""
-        path = self.run.events / f"{self.stage}-{self.life}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if '"resumed"' in line]
-        return int(found[-1]["step"]) if found else 0
+        resumed = self.run.ledger().last(Resumed, self.stage, self.life)
+        return resumed.step if resumed else 0
 
     def log(self) -> str:
         """This life's part of rank 0's log."""
-        words = (self.run.lives / f"{self.stage}-{self.life}").read_text().split()
-        path = self.run.slurm / self.stage / f"{words[0]}_0_log.out"
-        start = next((word.rpartition(":")[2] for word in words[3:] if word.startswith(path.name)), "0")
+        attempt = self.run.ledger().attempt(self.stage, self.life)
+        path = self.run.slurm / self.stage / f"{attempt.job_id}_0_log.out"
+        start = attempt.log_starts.get(path.name, 0)
         if not path.exists():
             return ""
         with path.open("rb") as file:
-            file.seek(int(start))
+            file.seek(start)
             return file.read().decode(errors="replace")
 
     def last_row(self) -> dict[str, Any]:
@@ -247,5 +247,5 @@ def _caught(view: View, place: Place, deadline: float) -> bool:
 
 def _given_up(run: RunDir, stage: str) -> bool:
     """An epilogue or the guard has stopped the stage; a life that only says itself that it failed may be requeued."""
-    ends = [e for e in events.read(run.events) if e["event"] in ("failed", "cancelled") and e.get("stage") == stage]
-    return any(event["writer"] != f"{stage}-{event.get('life')}" for event in ends)
+    known = run.ledger()
+    return bool(known.of(Cancelled, stage)) or any(event.choice == "stop" for event in known.of(Decided, stage))

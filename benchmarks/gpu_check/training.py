@@ -25,12 +25,13 @@ import torch
 import ftlib.train.run
 from benchmarks.gpu_check import models
 from benchmarks.gpu_check.results import Wrong
-from ftlib import events, rundir
+from ftlib import rundir
 from ftlib.data import packing
 from ftlib.data.tokenizing import Documents
 from ftlib.metrics import read_metrics
 from ftlib.plan import shapes, throughput
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved
 from ftlib.stop import StopFlag
 from ftlib.train import preflight
 from jobs import wish as wishes
@@ -170,7 +171,7 @@ def figures(run: RunDir, large: Large, setting: Setting, *, device: torch.device
     spec, plan = run.spec(), run.plan()
     shape = shapes.from_config(models.config_of(large.model, dry=dry), large.recipe)
     speed = statistics.median(row["tokens_per_s"] for row in timed)
-    saves = [event for event in events.read(run.events) if event["event"] == "checkpoint"]
+    saves = run.ledger().of(CheckpointSaved)
     on_gpu = device.type == "cuda"
     return {
         "setting": setting.name, "tokens/s": round(speed), "step s": statistics.median(row["seconds"] for row in timed),

@@ -11,12 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ftlib import atomic, events
+from ftlib import atomic
 from ftlib.data import packing, tokenizing
 from ftlib.errors import InputError
 from ftlib.evaluate import scoring
 from ftlib.evaluate.agreement import require_validation_loss
 from ftlib.rundir import RunDir
+from ftlib.runs import events
 from ftlib.stop import StopFlag
 
 SAMPLES = 3

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from ftlib import atomic, checkpoint, events
+from ftlib import atomic, checkpoint
 from ftlib.data import tokenizing
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import FtError
@@ -21,6 +21,7 @@ from ftlib.export.weights import write_consolidated, write_merged
 from ftlib.interruptible import interruptible
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs import events
 from ftlib.stop import StopFlag
 from ftlib.train import saving
 from ftlib.train.arguments import prepare_process

@@ -5,7 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-ENDS = ("completed", "interrupted", "failed", "cancelled")
+from ftlib.runs.events import CheckpointSaved, Decided, Ended, Event, Settled, Started
+from ftlib.runs.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -29,47 +30,55 @@ class StageCost:
         return self.gpus * self.lost_seconds / 3600
 
 
-def stage_costs(events: list[dict[str, Any]], plan: dict[str, Any], now: datetime.datetime,
-                running: Collection[str] | None = None) -> list[StageCost]:
+def stage_costs(
+    known: Ledger, plan: dict[str, Any], now: float, running: Collection[str] | None = None
+) -> list[StageCost]:
     """Costs of the stages that began, in order. A life without an end lasts until its last event; the newest of a stage
-    that is `running` (of every stage without that) until `now`, which has a time zone.
+    that is `running` (of every stage without that) until `now`, in seconds since 1970.
     Where a clock was set back, the time that it took back counts as none."""
-    lives: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for event in events:
-        if "stage" in event and isinstance(event.get("life"), int):
-            lives.setdefault(event["stage"], {}).setdefault(event["life"], []).append(event)
+    lives: dict[str, dict[int, list[Event]]] = {}
+    for (stage, life), events in known.by_attempt.items():
+        lives.setdefault(stage, {})[life] = events
     costs = []
-    for stage, found in lives.items():
-        found = {life: mine for life, mine in found.items() if any(event["event"] == "started" for event in mine)}
+    for stage, of_stage in lives.items():
+        begun = {life: mine for life, mine in of_stage.items() if any(isinstance(event, Started) for event in mine)}
+        starts = [event for mine in begun.values() for event in mine if isinstance(event, Started)]
         seconds = lost = 0.0
-        for life, mine in found.items():
-            began = time_of(next(event for event in mine if event["event"] == "started"))
-            ends = [event for event in mine if event["event"] in ENDS]
-            last = ends[-1] if ends else mine[-1]
-            at_work = not ends and life == max(found) and (running is None or stage in running)
-            ended = now if at_work else _end(last, mine)
-            seconds += max(0.0, (ended - began).total_seconds())
-            if not at_work and last.get("code") not in (0, 75):
-                saves = [time_of(event) for event in mine if event["event"] == "checkpoint"]
-                lost += max(0.0, (ended - (saves[-1] if saves else began)).total_seconds())
+        for life, mine in begun.items():
+            began = next(event for event in mine if isinstance(event, Started)).time
+            ends = [event for event in mine if isinstance(event, (Ended, Settled))]
+            at_work = not ends and life == max(begun) and (running is None or stage in running)
+            ended = now if at_work else _end(mine)
+            seconds += max(0.0, ended - began)
+            # What the life itself reports comes before what srun returned to its epilogue.
+            code = next((event.code for event in ends if isinstance(event, Ended)), ends[-1].code if ends else None)
+            if not at_work and code not in (0, 75):
+                saves = [event.time for event in mine if isinstance(event, CheckpointSaved)]
+                lost += max(0.0, ended - (saves[-1] if saves else began))
         asked = (plan.get("stages") or {}).get(stage) or {}
         on_gpu = asked.get("device", plan.get("device")) == "cuda"
         # What its job held on a node, where that was noted: as many as the most demanding stage of the job needs.
-        begun = [event for mine in found.values() for event in mine if event["event"] == "started"]
-        held = max((event.get("gpus", 0) for event in begun), default=0) or asked.get("gpus_per_node", 0)
+        held = max((start.gpus or 0 for start in starts), default=0) or asked.get("gpus_per_node", 0)
         gpus = asked.get("nodes", 1) * held if on_gpu else 0
-        if found:
-            costs.append(StageCost(stage, len(found), seconds, lost, gpus))
+        if begun:
+            costs.append(StageCost(stage, len(begun), seconds, lost, gpus))
     return costs
 
 
-def _end(last: dict[str, Any], mine: list[dict[str, Any]]) -> datetime.datetime:
-    """When a life ended. One that was settled later did so when Slurm says, or else with its own last word."""
-    if "ended" in last:
-        return datetime.datetime.fromtimestamp(last["ended"], datetime.timezone.utc)
-    return time_of(next((event for event in reversed(mine) if "settled_by" not in event), last))
+def _end(mine: list[Event]) -> float:
+    """When a life ended, of which these are the events. One that was settled later did so when Slurm says, or else with
+    its own last event."""
+    settled = [event for event in mine if isinstance(event, Settled)]
+    if settled and settled[-1].ended is not None:
+        return settled[-1].ended
+    own = [event.time for event in mine if not isinstance(event, Decided) and not _settled_later(event)]
+    return own[-1]
 
 
-def time_of(event: dict[str, Any]) -> datetime.datetime:
-    """When it happened, by its writer's clock."""
-    return datetime.datetime.fromisoformat(event["time"])
+def _settled_later(event: Event) -> bool:
+    return isinstance(event, Settled) and event.by != "epilogue"
+
+
+def time_of(row: dict[str, Any]) -> datetime.datetime:
+    """When a row of metrics was written, by its writer's clock."""
+    return datetime.datetime.fromisoformat(row["time"])

@@ -1,12 +1,12 @@
 """report.md: how good the run's model is, what it cost, how to get it again, where it lies and how to load it."""
 
 import contextlib
-import datetime
 import importlib.metadata
 import json
 import platform
 import shlex
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ftlib import atomic, events
+from ftlib import atomic
 from ftlib.report.cost import stage_costs
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
@@ -64,9 +64,9 @@ def _samples(run: RunDir) -> list[str]:
 
 
 def _cost(run: RunDir) -> str:
-    now = datetime.datetime.now(datetime.timezone.utc)
-    plan = run.plan()
-    costs = stage_costs(events.read(run.events), plan, now)
+    known = run.ledger()
+    plan = run.plan(known)
+    costs = stage_costs(known, plan, time.time())
     lines = [_row(["stage", "lives", "wall time", "lost", "GPU-hours"]), _row(["---", *["---:"] * 4])]
     names = [cost.stage for cost in costs]
     figures = [[c.lives, c.seconds, c.lost_seconds, c.gpu_hours] for c in costs]

@@ -12,8 +12,10 @@ from ftlib import metrics
 from ftlib.errors import FtError
 from ftlib.report.cost import stage_costs, time_of
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.events import Resumed, Settled, Started
+from ftlib.runs.ledger import Ledger
 from ftlib.slurm.queue import Answer, why_waits
-from ftlib.state import ACTIVE, Journal, Place, StageState, overall
+from ftlib.state import ACTIVE, Place, StageState, overall
 
 COLOURS = {"completed": "green", "running": "cyan", "queued": "yellow", "failed": "red", "cancelled": "magenta"}
 # Clocks of a cluster's machines may differ by this much.
@@ -27,7 +29,7 @@ class Seen:
     """All that was read about one run."""
 
     run: RunDir
-    known: Journal
+    known: Ledger
     place: Place
     notes: list[str]  # what a person should know: moved, copied, another's
     stages: dict[str, StageState] = field(default_factory=dict)
@@ -80,28 +82,28 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
     stage, words = _now(seen, now)
     state = overall(stages)
     found = Row(
-        run=run.name, state=state, stage=stage, lives=sum(known.lives.values()), causes=causes(known),
+        run=run.name, state=state, stage=stage, lives=_attempts(known), causes=causes(known),
         notes=[*seen.notes, *_clock(known, now)], words=words,
         stages={name: vars(one) for name, one in stages.items()}, **vars(spent(seen, now)))
     try:
-        plan = run.plan()
+        plan = run.plan(known)
         # An estimate of the plan's until the data is packed.
         packed = run.prepared_file.exists()
         steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else plan["steps"]
     except FtError as error:
         found.notes += error.messages
         return found
-    found.steps, rows = steps, metrics.last_steps(run.metrics_file) if known.lives["train"] else []
-    resumed = [e for e in known.log if e["event"] == "resumed" and e.get("stage") == "train"]
-    if resumed and (not rows or resumed[-1]["life"] > rows[-1]["life"]):
-        found.step = resumed[-1]["step"]
+    found.steps, rows = steps, metrics.last_steps(run.metrics_file) if known.attempts.get("train") else []
+    resumed = known.of(Resumed, "train")
+    if resumed and (not rows or resumed[-1].attempt > rows[-1]["life"]):
+        found.step = resumed[-1].step
     elif rows:
         found.step, found.loss = rows[-1]["step"], rows[-1]["loss"]
     pace_s = _pace_s(rows)
     if stage == "train" and state == "running" and rows and pace_s:
         found.tokens_per_s = statistics.median(one["tokens_per_s"] for one in rows)
         silent_s = (now - time_of(rows[-1])).total_seconds()
-        if rows[-1]["life"] == known.lives["train"] and silent_s > max(SILENT_S, SILENT_STEPS * pace_s):
+        if rows[-1]["life"] == known.attempt_count("train") and silent_s > max(SILENT_S, SILENT_STEPS * pace_s):
             found.words = f"no step for {silent_s / 60:.0f} min: make logs RUN={run.name}"
     if state in ACTIVE:
         ahead = 1 - (found.step or 0) / steps if steps else 1.0
@@ -123,7 +125,7 @@ def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> Swe
     return SweepRow(
         sweep=name, state=next((state for state in order if states[state]), "queued"), runs=len(members),
         states={state: states[state] for state in order if states[state]},
-        lives=sum(sum(seen.known.lives.values()) for seen in members),
+        lives=sum(_attempts(seen.known) for seen in members),
         words="; ".join(f"{count} × {text}" for text, count in words.most_common(2) if text), **vars(total),
     )  # fmt: skip
 
@@ -131,22 +133,29 @@ def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> Swe
 def spent(seen: Seen, now: datetime.datetime) -> Spent:
     """What a run's GPUs were used for; nothing where none computes."""
     try:
-        plan = seen.run.plan() if any(seen.known.lives.values()) else {}
+        plan = seen.run.plan(seen.known) if _attempts(seen.known) else {}
     except FtError:
         plan = {}
     stages = plan.get("stages", {}).values()
     if not any(stage.get("device", plan.get("device")) == "cuda" for stage in stages):
         return Spent()
     at_work = [name for name, stage in seen.stages.items() if stage.state == "running"]
-    costs = stage_costs(seen.known.log, plan, now, at_work)
+    costs = stage_costs(seen.known, plan, now.timestamp(), at_work)
     held, lost = sum(cost.gpu_hours for cost in costs), sum(cost.lost_gpu_hours for cost in costs)
     return Spent(held, lost, metrics.idle_gpu_hours(seen.run.path))
 
 
-def causes(known: Journal) -> dict[str, int]:
+def causes(known: Ledger) -> dict[str, int]:
     """Why lives ended before their work was done, and how many did."""
-    of_life = {(e.get("stage"), e.get("life")): str(e["cause"]) for e in known.log if e.get("cause")}
+    of_life: dict[tuple[str, int], str] = {}
+    for settled in known.of(Settled):
+        of_life.setdefault((settled.stage, settled.attempt), settled.cause)
     return dict(Counter(of_life.values()).most_common())
+
+
+def _attempts(known: Ledger) -> int:
+    """Attempts of all stages."""
+    return sum(known.attempt_count(stage) for stage in STAGES)
 
 
 def _now(seen: Seen, now: datetime.datetime) -> tuple[str | None, str]:
@@ -161,12 +170,13 @@ def _now(seen: Seen, now: datetime.datetime) -> tuple[str | None, str]:
     return name, f"{name}: {stage.words}" if stage.words and stage.state != "running" else ""
 
 
-def _clock(known: Journal, now: datetime.datetime) -> list[str]:
-    last = max(known.log, key=lambda event: str(event["time"]), default=None)
-    if last is None or (time_of(last) - now).total_seconds() < CLOCKS_S:
+def _clock(known: Ledger, now: datetime.datetime) -> list[str]:
+    last = max(known.events, key=lambda event: event.time, default=None)
+    if last is None or last.time - now.timestamp() < CLOCKS_S:
         return []
-    of = last.get("node") or last["writer"]
-    return [f"an event of {last['time'][:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
+    of = getattr(last, "node", "") or last.writer
+    at = datetime.datetime.fromtimestamp(last.time, datetime.timezone.utc).isoformat()
+    return [f"an event of {at[:16]} UTC is yet to come: a clock is wrong, here or of {of}"]
 
 
 def _pace_s(rows: Sequence[dict[str, Any]]) -> float:
@@ -191,7 +201,7 @@ def _left_s(seen: Seen, plan: dict[str, Any], now: datetime.datetime, *, ahead: 
         elif minutes is None:
             return None
         else:
-            began = [time_of(e) for e in seen.known.log if e["event"] == "started" and e.get("stage") == name]
-            ran_s = (now - began[-1]).total_seconds() if began and stage.state == "running" else 0.0
+            starts = seen.known.of(Started, name)
+            ran_s = now.timestamp() - starts[-1].time if starts and stage.state == "running" else 0.0
             total += max(0.0, 60 * minutes - max(0.0, ran_s))
     return total

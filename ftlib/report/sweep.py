@@ -1,10 +1,10 @@
 """A sweep's points by their score: rows, terminal table, CSV."""
 
 import csv
-import datetime
 import io
 import json
 import shlex
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ftlib import atomic, events
+from ftlib import atomic
 from ftlib.report.cost import stage_costs
 from ftlib.report.plan import console
 from ftlib.report.status import COLOURS
@@ -46,7 +46,7 @@ class Row:
 
 def rows(sweep: SweepDir, found: dict[str, dict[str, StageState]]) -> list[Row]:
     """All points, the best first and those without a score last; `found`: stages of the runs that are not evaluated."""
-    kept, now = sweep.read(), datetime.datetime.now(datetime.timezone.utc)
+    kept, now = sweep.read(), time.time()
     made = [_row(RunDir(sweep.runs / name), point, found.get(name), now) for name, point in kept.points.items()]
     sign = -1 if METRICS[kept.spec.metric] else 1
 
@@ -57,7 +57,7 @@ def rows(sweep: SweepDir, found: dict[str, dict[str, StageState]]) -> list[Row]:
     return sorted(made, key=order)
 
 
-def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: datetime.datetime) -> Row:
+def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: float) -> Row:
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
     state = overall(stages) if stages else "unknown"
     if not run.spec_file.exists():
@@ -69,7 +69,8 @@ def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: d
         pass
     except (ValueError, KeyError, TypeError):
         return Row(run.name, point, "failed", scores, 0.0, 0.0, f"{run.evaluation_file} cannot be read")
-    costs = stage_costs(events.read(run.events), run.plan(), now)
+    known = run.ledger()
+    costs = stage_costs(known, run.plan(known), now)
     gpu_hours, hours = sum(cost.gpu_hours for cost in costs), sum(cost.seconds for cost in costs) / 3600
     told = [(s.state, s.words) for s in (stages or {}).values() if s.words]
     words = next((words for state in ("failed", "queued") for its, words in told if its == state), "")

@@ -1,14 +1,17 @@
 """What happened in each life of a run, and what to do now, in plain words. From the run folder's files alone."""
 
+import datetime
 import time
-from typing import Any
 
 from rich.console import Console
 
 from ftlib import checkpoint
-from ftlib.report.cost import time_of
+from ftlib.errors import RUN_AGAIN
 from ftlib.report.status import Seen
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.attempts import Attempt
+from ftlib.runs.events import CheckpointSaved, Decided, Ended, FirstStep, Resumed, Started
+from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
 from ftlib.slurm import policy
 from ftlib.slurm.queue import why_waits
 from ftlib.state import ACTIVE, overall
@@ -24,46 +27,69 @@ def print_why(seen: Seen, out: Console) -> None:
     run, cause = seen.run, ""
     lines = [f"{run.name}: {overall(seen.stages)}", *(f"  note: {note}" for note in seen.notes)]
     for stage in STAGES:
-        for life in sorted(int(path.name.rpartition("-")[2]) for path in run.lives.glob(f"{stage}-*")):
-            told, of_life = _life(seen, stage, life)
+        for attempt in seen.known.attempts.get(stage, ()):
+            told, of_life = _life(seen, attempt)
             lines += told
             cause = of_life if seen.stages[stage].state == "failed" else cause
-    lines += [f"  changed: {note}" for note in run.adjustments().get("notes", [])]
+    lines += [f"  changed: {note}" for note in _changes(seen)]
     out.print(*lines, f"What to do now: {_advice(seen, cause)}", sep="\n")
 
 
-def _life(seen: Seen, stage: str, life: int) -> tuple[list[str], str]:
+def _life(seen: Seen, attempt: Attempt) -> tuple[list[str], str]:
     """What its writers recorded, as lines; and the cause of its end, empty where none is known."""
-    log = [event for event in seen.known.log if event.get("stage") == stage]
-    mine = [event for event in log if event.get("life") == life]
-    last: dict[str, dict[str, Any]] = {event["event"]: event for event in mine}
-    words = (seen.run.lives / f"{stage}-{life}").read_text(encoding="utf-8").split()
-    place = f"on {words[1]}" if len(words) > 1 else "on ?"
-    place += f", {last['started']['time'][:19].replace('T', ' ')} UTC" if "started" in last else ""
-    place += f", from step {step}" if (step := last.get("resumed", {}).get("step")) else ""
-    place += f", last save at step {step}" if (step := last.get("checkpoint", {}).get("step")) else ""
+    known, stage, life = seen.known, attempt.stage, attempt.number
+    place = f"on {attempt.node or '?'}"
+    if started := known.last(Started, stage, life):
+        at = datetime.datetime.fromtimestamp(started.time, datetime.timezone.utc)
+        place += f", {at:%Y-%m-%d %H:%M:%S} UTC"
+    if (resumed := known.last(Resumed, stage, life)) and resumed.step:
+        place += f", from step {resumed.step}"
+    if saved := known.last(CheckpointSaved, stage, life):
+        place += f", last save at step {saved.step}"
     lines = [f"  {stage}, life {life} ({place})"]
-    if "first_step" in last:
-        saved = [e for e in log if e["event"] == "interrupted" and e.get("life") == life - 1 and e.get("signal_s")]
-        lines.append(f"    {_restart(last['first_step'], saved[-1] if saved else {})}")
-    ends = [e for e in mine if "cause" in e and e["event"] in ("requeued", "failed", "interrupted")]
-    end: dict[str, Any] = ends[-1] if ends else {}
-    ended = next((one.words for one in reversed(seen.known.ends[stage]) if one.life == life), "")
-    lines.append(f"    {ended or end.get('words') or seen.stages[stage].state}")
-    if end:
-        lines.append(f"    cause: {end['cause']}; {end.get('words', '')}")
-    if end.get("line") and end["line"] not in ended:
-        lines.append(f"    seen in: {end['line']}")
-    return lines, str(end.get("cause", ""))
+    if first_step := known.last(FirstStep, stage, life):
+        before = known.last(Ended, stage, life - 1)
+        signalled = before is not None and before.code == RUN_AGAIN and before.signal_s
+        lines.append(f"    {_restart(first_step, before if signalled else None)}")
+    settled = known.settled(stage).get(life)
+    decided = known.last(Decided, stage, life)
+    message = settled.message if settled else ""
+    if settled and decided and decided.writer == settled.writer and settled.by == "epilogue":
+        message = decided.message
+    end = known.outcome(stage, life)
+    ended = end.message if end else ""
+    lines.append(f"    {ended or message or seen.stages[stage].state}")
+    if settled:
+        lines.append(f"    cause: {settled.cause}; {message}")
+        if settled.line and settled.line not in ended:
+            lines.append(f"    seen in: {settled.line}")
+    return lines, settled.cause if settled else ""
 
 
-def _restart(first_step: dict[str, Any], saved: dict[str, Any]) -> str:
-    """How long the first step was waited for; `saved`: the event of the life before that a signal ended, or nothing."""
-    parts = {words: float(first_step[key]) for key, words in PARTS.items() if first_step.get(key)}
+def _changes(seen: Seen) -> list[str]:
+    """What was changed since the run was submitted, with the reason, oldest first."""
+    lines = []
+    rows: int | None = seen.run.stored_plan().get("micro_batch")
+    for override in seen.known.overrides(time.time()).history:
+        if override.field == MICRO_BATCH:
+            if override.value is not None:
+                lines.append(f"micro-batch {rows} -> {override.value}: {override.why}")
+            rows = override.value or seen.run.stored_plan().get("micro_batch")
+        elif override.field.startswith(EXCLUDE):
+            hours = f" for {(override.until - override.time) / 3600:.0f} h" if override.until else ""
+            lines.append(f"node {override.field.removeprefix(EXCLUDE)} is left out{hours}: {override.why}")
+        else:
+            lines.append(f"{override.field} = {override.value}: {override.why}")
+    return lines
+
+
+def _restart(first_step: FirstStep, saved: Ended | None) -> str:
+    """How long the first step was waited for; `saved`: how the life before ended, where a signal ended it."""
+    parts = {words: float(first_step.parts_s[key]) for key, words in PARTS.items() if first_step.parts_s.get(key)}
     total = sum(parts.values())
     if saved:
-        between = (time_of(first_step) - time_of(saved)).total_seconds() - total
-        parts = {"saving": saved["signal_s"], "the queue": max(0.0, between), **parts}
+        between = first_step.time - saved.time - total
+        parts = {"saving": saved.signal_s or 0.0, "the queue": max(0.0, between), **parts}
         total = sum(parts.values())
     since = "the signal" if saved else "its process began"
     return f"first new step {total:.1f} s after {since}: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())

@@ -7,9 +7,10 @@ attempts have appended to: this attempt's part begins there. A crash may have cu
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import overload
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,41 @@ def parse(stage: str, number: int, text: str) -> Attempt:
     )
 
 
-def read(folder: Path) -> dict[str, tuple[Attempt, ...]]:
+class _Files(Sequence[Attempt]):
+    """The attempts of a stage, the first one first; a file is read when its attempt is first asked for. Thousands of
+    runs are looked at only to count their attempts, and a shared file system opens files slowly."""
+
+    def __init__(self, folder: Path, stage: str, numbers: list[int]) -> None:
+        self._folder = folder
+        self._stage = stage
+        self._numbers = sorted(numbers)
+        self._attempts: dict[int, Attempt] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Attempt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Attempt]: ...
+
+    def __getitem__(self, index: int | slice) -> Attempt | Sequence[Attempt]:
+        if isinstance(index, slice):
+            return [self._read(number) for number in self._numbers[index]]
+        return self._read(self._numbers[index])
+
+    def _read(self, number: int) -> Attempt:
+        if number not in self._attempts:
+            path = f"{self._folder}/{file_name(self._stage, number)}"
+            with open(path, encoding="utf-8", errors="replace") as file:
+                self._attempts[number] = parse(self._stage, number, file.read())
+        return self._attempts[number]
+
+
+def read(folder: Path) -> dict[str, Sequence[Attempt]]:
     """Stage -> its attempts, the first one first."""
-    by_stage: dict[str, list[Attempt]] = {}
+    numbers: dict[str, list[int]] = {}
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -53,6 +86,5 @@ def read(folder: Path) -> dict[str, tuple[Attempt, ...]]:
     for name in names:
         stage, _, number = name.rpartition("-")
         if stage and number.isdigit():
-            with open(f"{folder}/{name}", encoding="utf-8", errors="replace") as file:
-                by_stage.setdefault(stage, []).append(parse(stage, int(number), file.read()))
-    return {stage: tuple(sorted(some, key=lambda one: one.number)) for stage, some in by_stage.items()}
+            numbers.setdefault(stage, []).append(int(number))
+    return {stage: _Files(folder, stage, of_stage) for stage, of_stage in numbers.items()}

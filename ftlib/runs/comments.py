@@ -1,7 +1,8 @@
 """The comment of a Slurm job, by which a submit that was killed finds it again: `ftlib RUN STAGES NONCE`.
 
 RUN is the name of the run or sweep, STAGES the stages that share the job joined by "+" ("guard" of the recovery job),
-NONCE the word of the intent that was recorded before sbatch was called.
+NONCE the word of the intent that was recorded before sbatch was called. Jobs that no run has to itself (the sweep
+controller, the installation of packages, the build of an image) have a comment of three words.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ftlib.runs.ledger import RECOVERY
+
 AND = "+"
+# What a comment calls the recovery job.
+GUARD = "guard"
 
 
 class Comment(NamedTuple):
@@ -22,7 +27,12 @@ class Comment(NamedTuple):
 
 def write(run: str, stages: Sequence[str], nonce: str) -> str:
     """The comment of the job that runs `stages`."""
-    return f"ftlib {run} {AND.join(stages)} {nonce}"
+    return f"ftlib {run} {AND.join(GUARD if stage == RECOVERY else stage for stage in stages)} {nonce}"
+
+
+def shared(what: str, whose: str) -> str:
+    """The comment of a job that no run has to itself."""
+    return f"ftlib {what} {whose}"
 
 
 def parse(text: str) -> Comment | None:
@@ -30,4 +40,5 @@ def parse(text: str) -> Comment | None:
     words = text.split(" ")
     if len(words) != 4 or words[0] != "ftlib":
         return None
-    return Comment(words[1], tuple(words[2].split(AND)), words[3])
+    stages = tuple(RECOVERY if stage == GUARD else stage for stage in words[2].split(AND))
+    return Comment(words[1], stages, words[3])

@@ -54,7 +54,7 @@ class Event:
 class Intended(Event):
     """A job for `stage` is about to be queued; its comment will hold `nonce`, by which it can be adopted later."""
 
-    stage: str  # a stage's name, or "recovery" for the recovery job
+    stage: str  # a stage's name, "recovery" for the recovery job, or "arrays" in a sweep's own events
     nonce: str
 
 
@@ -63,8 +63,8 @@ class Intended(Event):
 class Submitted(Event):
     """sbatch has queued the job `job_id`, which will run `stage`."""
 
-    stage: str  # a stage's name, "recovery", or "image" for the job that builds the image
-    job_id: str  # Slurm's, of an array's task ARRAY_INDEX; the process id of a run without Slurm
+    stage: str  # a stage's name, "recovery", "image" for the job that builds the image, or a sweep's "arrays"
+    job_id: str  # Slurm's, of an array's task ARRAY_INDEX; the process id of a run without Slurm; "" of "arrays"
     nonce: str = ""
     after_attempt: int = 0  # attempts that the stage had before this job
     automatic: bool = False  # queued by the recovery job or the sweep controller, not on a person's request

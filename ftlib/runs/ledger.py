@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, cast
 
-from ftlib import outcome as outcomes
-from ftlib.outcome import Outcome
-from ftlib.runs import attempts, events
+from ftlib.runs import attempts, earlier, events
+from ftlib.runs import outcome as outcomes
+from ftlib.runs import overrides as override_events
 from ftlib.runs.attempts import Attempt
 from ftlib.runs.events import (
     Cancelled,
@@ -20,15 +20,20 @@ from ftlib.runs.events import (
     Decided,
     Event,
     Moved,
+    Override,
     Progress,
     ResumeRequested,
     Settled,
     Submitted,
 )
+from ftlib.runs.outcome import Outcome
+from ftlib.runs.overrides import Overrides
 
 STAGES = ("prepare", "train", "export", "evaluate")
 # Jobs of a run beside its stages: the recovery job, and the one that builds the image.
 RECOVERY, IMAGE = "recovery", "image"
+# In a sweep's own events: the arrays of some of its points.
+ARRAYS = "arrays"
 
 E = TypeVar("E", bound=Event)
 
@@ -38,7 +43,7 @@ class Ledger:
     """What is recorded about one run."""
 
     events: tuple[Event, ...] = ()  # oldest first
-    attempts: Mapping[str, tuple[Attempt, ...]] = field(default_factory=dict)  # stage -> its attempts, first one first
+    attempts: Mapping[str, Sequence[Attempt]] = field(default_factory=dict)  # stage -> its attempts, first one first
     outcomes: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)  # stage -> ends, first attempt first
     micro_batch: int | None = None  # rows of the training's micro-batch as planned; None where nothing is planned yet
     rows_of_a_rank: int | None = None  # rows that each rank contributes to an optimizer step
@@ -120,6 +125,10 @@ class Ledger:
                 pending = False
         return pending
 
+    def overrides(self, now: float) -> Overrides:
+        """What was changed since the run was submitted and holds at `now` (seconds since 1970)."""
+        return override_events.fold(self.of(Override), now)
+
     # -- attempts --------------------------------------------------------------------------------------------------
 
     def done(self, stage: str) -> bool:
@@ -131,13 +140,33 @@ class Ledger:
         """The first stage that is not done; None where all are."""
         return next((stage for stage in STAGES if not self.done(stage)), None)
 
+    @cached_property
+    def by_attempt(self) -> dict[tuple[str, int], list[Event]]:
+        """(stage, attempt) -> what was recorded of it, by itself and by others, oldest first."""
+        by_attempt: dict[tuple[str, int], list[Event]] = {}
+        for event in self.events:
+            attempt = getattr(event, "attempt", None)
+            if attempt is not None:
+                by_attempt.setdefault((getattr(event, "stage", ""), attempt), []).append(event)
+        return by_attempt
+
+    def last(self, kind: type[E], stage: str, attempt: int) -> E | None:
+        """The last event of a class about an attempt."""
+        events = self.by_attempt.get((stage, attempt), ())
+        return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+    def attempt(self, stage: str, number: int) -> Attempt:
+        """One attempt; where its file is gone, one of which nothing is known."""
+        of_stage = self.attempts.get(stage, ())
+        return next((one for one in of_stage if one.number == number), Attempt(stage=stage, number=number))
+
     def attempt_count(self, stage: str) -> int:
         """How many attempts of the stage have begun."""
         return len(self.attempts.get(stage, ()))
 
     def outcome(self, stage: str, attempt: int) -> Outcome | None:
         """How an attempt ended by its own account; None where it left no outcome."""
-        return next((one for one in self.outcomes.get(stage, ()) if one.life == attempt), None)
+        return next((one for one in self.outcomes.get(stage, ()) if one.attempt == attempt), None)
 
     def settled(self, stage: str) -> dict[int, Settled]:
         """Attempt -> why it ended. The first finding stands: an epilogue saw more than any later process."""
@@ -186,8 +215,9 @@ def read(run: Path) -> Ledger:
     by_stage: dict[str, list[Outcome]] = {}
     for outcome in outcomes.read(run / "outcomes"):
         by_stage.setdefault(outcome.stage, []).append(outcome)
+    recorded = events.read(run / "events")
     return Ledger(
-        events=tuple(events.read(run / "events")),
+        events=(*earlier.adjustments(run, recorded), *recorded),
         attempts=attempts.read(run / "lives"),
         outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
     )

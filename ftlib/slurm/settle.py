@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ftlib import atomic, events
-from ftlib import outcome as outcomes
 from ftlib.errors import Unavailable
-from ftlib.outcome import Outcome
+from ftlib.runs import events, ledger
+from ftlib.runs.events import Cancelled, Decided, Override, Settled, Settler, Submitted
+from ftlib.runs.ledger import Ledger
+from ftlib.runs.outcome import Outcome
+from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
 from ftlib.slurm import client, diagnose, policy
 from ftlib.slurm.diagnose import Finding
 from ftlib.slurm.policy import KINDS
 
-ADJUSTMENTS = "adjustments.json"
 EXCLUSION_H = 24
 # Slurm warns up to a minute before the lead that was asked for, which is two minutes at most.
 NEAR_LIMIT_S = 210
@@ -58,25 +59,14 @@ class Verdict:
         return f"{self.do} {self.code} {self.words}"
 
 
-def log_starts(words: list[str]) -> dict[str, int]:
-    """Where a life's part of each rank's appended log begins, from its file's words: the prologue wrote name:bytes."""
-    pairs = (word.rpartition(":") for word in words[3:])
-    return {name: int(size) for name, _, size in pairs if size.isdigit()}
-
-
 class _Life:
     """One life of a stage: what its files say, and Slurm's accounting."""
 
-    def __init__(self, run: Path, stage: str, number: int, job: str = "") -> None:
-        words = (run / "lives" / f"{stage}-{number}").read_text(encoding="utf-8").split()
-        self.run, self.stage, self.number, self.job = run, stage, number, job or words[0]
-        # In seconds since 1970; 0 where it was killed while it wrote that down.
-        self.began = int(words[2]) if len(words) > 2 else 0
-        self.log_starts = log_starts(words)
-
-    def outcome(self) -> Outcome | None:
-        ends = outcomes.read(self.run / "outcomes", self.stage)
-        return next((end for end in ends if end.life == self.number), None)
+    def __init__(self, run: Path, known: Ledger, stage: str, number: int, job: str = "") -> None:
+        attempt = known.attempt(stage, number)
+        self.run, self.stage, self.number, self.job = run, stage, number, job or attempt.job_id
+        self.began, self.log_starts = attempt.began, attempt.log_starts
+        self.outcome = known.outcome(stage, number)
 
     def logs(self, folder: Path) -> dict[int, str]:
         """The end of what each rank wrote in this life; the first one's also has srun's and the shell's words."""
@@ -97,7 +87,7 @@ class _Life:
         return max(rows)[1] if rows else ""
 
     def found(self, code: int, outcome: Outcome | None, logs: dict[int, str], state: str) -> Finding:
-        code, words = (outcome.code, outcome.words) if outcome else (code, None)
+        code, words = (outcome.code, outcome.message) if outcome else (code, None)
         return diagnose.life_cause(code=code, outcome=words, log="\n".join(logs.values()), accounted=state)
 
     def as_slurm_tells(self, found: Finding, state: str) -> Finding:
@@ -126,50 +116,63 @@ def _accounted_sender(state: str) -> diagnose.Cause | None:
 
 def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Verdict:
     """Decide about the life that has just ended, and record it."""
-    it, in_slurm = _Life(run, stage, life, job), "SLURM_JOB_ID" in os.environ
-    outcome, logs, state = it.outcome(), it.logs(log.parent), it.accounted() if in_slurm else ""
+    known, in_slurm = ledger.read(run), "SLURM_JOB_ID" in os.environ
+    it = _Life(run, known, stage, life, job)
+    outcome, logs, state = it.outcome, it.logs(log.parent), it.accounted() if in_slurm else ""
     found = it.found(code, outcome, logs, state)
-    if cancelled_by_owner(run, stage, it.job):
+    if cancelled_by_owner(known, stage, it.job):
         found = Finding("cancelled", found.line)
     elif found.cause in ("preemption", "time limit") and in_slurm:
         found = it.as_slurm_tells(found, state)
-    lives = [*settled_lives(run, stage, life), policy.Life(found.cause, _progressed(run, stage, life))]
-    adjusted = _read(run, ADJUSTMENTS)
-    rows = adjusted.get("micro_batch") or _read(run, "plan.json").get("micro_batch")
+    lives = [*settled_lives(known, stage, life), policy.Life(found.cause, known.progressed(stage, life))]
+    plan = _read(run, "plan.json")
+    rows = known.overrides(time.time()).micro_batch or plan.get("micro_batch")
     decision = policy.decide(lives, micro_batch=rows if stage == "train" else None)
+    changes: list[Override] = []
     node, memory = "-", "-"
     if decision.requeue:
         if decision.halve_micro_batch:
-            _halve(run, adjusted, found.line)
+            changes.append(_halved(plan, rows, found.line))
         if decision.exclude_node:
-            node = _node_of(next((rank for rank, text in logs.items() if found.line and found.line in text), 0))
-            _exclude(run, adjusted, node, found.line)
+            bad = _node_of(next((rank for rank, text in logs.items() if found.line and found.line in text), 0))
+            changes.append(_excluded(bad, found.line))
             # Slurm sets the whole list: the owner's nodes and those of earlier attempts would be in it no more.
             owner = _read(run, "provenance.json").get("profile", {}).get("exclude")
-            node = ",".join(dict.fromkeys([*filter(None, [owner]), *excluded_nodes(run)]))
+            excluded = excluded_nodes(known.with_events(*changes))
+            node = ",".join(dict.fromkeys([*filter(None, [owner]), *excluded]))
         asked = os.environ.get("SLURM_MEM_PER_NODE", "")
         if decision.memory_factor != 1 and asked.isdigit():
             grown = int(int(asked) * decision.memory_factor)
             # A request beyond what a node has would wait in the queue forever.
             memory = str(max(int(asked), min(grown, _node_mib(run, stage) or grown)))
-    may_requeue = os.environ.get("FT_REQUEUE", "1") == "1"
-    event: events.Name = "failed" if not decision.requeue else "requeued" if may_requeue else "interrupted"
-    events.append(
-        run / "events", f"{stage}-{life}-epilogue", event, stage=stage, life=life, job_id=job, code=code,
-        cause=found.cause, line=found.line, words=decision.words, node=os.uname().nodename,
+    verdict = _verdict(decision, outcome, code, exclude=node, mem_mib=memory)
+    settled = Settled(
+        stage=stage, attempt=life, job_id=job, cause=found.cause, by="epilogue", message=KINDS[found.cause].plain,
+        line=found.line, code=code, node=os.uname().nodename,
     )  # fmt: skip
+    decided = Decided(
+        stage=stage, choice=verdict.do, job_id=job, attempt=life, cause=found.cause, message=decision.words,
+        code=verdict.code,
+    )  # fmt: skip
+    events.append(run / "events", f"{stage}-{life}-epilogue", *changes, settled, decided)
+    return verdict
+
+
+def _verdict(decision: policy.Decision, outcome: Outcome | None, code: int, *, exclude: str, mem_mib: str) -> Verdict:
+    """What the epilogue does. code: what srun returned, or the outcome's."""
     if decision.requeue:
-        return Verdict("requeue" if may_requeue else "leave", 75, decision.words, decision.backoff_s, node, memory)
+        may_requeue = os.environ.get("FT_REQUEUE", "1") == "1"
+        return Verdict("requeue" if may_requeue else "leave", 75, decision.words, decision.backoff_s, exclude, mem_mib)
     return Verdict("stop", outcome.code if outcome and outcome.code not in (0, 75) else (code or 1), decision.words)
 
 
-def earlier(run: Path, stage: str, life: int, writer: str) -> None:
+def earlier(run: Path, stage: str, life: int, writer: str, *, by: Settler) -> None:
     """Record the cause of every life before `life` whose end no epilogue saw: node or batch shell were lost."""
-    settled = {event["life"] for event in events.read(run / "events") if _settles(event, stage)}
-    for number in sorted(set(range(1, life)) - settled):
-        it = _Life(run, stage, number)
+    known = ledger.read(run)
+    for number in sorted(set(range(1, life)) - known.settled(stage).keys()):
+        it = _Life(run, known, stage, number)
         state = it.accounted()
-        found = it.found(KILLED, it.outcome(), it.logs(run / "slurm" / stage), state)
+        found = it.found(KILLED, it.outcome, it.logs(run / "slurm" / stage), state)
         cause = found.cause
         if cause in ("preemption", "time limit"):
             cause = _accounted_sender(state) or cause
@@ -180,18 +183,16 @@ def earlier(run: Path, stage: str, life: int, writer: str) -> None:
             # No epilogue ran and Slurm took nothing back: the batch shell was killed, and slurmd's SIGTERM followed.
             cause, words = "killed", "the batch shell was killed, and nothing says by whom; the work was saved"
         ended = it.accounted("End")
-        events.append(
-            run / "events", writer, "interrupted", stage=stage, life=number, job_id=it.job, cause=cause,
-            line=found.line, words=words, settled_by=writer, **({"ended": int(ended)} if ended.isdigit() else {}),
+        settled = Settled(
+            stage=stage, attempt=number, job_id=it.job, cause=cause, by=by, message=words, line=found.line,
+            ended=int(ended) if ended.isdigit() else None,
         )  # fmt: skip
+        events.append(run / "events", writer, settled)
 
 
-def cancelled_by_owner(run: Path, stage: str, job: str) -> bool:
+def cancelled_by_owner(known: Ledger, stage: str, job: str) -> bool:
     """Whether `make cancel` has ended the stage's job. A requeue that crosses it may start that job once more."""
-    return any(
-        event["event"] == "cancelled" and event.get("stage") == stage and str(event.get("job_id")) == job
-        for event in events.read(run / "events")
-    )
+    return any(event.job_id == job for event in known.of(Cancelled, stage))
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
@@ -203,38 +204,21 @@ def _read(run: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def excluded_nodes(run: Path, now: float | None = None) -> list[str]:
+def excluded_nodes(known: Ledger, now: float | None = None) -> list[str]:
     """Nodes that were bad within the last day."""
-    moment = time.time() if now is None else now
-    return sorted(node for node, until in _read(run, ADJUSTMENTS).get("exclude", {}).items() if until > moment)
+    return sorted(known.overrides(time.time() if now is None else now).excluded)
 
 
-def _settles(event: dict[str, Any], stage: str) -> bool:
-    return event.get("stage") == stage and (
-        str(event["writer"]).endswith("-epilogue") or (event["event"] == "interrupted" and "settled_by" in event)
-    )
-
-
-def settled_lives(run: Path, stage: str, life: int) -> list[policy.Life]:
+def settled_lives(known: Ledger, stage: str, life: int) -> list[policy.Life]:
     """Why the stage's lives before `life` ended, since a person last submitted or resumed it; oldest first."""
-    known: dict[int, diagnose.Cause] = {}
-    first = 1
-    for event in events.read(run / "events"):
-        if event["event"] == "submitted" and event.get("stage") == stage and not event.get("automatic"):
-            first = int(event.get("after_life", 0)) + 1
-        elif _settles(event, stage) and event.get("cause") in KINDS:
-            known[int(event["life"])] = event["cause"]
-    return [policy.Life(known[n], _progressed(run, stage, n)) for n in range(first, life) if n in known]
-
-
-def _progressed(run: Path, stage: str, life: int) -> bool:
-    """Whether the life committed a checkpoint of a step that no earlier life had reached, or any piece of its work."""
-    log = [event for event in events.read(run / "events") if event.get("stage") == stage]
-    if any(event["event"] == "progress" and int(event["life"]) == life for event in log):
-        return True
-    saves = [(int(event["life"]), int(event["step"])) for event in log if event["event"] == "checkpoint"]
-    before = max((step for number, step in saves if number < life), default=0)
-    return any(step > before for number, step in saves if number == life)
+    by_person = [event for event in known.of(Submitted, stage) if not event.automatic]
+    first = by_person[-1].after_attempt + 1 if by_person else 1
+    causes: dict[int, diagnose.Cause] = {
+        attempt: settled.cause
+        for attempt, settled in known.settled(stage).items()
+        if settled.cause in KINDS
+    }
+    return [policy.Life(causes[n], known.progressed(stage, n)) for n in range(first, life) if n in causes]
 
 
 def _node_mib(run: Path, stage: str) -> int | None:
@@ -254,23 +238,15 @@ def _node_of(rank: int) -> str:
     return nodes[rank // int(each)] if each.isdigit() and rank // int(each) < len(nodes) else here
 
 
-def _halve(run: Path, adjusted: dict[str, Any], why: str) -> None:
-    plan = _read(run, "plan.json")
-    rows = adjusted.get("micro_batch") or plan["micro_batch"]
+def _halved(plan: dict[str, Any], rows: Any, why: str) -> Override:
     whole = plan["micro_batch"] * plan["accumulation"]
     smaller = next(size for size in range(rows // 2, 0, -1) if whole % size == 0)
-    changes = {"micro_batch": smaller, "accumulation": whole // smaller}
-    _adjust(run, adjusted, f"micro-batch {rows} -> {smaller}: {why}", changes)
+    return Override(field=MICRO_BATCH, value=smaller, who="epilogue", why=why)
 
 
-def _exclude(run: Path, adjusted: dict[str, Any], node: str, why: str) -> None:
-    nodes = {**adjusted.get("exclude", {}), node: time.time() + EXCLUSION_H * 3600}
-    _adjust(run, adjusted, f"node {node} is left out for {EXCLUSION_H} h: {why}", {"exclude": nodes})
-
-
-def _adjust(run: Path, adjusted: dict[str, Any], note: str, changes: dict[str, Any]) -> None:
-    notes = [*adjusted.get("notes", []), note]
-    atomic.write_json(run / ADJUSTMENTS, {**adjusted, **changes, "notes": notes})
+def _excluded(node: str, why: str) -> Override:
+    until = time.time() + EXCLUSION_H * 3600
+    return Override(field=EXCLUDE + node, value=True, who="epilogue", why=why, until=until)
 
 
 def _ask(*command: str) -> str:
@@ -285,8 +261,8 @@ def main(words: list[str]) -> None:
     """The command line that the shell calls."""
     what, run, stage, life = words[0], Path(words[1]), words[2], int(words[3])
     if what == "earlier":
-        earlier(run, stage, life, f"{stage}-{life}-prologue")
-        if cancelled_by_owner(run, stage, job=words[4]):
+        earlier(run, stage, life, f"{stage}-{life}-prologue", by="prologue")
+        if cancelled_by_owner(ledger.read(run), stage, job=words[4]):
             print("ftlib: its owner has cancelled this job: it does not begin again")
             sys.exit(CANCELLED)
     else:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from ftlib import events, outcome
 from ftlib.metrics import read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved
 
 # Before the first save nobody knows what one costs: it comes early.
 FIRST_STEPS, FIRST_S = 20, 60.0
@@ -42,20 +42,20 @@ def history(run: RunDir, life: int) -> History:
     began: dict[int, float] = {}
     last: dict[int, float] = {}
     saves: list[tuple[int, float]] = []
-    for event in events.read(run.events):
-        number = event.get("life")
+    known = run.ledger()
+    for event in known.events:
+        number = getattr(event, "attempt", None)
         # An epilogue or a later prologue may speak of a life much later.
-        if not isinstance(number, int) or number >= life or event["writer"] != f"train-{number}":
+        if number is None or number >= life or event.writer != f"train-{number}":
             continue
-        at = _seconds(event["time"])
-        began.setdefault(number, at)
-        last[number] = max(at, last.get(number, at))
-        if event["event"] == "checkpoint":
-            saves.append((number, float(event["seconds"])))
+        began.setdefault(number, event.time)
+        last[number] = max(event.time, last.get(number, event.time))
+        if isinstance(event, CheckpointSaved):
+            saves.append((number, event.seconds))
     for row in read_metrics(run.metrics_file):
         if row["life"] in last:
             last[row["life"]] = max(last[row["life"]], _seconds(row["time"]))
-    told = {end.life for end in outcome.read(run.outcomes, "train")}
+    told = {end.attempt for end in known.outcomes.get("train", ())}
     saved = {number for number, _ in saves}
     barren = len(list(takewhile(lambda number: number not in told | saved, sorted(began, reverse=True))))
     hours = sum(last[number] - began[number] for number in began) / 3600

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from ftlib import atomic, events
+from ftlib import atomic
 from ftlib.data.dataset import PackedRows
 from ftlib.errors import InputError
 from ftlib.interruptible import interruptible
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.profile import KILL_EVERY_H
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Resumed
 from ftlib.stop import StopFlag
 from ftlib.train import methods, ranks, rendezvous, saving, zero
 from ftlib.train.arguments import prepare_process, training_arguments
@@ -52,8 +53,9 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
         return f"already trained: the checkpoint of step {found.step} is whole{_final_loss(run)}"
     if first and (life > 1 or found.step):
         print(f"life {life} goes on from step {found.step} of {total}", flush=True)
-        events.append(
-            run.events, f"train-{life}", "resumed", stage="train", life=life, step=found.step, rejected=found.rejected)
+        rejected = (f"{name}: {'; '.join(reasons)}" for name, reasons in found.rejected.items())
+        resumed = Resumed(stage="train", attempt=life, step=found.step, rejected=tuple(rejected))
+        run.record(resumed, writer=f"train-{life}")
     times.done("check_s")
     ranks.check(stop)
     start = found.folder

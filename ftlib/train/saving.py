@@ -15,10 +15,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ftlib import atomic, checkpoint, events, sealing
+from ftlib import atomic, checkpoint, sealing
 from ftlib.errors import FtError, InputError
 from ftlib.metrics import MetricsWriter, read_metrics
 from ftlib.rundir import RunDir
+from ftlib.runs.events import CheckpointSaved
 from ftlib.train import ranks
 from ftlib.train.interval import Cadence
 
@@ -133,9 +134,9 @@ class Keeping:
             self.cadence.saved(seconds)
             if words := self.cadence.words():
                 print(words, flush=True)
-            events.append(
-                self.run.events, f"train-{self.life}", "checkpoint", stage="train", life=self.life, step=step,
-                seconds=round(seconds, 3), bytes=self._size)
+            saved = CheckpointSaved(
+                stage="train", attempt=self.life, step=step, seconds=round(seconds, 3), bytes=self._size)
+            self.run.record(saved, writer=f"train-{self.life}")
         ranks.barrier()
 
     def prune(self, best: int | None) -> None:

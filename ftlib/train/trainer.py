@@ -13,11 +13,12 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ftlib import events, sealing
+from ftlib import sealing
 from ftlib.data.dataset import Order, collate, real_tokens
 from ftlib.errors import FtError, Interrupted
 from ftlib.metrics import MetricsWriter
 from ftlib.rundir import RunDir
+from ftlib.runs.events import FirstStep
 from ftlib.spec import MethodSpec, TrainSpec
 from ftlib.stop import StopFlag
 from ftlib.train import methods, ranks, saving, zero
@@ -149,9 +150,8 @@ class FineTuner(Trainer):
             return
         if "first_step_s" not in self.times.parts:
             self.times.done("first_step_s")
-            events.append(
-                self.run.events, f"train-{self.life}", "first_step", stage="train", life=self.life, step=step,
-                **self.times.parts)
+            made = FirstStep(stage="train", attempt=self.life, step=step, parts_s=dict(self.times.parts))
+            self.run.record(made, writer=f"train-{self.life}")
         speed = tokens / seconds
         self.metrics.append(
             step=step, loss=loss, lr=lr, grad_norm=norm, tokens=int(tokens), tokens_per_s=round(speed, 1),

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from ftlib import checkpoint, outcome
+from ftlib import checkpoint
 from ftlib.errors import RUN_AGAIN, Interrupted
 from ftlib.metrics import GPU_EVERY_S, GPU_IDLE_BELOW
 from ftlib.rundir import RunDir
+from ftlib.runs import outcome
 from ftlib.stop import StopFlag
 
 CAUSE = "idle GPU"
