@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
 from ftlib.slurm import batch, client
+from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
 from jobs import guard, image
 from jobs.arrays import Arrays, Fed, record
@@ -39,8 +41,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     view = {job.id: job for job in queue}
     used = sum(active(view, job.id) for job in queue)
     journals = threaded(state.journal, runs)
-    forgotten = {job for known in journals for job in known.jobs.values()} - view.keys()
-    view |= {job.id: job for job in client.accounted(sorted(forgotten))}
+    answer = slurm_queue.combine(sorted({job for known in journals for job in known.jobs.values()}), view, time.time())
+    view = answer.jobs
     fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
     for run, known in zip(runs, journals, strict=True):
         found = need_of(run, known, view, by=by, told=told)
@@ -51,6 +53,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
+    if answer.trouble:
+        print(f"ftlib: {answer.trouble}", file=sys.stderr)
     feeding = Arrays(sweep, profile, fed, kept.spec.at_once, kept.cache)
     feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
     for known in journals:
