@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 
 import pytest
 
@@ -91,3 +92,26 @@ def test_an_answer_tells_what_accounting_did(
         assert answer.accounting == accounting
         assert (answer.jobs["7"].state, answer.jobs["8"].state) == ("RUNNING", state_of_the_gone)
         assert answer.unknown(["7", "8"]) == (["8"] if accounting == "failed" else [])
+
+
+def test_a_colleagues_run_is_asked_for_where_users_are_not_listed(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSSD and LDAP without enumeration: a name can be looked up, but getpwall lists only the local ones."""
+    (run,) = site.make()
+    run.provenance_file.write_text(json.dumps(run.provenance() | {"user": "nobody"}))
+    site.say(waiting())
+    monkeypatch.setattr(pwd, "getpwall", lambda: [])
+    assert only(capsys)["state"] == "queued"
+    assert "--user=nobody" in site.calls()[0]
+
+
+def test_an_owner_whom_this_machine_does_not_know_is_named(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    mine, theirs = site.make(2)
+    theirs.provenance_file.write_text(json.dumps(theirs.provenance() | {"user": "no-such-user"}))
+    site.say({job: told for job, told in waiting(0).items()})
+    rows = {row["run"]: row for row in told(capsys)["runs"]}
+    assert rows[mine.name]["state"] == "queued" and rows[mine.name]["notes"] == []
+    assert "--me" in site.calls()[0]  # squeue refuses a list with a name that it does not know
+    assert rows[theirs.name]["state"] == "queued"  # by its folder
+    assert any("no user no-such-user on this machine" in note for note in rows[theirs.name]["notes"])
