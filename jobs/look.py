@@ -12,7 +12,6 @@ import getpass
 import hashlib
 import json
 import pwd
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ftlib import modelfiles, recipe, rundir, state, sweepdir
+from ftlib import claim, modelfiles, recipe, rundir, state, sweepdir
 from ftlib.errors import DONE
 from ftlib.report.board import board
 from ftlib.report.plan import console
@@ -203,11 +202,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def writer(run: RunDir) -> int | None:
     """Process id of the foreground process that works on the run on this machine."""
-    try:
-        host, _, pid = (run.path / "writer").read_text(encoding="utf-8").strip().partition(" ")
-    except FileNotFoundError:
-        return None
-    return int(pid) if host == socket.gethostname() and pid.isdigit() and rundir.alive(int(pid)) else None
+    owner = claim.read(run.path)
+    return owner.pid if owner is not None and owner.works_here() else None
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------
