@@ -39,8 +39,11 @@ def write_text(target: Path, text: str) -> None:
     fsync(target.parent)
 
 
-def create_text(target: Path, text: str) -> bool:
-    """`write_text`, unless something is at `target` already; whether it is ours that is there now."""
+def create_text(target: Path, text: str, *, durable: bool = True) -> bool:
+    """`write_text`, unless something is at `target` already; whether it is ours that is there now.
+
+    durable: it must survive a crash of the machine. Without, it is whole or not there, still.
+    """
     temporary = temporary_beside(target)
     try:
         _write_synced(temporary, text, "w")
@@ -56,7 +59,8 @@ def create_text(target: Path, text: str) -> bool:
                 return False
     finally:
         temporary.unlink(missing_ok=True)
-    fsync(target.parent)
+    if durable:
+        fsync(target.parent)
     return True
 
 

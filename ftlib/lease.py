@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from ftlib import atomic
-from ftlib.rundir import alive
+from ftlib.claim import alive
 
 BEAT_S = 10.0
 # Attributes and contents of files on a shared file system may be seen a minute late.

@@ -6,14 +6,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ftlib import atomic
+from ftlib.claim import claim
 from ftlib.errors import InputError, nearest
 from ftlib.runs import events, ledger, outcome
 from ftlib.runs.events import Event
@@ -112,55 +111,14 @@ class RunDir:
         """Whether a life of the stage has ended well."""
         return outcome.done(self.outcomes, stage)
 
-    def claim(self) -> contextlib.AbstractContextManager[None]:
-        """Be the only process on a login node or laptop that queues or runs stages of this run."""
-        return claim(self.path, f"run {self.name}")
+    def claim(self, *, wait_s: float = 0.0, silent_s: float | None = None) -> contextlib.AbstractContextManager[None]:
+        """Be the only process on a login node or laptop that queues or runs stages of this run; see ftlib.claim."""
+        return claim(self.path, f"run {self.name}", wait_s=wait_s, silent_s=silent_s)
 
     def siblings(self) -> "list[RunDir]":
         """Runs of the same sweep that get this one's dataset."""
         names = self.siblings_file.read_text(encoding="utf-8").split() if self.siblings_file.exists() else []
         return [RunDir(self.path.parent / name) for name in names]
-
-
-@contextlib.contextmanager
-def claim(folder: Path, what: str) -> Iterator[None]:
-    """Be the only process that writes `folder`, of which a message speaks as `what`.
-    InputError says who is writing. A claim whose process is gone on this machine is taken over."""
-    file = folder / "writer"
-    me = f"{socket.gethostname()} {os.getpid()}"
-    for _ in range(2):
-        try:
-            handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            host, _, pid = file.read_text(encoding="utf-8").strip().partition(" ")
-            if host == socket.gethostname() and pid.isdigit() and not alive(int(pid)):
-                file.unlink(missing_ok=True)
-                continue
-            raise InputError(
-                f"{what}: another process is writing {folder} (process {pid or '?'} on "
-                f"{host or 'an unknown machine'}). Wait for it; if it is gone for good, delete {file}") from None
-        except OSError as error:
-            owner = f"; it belongs to {folder.owner()}" if os.stat(folder).st_uid != os.getuid() else ""
-            raise InputError(f"{what}: {folder} cannot be written ({error.strerror}{owner})") from None
-    else:
-        raise InputError(f"{what}: another process has just begun to write {folder}")
-    with os.fdopen(handle, "w") as opened:
-        opened.write(me)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def snapshot(runs: Path, code: dict[str, Path]) -> Path:

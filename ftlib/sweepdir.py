@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ftlib import atomic
+from ftlib.claim import claim
 from ftlib.errors import InputError, nearest
 from ftlib.profile import ClusterProfile
-from ftlib.rundir import NAME, RunDir, claim
+from ftlib.rundir import NAME, RunDir
 from ftlib.runs import outcome
 from ftlib.spec import Model, read
 from ftlib.sweep import Point, SweepSpec
@@ -55,9 +56,9 @@ class SweepDir:
         """The points' runs that are there, in the sweep's order."""
         return [run for name in self.read().points if (run := RunDir(self.runs / name)).spec_file.exists()]
 
-    def claim(self) -> contextlib.AbstractContextManager[None]:
-        """Be the only process that queues points of this sweep."""
-        return claim(self.path, f"sweep {self.name}")
+    def claim(self, *, wait_s: float = 0.0, silent_s: float | None = None) -> contextlib.AbstractContextManager[None]:
+        """Be the only process that queues points of this sweep; see ftlib.claim."""
+        return claim(self.path, f"sweep {self.name}", wait_s=wait_s, silent_s=silent_s)
 
 
 def every(runs: Path) -> list[SweepDir]:

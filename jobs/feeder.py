@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from ftlib import state
@@ -18,6 +19,7 @@ from ftlib.runs import comments, events
 from ftlib.runs.events import Cancelled, Intended, Submitted
 from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client
+from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
 from jobs import guard, image
 from jobs.arrays import Arrays, Fed, record
@@ -41,8 +43,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     view = {job.id: job for job in queue}
     used = sum(active(view, job.id) for job in queue)
     ledgers = threaded(RunDir.ledger, runs)
-    forgotten = {job for known in ledgers for job in known.jobs.values()} - view.keys()
-    view |= {job.id: job for job in client.accounted(sorted(forgotten))}
+    answer = slurm_queue.combine(sorted({job for known in ledgers for job in known.jobs.values()}), view, time.time())
+    view = answer.jobs
     fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
     for run, known in zip(runs, ledgers, strict=True):
         found = need_of(run, known, view, by=by, told=told)
@@ -53,6 +55,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
+    if answer.trouble:
+        print(f"ftlib: {answer.trouble}", file=sys.stderr)
     feeding = Arrays(sweep, profile, fed, kept.spec.at_once, kept.cache)
     feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
     for known in ledgers:

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import getpass
 import hashlib
 import json
 import pwd
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from ftlib import modelfiles, recipe, rundir, state, sweepdir
+from ftlib import claim, modelfiles, recipe, rundir, state, sweepdir
 from ftlib.errors import DONE
 from ftlib.report.board import board
 from ftlib.report.plan import console
@@ -28,7 +28,8 @@ from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs.events import Moved
 from ftlib.slurm import client, queue
-from ftlib.slurm.queue import Answer
+from ftlib.slurm.client import Job
+from ftlib.slurm.queue import UNKNOWN, Answer
 from ftlib.state import ACTIVE, StageState
 from jobs import wish as wishes
 from jobs.wish import RUNS
@@ -70,13 +71,33 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
         if jobs:
             client.use(conf)
             least_s = max(said["profile"]["scheduler"].get("poll_interval_s", 0) for _, said in members)
-            users = {said.get("user", "") for _, said in members} & {user.pw_name for user in pwd.getpwall()}
+            owners = {str(user) for _, said in members if (user := said.get("user"))}
+            users = {user for user in owners if user == me or _has_account(user)}
             users = users if users - {me} else set()
             answer = queue.ask(jobs, users=users, kept=None if fresh else kept_answer(conf), least_s=least_s)
-        for seen, _ in members:
-            seen.answer = answer
-            seen.stages = state.stages(seen.known, answer.jobs)
+        for seen, said in members:
+            owner = said.get("user") or me
+            seen.answer = answer if owner == me or _has_account(owner) else _without_account(seen, answer, owner)
+            seen.stages = state.stages(seen.known, seen.answer.jobs)
     return found
+
+
+@functools.cache
+def _has_account(user: str) -> bool:
+    """Whether this machine knows a user of that name. One name at a time: many sites list no users."""
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True
+
+
+def _without_account(seen: Seen, answer: Answer, owner: str) -> Answer:
+    """The answer for a run whose owner squeue cannot be asked for: a job that it does not list may be at work."""
+    seen.notes.append(f"there is no user {owner} on this machine: squeue cannot be asked for their jobs")
+    mine = {job for stage, job in seen.known.jobs.items() if stage in STAGES}
+    hidden = {job: Job(UNKNOWN) for job in mine if answer.jobs.get(job, Job("")).state == ""}
+    return answer._replace(jobs={**answer.jobs, **hidden})
 
 
 def kept_answer(slurm_conf: str | None) -> Path:
@@ -184,11 +205,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def writer(run: RunDir) -> int | None:
     """Process id of the foreground process that works on the run on this machine."""
-    try:
-        host, _, pid = (run.path / "writer").read_text(encoding="utf-8").strip().partition(" ")
-    except FileNotFoundError:
-        return None
-    return int(pid) if host == socket.gethostname() and pid.isdigit() and rundir.alive(int(pid)) else None
+    owner = claim.read(run.path)
+    return owner.pid if owner is not None and owner.works_here() else None
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from ftlib.runs.events import Cancelled
 from ftlib.runs.ledger import Ledger
 from ftlib.slurm import batch
 from ftlib.slurm.client import Job
+from ftlib.slurm.queue import UNKNOWN
 from ftlib.state import ACTIVE
 from ftlib.sweepdir import SweepDir, share_prepared
 from jobs import guard
@@ -86,6 +87,8 @@ def need_of(run: RunDir, known: Ledger, view: View, *, by: str, told: dict[Path,
     are kept in `told`, for a dataset's one job is many points').
     """
     found = state.stages(known, view)
+    if any(view.get(s.job_id or "", Job("")).state == UNKNOWN for s in found.values() if s.state != "completed"):
+        return "how its job ended cannot be learned now, as accounting does not answer; make resume later"
     first = next((stage for stage in STAGES if found[stage].state not in ("completed", *ACTIVE)), None)
     if first is None:
         return "completed" if state.overall(found) == "completed" else "on its way"

@@ -10,9 +10,10 @@ import signal
 from pathlib import Path
 
 from ftlib import atomic, modelfiles, recipe, rundir, state
-from ftlib.errors import DONE, FtError, InputError
+from ftlib.errors import DONE, FtError, InputError, Unavailable
 from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
+from ftlib.report.status import Seen
 from ftlib.rundir import RunDir
 from ftlib.runs import earlier
 from ftlib.runs.events import Cancelled, Moved, Override
@@ -55,9 +56,22 @@ def _active(run: RunDir) -> dict[str, str]:
     return {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
 
 
+def _see_surely(run: RunDir) -> Seen:
+    """The run, now.
+
+    Unavailable where the state of a stage cannot be learned: acting on a guess would be worse than waiting.
+    """
+    (seen,) = see([run])
+    jobs = {stage.job_id for stage in seen.stages.values() if stage.job_id and stage.state != "completed"}
+    if unknown := seen.answer.unknown(sorted(jobs)):
+        which = f"how job {', '.join(unknown)} ended cannot be learned"
+        raise Unavailable(f"{which}: {seen.answer.trouble}. Try again later")
+    return seen
+
+
 def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     """What resume, or a second submit of the same wish, does about a run that exists."""
-    (seen,) = see([run])
+    seen = _see_surely(run)
     found = seen.stages
     now = state.overall(found)
     ended = {event.job_id for event in run.ledger().of(Cancelled)}
@@ -131,7 +145,8 @@ def resume(options: argparse.Namespace) -> int:
         profile = validate(ClusterProfile, values, f"cluster {profile.name}")
         atomic.write_json(run.provenance_file, {**run.provenance(), "profile": profile.model_dump(mode="json")})
     if options.nodes:
-        resize(run, profile, options.nodes, list(_active(run)))
+        stages = _see_surely(run).stages
+        resize(run, profile, options.nodes, [name for name, stage in stages.items() if stage.state in ACTIVE])
     return go_on(run, profile, asked=True)
 
 

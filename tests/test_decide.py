@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from ftlib.outcome import Outcome
 
 from ftlib.runs.attempts import Attempt
 from ftlib.runs.decide import Action, Leave, Nothing, QueueAnew, Requeue, Stop, next_action, open_ends
@@ -20,6 +19,7 @@ from ftlib.runs.events import (
     Submitted,
 )
 from ftlib.runs.ledger import STAGES, Ledger
+from ftlib.runs.outcome import Outcome
 from ftlib.runs.scheduler import Here, Job, SchedulerView
 
 NOW = 1_800_000_000.0

@@ -16,6 +16,7 @@ import pytest
 
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs.events import Decided
+from ftlib.runs.ledger import RECOVERY
 from tests.processes import started
 from tests.wishes import CHECKOUT, run_names
 
@@ -202,7 +203,7 @@ def test_resume_queues_only_what_is_missing(login: Login) -> None:
 def test_a_run_of_an_earlier_version_goes_on_and_a_spoilt_profile_is_named(login: Login) -> None:
     login.submit()
     run = login.run()
-    for stage in (*STAGES, "guard"):
+    for stage in (*STAGES, RECOVERY):
         login.set(stage, "CANCELLED")
     kept = run.provenance()
     kept["profile"]["scheduler"]["of_an_earlier_version"] = 3

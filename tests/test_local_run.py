@@ -122,7 +122,7 @@ def test_a_killed_stage_goes_on_by_itself_and_ends_bit_equal(
     from ftlib.runs.events import Started
 
     (started,) = run.ledger().of(Started, "train")
-    os.kill(int(started["job_id"]), signal.SIGKILL)
+    os.kill(int(started.job_id), signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert "going on from the last checkpoint" in said

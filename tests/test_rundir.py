@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,25 +44,6 @@ def test_a_name_that_leaves_the_folder_is_refused(run: RunDir, name: str) -> Non
 def test_an_unknown_run_is_answered_with_the_nearest(run: RunDir) -> None:
     with pytest.raises(InputError, match="Did you mean tiny-1"):
         rundir.find(run.path.parent, "tiny-2")
-
-
-def test_one_writer_at_a_time(run: RunDir) -> None:
-    with run.claim(), pytest.raises(InputError, match=f"process {os.getpid()} on {socket.gethostname()}"), run.claim():
-        pass
-    with run.claim():
-        pass
-
-
-def test_a_dead_writers_claim_is_taken_over_but_not_another_machines(run: RunDir) -> None:
-    gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, timeout=120
-    )
-    (run.path / "writer").write_text(f"{socket.gethostname()} {gone.stdout.strip()}")
-    with run.claim():
-        pass
-    (run.path / "writer").write_text("elsewhere 1")
-    with pytest.raises(InputError, match="delete"), run.claim():
-        pass
 
 
 def test_events_of_all_writers_by_time_and_without_a_cut_line(run: RunDir) -> None:

@@ -16,6 +16,10 @@ FIELDS, SEPARATOR = ("%i", "%T", "%r", "%k", "%S"), "\x1f"
 MOST_LISTED = 120_000
 
 
+class AccountingDisabled(Unavailable):
+    """The cluster keeps no accounts (accounting_storage/none): what the controller has forgotten nobody knows."""
+
+
 class Refused(FtError):
     """sbatch would not queue `what`; its own words end the error that submitit raised."""
 
@@ -73,23 +77,33 @@ def jobs(users: Iterable[str] = ()) -> list[Job]:
 
 
 def accounted(ids: Iterable[str]) -> list[Job]:
-    """The last known state of `ids` in the accounting database, in one call; nothing for those it does not know."""
+    """The last known state of `ids` in the accounting database, in one call; nothing for those it does not know.
+
+    AccountingDisabled where the cluster keeps no accounts; Unavailable where they cannot be read now.
+    """
     # An array is asked for as a whole: its tasks would not fit in a command line.
     listed = ",".join(sorted({job.partition("_")[0] for job in ids}, key=lambda job: (len(job), job)))
     if not listed:
         return []
     # So many jobs are of many months: the oldest are left out.
     listed = listed[-MOST_LISTED:].partition(",")[2] if len(listed) > MOST_LISTED else listed
-    text = call("sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobID,State")
+    try:
+        text = call("sacct", "-X", "-n", "-P", "-j", listed, "-o", "JobID,State")
+    except Unavailable as error:
+        if "accounting storage is disabled" in str(error).lower():
+            raise AccountingDisabled(str(error)) from None
+        raise
     rows = (line.split("|") for line in text.splitlines())
     return [Job(row[1].split(" ")[0], id=row[0]) for row in rows if len(row) == 2]
 
 
 def cancel(ids: Iterable[str]) -> None:
-    """scancel; jobs that are gone already are no error."""
+    """scancel; jobs that are gone already are no error. Unavailable where Slurm does not answer."""
     listed = list(ids)
     if not listed:
         return
-    done = subprocess.run(["scancel", *listed], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    if done.returncode and "already" not in done.stderr and "Invalid job id" not in done.stderr:
-        raise FtError(f"scancel failed: {done.stderr.strip()}")
+    try:
+        call("scancel", *listed)
+    except Unavailable as error:
+        if "already" not in str(error) and "Invalid job id" not in str(error):
+            raise

@@ -7,9 +7,9 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ftlib import atomic
 from ftlib.errors import Unavailable
@@ -24,12 +24,26 @@ BEGUN = ("PENDING", "RUNNING", "SUSPENDED")
 UNKNOWN = "UNKNOWN"
 
 
+# Whether accounting told of the jobs that the queue no longer lists. "answered": also where there were none to ask for.
+Accounting = Literal["answered", "disabled", "failed"]
+
+
 class Answer(NamedTuple):
-    """What Slurm said: job id -> Job (state "" where it does not know it); when; what keeps it from answering now."""
+    """What Slurm said: job id -> Job; when; what keeps it from answering now; and whether accounting was heard.
+
+    A job's state is "" where Slurm does not know it any more, and UNKNOWN where that could not be learned: squeue or,
+    for a job that squeue does not list, accounting failed. With accounting disabled a job that squeue does not list has
+    ended, and only the run folder can tell how.
+    """
 
     jobs: dict[str, Job]
     asked: float = 0.0  # seconds since 1970
     trouble: str = ""
+    accounting: Accounting = "answered"
+
+    def unknown(self, wanted: Iterable[str]) -> list[str]:
+        """Those of the jobs `wanted` of which nothing could be learned."""
+        return [job for job in wanted if self.jobs.get(job, Job("")).state == UNKNOWN]
 
 
 def ask(
@@ -37,33 +51,51 @@ def ask(
 ) -> Answer:
     """What Slurm knows of the jobs `wanted`, which belong to `users` (to me without any).
 
-    kept: file of the last answer, which stands for `least_s` if it knows all that is wanted. Where Slurm does not
-    answer, the last answer and the trouble are returned; Unavailable without `kept`.
+    kept: file of the last answer, which stands for `least_s` if it knows all that is wanted. Where squeue does not
+    answer, the last answer and the trouble are returned; Unavailable without `kept`. Where accounting alone does not,
+    that is the trouble, and what squeue said counts.
     """
     old, now = _read(kept), time.time()
     if 0 <= now - old.asked < least_s and all(job in old.jobs for job in wanted):
         return old
-    final = {number: job for number, job in old.jobs.items() if job.state in FINAL}
     try:
-        found = final | {job.id: job for job in client.jobs(users)}
-        told = client.accounted([job for job in wanted if job not in found])
-        found |= {job.id: job for job in told if job.state not in BEGUN}
+        listed = client.jobs(users)
     except Unavailable as error:
         if kept is None:
             raise
-        return Answer({job: old.jobs.get(job, Job(UNKNOWN)) for job in wanted}, old.asked, str(error))
-    answer = Answer({job: Job("") for job in wanted} | found, now)
+        return old._replace(jobs={job: old.jobs.get(job, Job(UNKNOWN)) for job in wanted}, trouble=str(error))
+    final = {number: job for number, job in old.jobs.items() if job.state in FINAL}
+    answer = combine(wanted, final | {job.id: job for job in listed}, now)
     if kept is not None:
         with contextlib.suppress(OSError):  # another's folder: then it is asked each time
-            atomic.write_text(kept, json.dumps([now, list(map(list, answer.jobs.items()))]))
+            rows = [[number, *job] for number, job in answer.jobs.items()]
+            atomic.write_text(kept, json.dumps({**answer._asdict(), "jobs": rows}))
     return answer
+
+
+def combine(wanted: Collection[str], listed: dict[str, Job], now: float) -> Answer:
+    """`listed` (what squeue told, by job id) completed by what accounting tells of the other jobs `wanted`."""
+    missing = [job for job in wanted if job not in listed]
+    accounting: Accounting = "answered"
+    state_of_others, trouble, told = "", "", list[Job]()
+    try:
+        told = client.accounted(missing)
+    except client.AccountingDisabled:
+        accounting = "disabled"
+    except Unavailable as error:
+        state_of_others, trouble, accounting = UNKNOWN, str(error), "failed"
+    ended = {job.id: job for job in told if job.state not in BEGUN}
+    others = {job: Job(state_of_others) for job in missing}
+    return Answer(others | listed | ended, asked=now, trouble=trouble, accounting=accounting)
 
 
 def _read(kept: Path | None) -> Answer:
     try:
-        asked, rows = json.loads(kept.read_text(encoding="utf-8")) if kept else (0.0, [])
-        return Answer({number: Job(*fields) for number, fields in rows}, asked)
-    except (OSError, ValueError, TypeError):
+        if kept is None:
+            return Answer({})
+        value = json.loads(kept.read_text(encoding="utf-8"))
+        return Answer(**{**value, "jobs": {number: Job(*fields) for number, *fields in value["jobs"]}})
+    except (OSError, ValueError, TypeError, KeyError):  # an earlier version's file, too
         return Answer({})
 
 
