@@ -1,27 +1,27 @@
-"""One run's stages as a chain of Slurm jobs, through submitit: afterok, intent before sbatch."""
+"""One run's jobs as Slurm gets them, through submitit. What is queued and when: ftlib/runs/chain.py."""
 
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
-from ftlib.errors import FtError
-from ftlib.plan.plan import RunPlan
+from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs import attempts, comments
+from ftlib.runs import comments
 from ftlib.runs.comments import AND, GUARD
-from ftlib.runs.events import Cancelled, CheckpointSaved, Intended, Submitted
+from ftlib.runs.events import CheckpointSaved, Submitted
 from ftlib.runs.ledger import IMAGE, RECOVERY
+from ftlib.runs.scheduler import Job, Request, SchedulerView
 from ftlib.slurm import batch, client, container
+from ftlib.slurm import queue as slurm_queue
+from ftlib.slurm.queue import Answer
 
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
@@ -91,128 +91,91 @@ def scripts(
         after = f"<job id of {name}>"
 
 
-def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_guard: bool = False) -> dict[str, str]:
-    """Queue the run's stages that are neither completed nor among the `active` (stage -> job id), and a guard for all.
+class SlurmSite:
+    """`ftlib.runs.scheduler.Scheduler` for one run: its jobs, as its plan and the site's profile ask for them."""
 
-    Returns the new jobs. Must be called under `run.claim()`. When sbatch refuses a stage, those queued before it stay
-    and wait for the rest.
-    """
-    plan = _warned_in_time(run, RunPlan.model_validate(run.plan()))
-    client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
-    exclude = ",".join(filter(None, [profile.exclude, *sorted(run.ledger().overrides(time.time()).excluded)]))
-    profile = profile.model_copy(update={"exclude": exclude or None})
-    queued: dict[str, str] = {}
-    try:
-        before = queue_image(run, profile, by_guard=by_guard)
-        for stages in plan.jobs:
-            missing = [stage for stage in stages if not run.stage_done(stage)]
-            before = next((active[stage] for stage in reversed(missing) if stage in active), before)
-            if new := [stage for stage in missing if stage not in active]:
-                before = queue_job(run, profile, plan, new, before, by_guard=by_guard)
-                queued |= dict.fromkeys(new, before)
-        if queued or not _guarded(run):
-            watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
-            _queue_guard(run, profile, plan, list(dict.fromkeys(watched)))
-    except client.Refused as error:
-        words = f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
-        raise FtError(f"{error}. {words}") from None
-    return queued
+    def __init__(self, run: RunDir, profile: ClusterProfile, plan: RunPlan) -> None:
+        excluded = [profile.exclude, *sorted(run.ledger().overrides(time.time()).excluded)]
+        self.run: RunDir = run
+        self.profile: ClusterProfile = profile.model_copy(update={"exclude": ",".join(filter(None, excluded)) or None})
+        self.plan: RunPlan = _warned_in_time(run, plan)
+        client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
+
+    def submit(self, request: Request) -> Submitted:
+        """Queue a stage's job, or the recovery job."""
+        name = AND.join(GUARD if stage == RECOVERY else stage for stage in request.stages)
+        if request.stages == (RECOVERY,):
+            job = self._recovery_executor(request).queue(f"the recovery job of {self.run.name}")
+            return Submitted(stage=RECOVERY, job_id=job, nonce=request.nonce)
+        asked = batch.request(self.profile, self.plan, request.stages)
+        made = executor(
+            self.profile, self.plan, request.stages, self.run.provenance(), run=self.run.path,
+            comment=comments.write(self.run.name, request.stages, request.nonce), after=request.after_ok,
+        )  # fmt: skip
+        for stage in request.stages:  # Slurm makes no folders for logs
+            (self.run.slurm / stage).mkdir(parents=True, exist_ok=True)
+        return Submitted(
+            stage=request.stages[0], job_id=made.queue(f"{name} of {self.run.name}"), nonce=request.nonce,
+            mem_mib=asked.mem_gib * 1024, node_mem_mib=_node_mem_mib(self.profile, asked),
+        )  # fmt: skip
+
+    def queue(self) -> list[Job]:
+        return client.jobs()
+
+    def look(self, job_ids: Collection[str]) -> SchedulerView:
+        answer = slurm_queue.ask(job_ids)
+        return view_of(answer)
+
+    def cancel(self, job_ids: Iterable[str]) -> None:
+        client.cancel(job_ids)
+
+    def queue_image(self) -> str | None:
+        """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
+        from jobs import image
+
+        job = image.job_before(self.profile, Path(self.run.provenance()["checkout"]))
+        if job:
+            self.run.record(Submitted(stage=IMAGE, job_id=job))
+        return job
+
+    def _recovery_executor(self, request: Request) -> ModuleExecutor:
+        cache = Path(self.run.provenance()["cache"])
+        variables = batch.environment(self.profile, self.plan, STAGES[0], run=self.run.path, cache=cache)
+        made = ModuleExecutor(
+            self.run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]),
+            module=f"jobs.guard {shlex.quote(str(self.run.path))}",
+        )  # fmt: skip
+        parameters = batch.small_parameters(
+            self.profile, name=f"{self.run.name}.{GUARD}", setup=batch.enter(self.profile, variables, self.run.code),
+            comment=comments.write(self.run.name, [RECOVERY], request.nonce),
+            # Any of them; when all complete, the dependency can never be met and Slurm removes the recovery job.
+            dependency="?".join(f"afternotok:{job}" for job in request.after_not_ok),
+        )  # fmt: skip
+        made.update_parameters(**parameters)
+        return made
 
 
-def queue_job(
-    run: RunDir, profile: ClusterProfile, plan: RunPlan, stages: Sequence[str], after: str | None, *,
-    by_guard: bool = False,
-) -> str:  # fmt: skip
-    """Queue the job that runs `stages` one after the other, to follow the job `after`; returns its id."""
-    nonce, name = _intend(run, stages), AND.join(stages)
-    comment = comments.write(run.name, stages, nonce)
-    made = executor(profile, plan, stages, run.provenance(), run=run.path, comment=comment, after=after)
-    for stage in stages:  # Slurm makes no folders for logs
-        (run.slurm / stage).mkdir(parents=True, exist_ok=True)
-    return _submitted(run, stages, made.queue(f"{name} of {run.name}"), nonce, by_guard=by_guard)
+def site_of(run: RunDir, profile: ClusterProfile) -> SlurmSite:
+    """The scheduler of a run, for what is submitted now."""
+    return SlurmSite(run, profile, RunPlan.model_validate(run.plan()))
+
+
+def view_of(answer: Answer) -> SchedulerView:
+    """What the reducer needs of Slurm's answer."""
+    known = {job: one for job, one in answer.jobs.items() if one.state not in ("", slurm_queue.UNKNOWN)}
+    unknown = any(one.state == slurm_queue.UNKNOWN for one in answer.jobs.values())
+    squeue_silent = bool(answer.trouble) and answer.accounting != "failed"
+    return SchedulerView(jobs=known, answered=not (squeue_silent or unknown), accounting=answer.accounting)
+
+
+def _node_mem_mib(profile: ClusterProfile, asked: StagePlan) -> int:
+    """Memory that a job may use on a node of its partition, in MiB."""
+    return int(1024 * profile.partition(gpu=asked.gpus_per_node > 0).mem_gib_per_node)
 
 
 def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
-    """The plan, with a warning before the time limit that the slowest save of earlier lives would need."""
+    """The plan, with a warning before the time limit that the slowest save of earlier attempts would need."""
     saves = [event.seconds for event in run.ledger().of(CheckpointSaved)]
     train = plan.stages["train"]
     longer = train.model_copy(update={"warning_s": max(train.warning_s, 60 + math.ceil(1.5 * max(saves, default=0)))})
     return plan.model_copy(update={"stages": {**plan.stages, "train": longer}})
-
-
-def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str | None:
-    """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
-    from jobs import image
-
-    job = image.job_before(profile, Path(run.provenance()["checkout"]))
-    return _submitted(run, [IMAGE], job, "", by_guard=by_guard) if job else None
-
-
-def _guarded(run: RunDir) -> bool:
-    """Whether the newest jobs have a guard: a submit that was killed may have queued the last stage and no guard."""
-    stages = [event.stage for event in run.ledger().of(Submitted)]
-    return stages[-1:] == [RECOVERY]
-
-
-def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str]) -> None:
-    nonce = _intend(run, [RECOVERY])
-    variables = batch.environment(profile, plan, STAGES[0], run=run.path, cache=Path(run.provenance()["cache"]))
-    made = ModuleExecutor(
-        run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]), module=f"jobs.guard {shlex.quote(str(run.path))}"
-    )
-    words = batch.small_parameters(
-        profile, name=f"{run.name}.{GUARD}", setup=batch.enter(profile, variables, run.code),
-        comment=comments.write(run.name, [RECOVERY], nonce),
-        # Any of them; when all complete, the dependency can never be met and Slurm removes the guard.
-        dependency="?".join(f"afternotok:{job}" for job in watched),
-    )  # fmt: skip
-    made.update_parameters(**words)
-    _submitted(run, [RECOVERY], made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
-
-
-def _intend(run: RunDir, stages: Sequence[str]) -> str:
-    """Write down that a job is about to be queued; returns the word by which its comment tells it."""
-    nonce = uuid.uuid4().hex[:12]
-    run.record(*(Intended(stage=stage, nonce=nonce) for stage in stages))
-    return nonce
-
-
-def _submitted(run: RunDir, stages: Sequence[str], job: str, nonce: str, *, by_guard: bool) -> str:
-    """Write down that the job runs `stages`; returns it."""
-    known = attempts.read(run.lives)
-    submitted = (
-        Submitted(
-            stage=stage, job_id=job, nonce=nonce, after_attempt=len(known.get(stage, ())), automatic=by_guard,
-        )
-        for stage in stages
-    )  # fmt: skip
-    run.record(*submitted)
-    return job
-
-
-def adopt(run: RunDir) -> list[str]:
-    """Take in jobs that were queued by a submit which was killed before it could write down their ids.
-
-    The intent was written before sbatch was called, and the job carries its nonce in its comment. Returns the stages.
-    Must be called under `run.claim()`.
-    """
-    known = run.ledger()
-    answered = {event.nonce for event in known.of(Submitted)}
-    open_intents = {event.nonce for event in known.of(Intended)} - answered
-    adopted: list[str] = []
-    for job in client.jobs() if open_intents else ():
-        comment = comments.parse(job.comment)
-        if comment and comment.run == run.name and comment.nonce in open_intents:
-            _submitted(run, comment.stages, job.id, comment.nonce, by_guard=False)
-            adopted += comment.stages
-    return adopted
-
-
-def cancel(run: RunDir, job_ids: dict[str, str]) -> None:
-    """Cancel the stages' jobs, the last first, so that none starts because another ended."""
-    prepare = run.ledger().submissions.get("prepare")
-    if prepare and prepare.prepared_by is not None:  # other points of its sweep wait for that job, too
-        job_ids = {stage: job for stage, job in job_ids.items() if stage != "prepare"}
-    for stage in reversed(list(job_ids)):
-        run.record(Cancelled(stage=stage, job_id=job_ids[stage], user=os.environ.get("USER")))
-    client.cancel(dict.fromkeys(reversed(list(job_ids.values()))))  # a job of two stages once

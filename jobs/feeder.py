@@ -16,22 +16,23 @@ from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
 from ftlib.runs import comments, events
+from ftlib.runs.decide import Action
 from ftlib.runs.events import Cancelled, Intended, Submitted
 from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client
 from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
-from jobs import guard, image
+from jobs import chain, image
 from jobs.arrays import Arrays, Fed, record
 from jobs.chain import ModuleExecutor
-from jobs.points import Need, active, fitting, need_of, share_datasets, threaded
+from jobs.points import Asker, Need, active, fitting, need_of, share_datasets, threaded
 
 FEEDER = "feeder"
 # When nothing of the sweep is queued, nothing can call the feeder: it looks again after so long.
 LOOK_AGAIN_MIN = 10
 
 
-def feed(sweep: SweepDir, *, by: str) -> Fed:
+def feed(sweep: SweepDir, *, by: Asker) -> Fed:
     """Queue what is missing and fits; see `points.need_of` for `by`. Must be called under `sweep.claim()`."""
     kept = sweep.read()
     profile = kept.profile
@@ -44,10 +45,10 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     used = sum(active(view, job.id) for job in queue)
     ledgers = threaded(RunDir.ledger, runs)
     answer = slurm_queue.combine(sorted({job for known in ledgers for job in known.jobs.values()}), view, time.time())
-    view = answer.jobs
-    fed, needs, told = Fed(), list[Need](), dict[Path, str | None]()
+    view, seen_by_slurm = answer.jobs, chain.view_of(answer)
+    fed, needs, decided = Fed(), list[Need](), dict[Path, Action]()
     for run, known in zip(runs, ledgers, strict=True):
-        found = need_of(run, known, view, by=by, told=told)
+        found = need_of(run, known, seen_by_slurm, by=by, decided=decided)
         if isinstance(found, Need):
             needs.append(found)
         else:
@@ -76,16 +77,18 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     return fed
 
 
-def _claimed(need: Need, known: Ledger, held: contextlib.ExitStack, *, by: str) -> bool:
+def _claimed(need: Need, known: Ledger, held: contextlib.ExitStack, *, by: Asker) -> bool:
     """Whether the point is ours to queue: nobody else is at it, or was since its ledger was the one `known`."""
     run = RunDir(need.run)
-    if by == "feeder":
-        guard.wait_for_the_login_node(run.path)
     try:
-        held.enter_context(run.claim())
+        held.enter_context(run.claim(patient=by == "feeder"))
     except InputError:
         return False
-    return run.ledger().of(Submitted) == known.of(Submitted)
+    if run.ledger().of(Submitted) != known.of(Submitted):
+        return False
+    if need.decision:
+        run.record(*need.decision)
+    return True
 
 
 def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
@@ -157,9 +160,8 @@ def cancel(sweep: SweepDir) -> int:
 def main(folder: str) -> int:
     """What the feeder's job runs; prints what it did."""
     sweep = SweepDir(Path(folder))
-    guard.wait_for_the_login_node(sweep.path)
     try:
-        with sweep.claim():
+        with sweep.claim(patient=True):
             print(feed(sweep, by="feeder").words(), flush=True)
     except FtError as error:
         print(f"ftlib: {error}. make sweep again queues what is missing", flush=True)

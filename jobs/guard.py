@@ -1,119 +1,65 @@
-"""The guard: a job of seconds that runs when a job of the chain ended badly. It settles what no epilogue saw.
+"""The recovery job: a job of seconds that runs when a job of the chain ended badly, and settles what no epilogue saw.
 
-It goes on with the run within its budget (a site that forbids requeueing, a lost batch host), leaves alone what an
-epilogue has stopped, and never revives what its owner has cancelled.
+It continues the run within its budgets (a site that forbids requeueing, a lost batch host), leaves alone what an
+epilogue has stopped, and never revives what its owner has cancelled: python -m jobs.guard RUN
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from ftlib import state
-from ftlib.rundir import STAGES, RunDir
-from ftlib.runs import events
-from ftlib.runs.events import Cancelled, Decided, Submitted
-from ftlib.runs.ledger import IMAGE, Ledger
-from ftlib.slurm import client, policy, queue, settle
-from ftlib.slurm.client import Job
+from ftlib.errors import FtError, Unavailable
+from ftlib.rundir import RunDir
+from ftlib.runs import act
+from ftlib.runs.decide import Action, QueueAnew
+from ftlib.slurm import evidence
 
-# Jobs of one stage that ended before a life could begin, before we stop.
-MOST_STILLBORN = 3
-# Longer than any submit takes.
-CLAIM_S = 300
-FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+# A controller, or a file system, that does not answer is waited for: nobody else would continue the run.
+TRY_FOR_S, PAUSE_S = 600.0, 15.0
 
 
-def run(folder: str) -> None:
-    """What the guard's job runs: `python -m jobs.guard RUN`."""
-    print(decide(RunDir(Path(folder))), flush=True)
+def main(folder: str) -> int:
+    """Continue the run, or say why not."""
+    run = RunDir(Path(folder))
+    try:
+        action = patiently(lambda: recover(run))
+    except FtError as error:
+        print(f"ftlib: {error}. make resume RUN={run.name} continues the run", flush=True)
+        return error.exit_code
+    queued = ", ".join(f"{stage} {job}" for stage, job in run.ledger().jobs.items() if stage in _stages(action))
+    print(f"{action.message}; queued anew: {queued}" if queued else action.message, flush=True)
+    return 0
 
 
-def decide(run: RunDir) -> str:
-    """Go on with the run, or not; returns why."""
+def recover(run: RunDir) -> Action:
+    """Do what is due about the run."""
     from jobs import chain
     from jobs.wish import stored_profile
 
-    profile = stored_profile(run)
-    client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
-    jobs = run.ledger().jobs
-    if words := why_not(run, queue.ask(list(jobs.values())).jobs):
-        return words
-    wait_for_the_login_node(run.path)
-    with run.claim():
-        # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
-        missing = [name for name in STAGES if not run.stage_done(name)]
-        ended = jobs[missing[0]]
-        client.cancel(dict.fromkeys(jobs[name] for name in missing[1:] if jobs.get(name, ended) != ended))
-        queued = chain.queue(run, profile, {}, by_guard=True)
-    return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+    site = chain.site_of(run, stored_profile(run))
+    investigate = evidence.investigator(run.path)
+    return act.recover(run, site, site.plan.jobs, investigate, image_job=site.queue_image)
 
 
-def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
-    """Why the run's first stage that is not done must not be queued again; None when it may. `view`: jobs by id."""
-    known = run.ledger()
-    jobs, stage = known.jobs, known.first_open
-    if stage is None or stage not in jobs:
-        return "every stage is done" if stage is None else f"{stage} was never queued"
-    if any(event.job_id == jobs[stage] for event in known.of(Cancelled)):
-        return f"{stage} was cancelled by its owner; it stays so"
-    # An earlier stage may have run in the same job.
-    earlier = [jobs[name] for name in STAGES[: STAGES.index(stage)] if jobs.get(name, jobs[stage]) != jobs[stage]]
-    before = earlier[-1] if earlier else jobs.get(IMAGE)
-    slurm = view.get(jobs[stage], Job("")).state
-    # A stage that was done when its batch shell was killed has a FAILED job, and Slurm cancels what waits for it.
-    by_dependency = view.get(before or "", Job("COMPLETED")).state in FAILED
-    if slurm == "CANCELLED" and not by_dependency:
-        run.record(Cancelled(stage=stage, job_id=jobs[stage]))
-        return f"{stage} was cancelled by its owner; it stays so"
-    if state.SLURM_STATES.get(slurm) in state.ACTIVE:
-        return f"{stage} is {slurm}: nothing to do"
-    return _stop_reason(run, known, stage, jobs[stage])
-
-
-def wait_for_the_login_node(folder: Path) -> None:
-    """A submit or resume holds its claim for seconds. One that was killed there leaves it, and we cannot see that."""
-    file = folder / "writer"
-    for _ in range(CLAIM_S):
+def patiently(call: Callable[[], Action]) -> Action:
+    """What `call` returns; it is tried again for some minutes where something does not answer."""
+    deadline = time.monotonic() + TRY_FOR_S
+    while True:
         try:
-            old = time.time() - file.stat().st_mtime > CLAIM_S
-        except FileNotFoundError:
-            return
-        if old:
-            file.unlink(missing_ok=True)
-            return
-        time.sleep(1)
+            return call()
+        except (Unavailable, OSError) as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"ftlib: {error}; trying again in {PAUSE_S:.0f} s", flush=True)
+            time.sleep(PAUSE_S)
 
 
-def _stop_reason(run: RunDir, known: Ledger, stage: str, job: str) -> str | None:
-    """Why the stage must not be queued again; None when it may. Settles its last life where nobody has."""
-    lives = known.attempt_count(stage)
-    since_request = known.events[known.request_index(stage) :]
-    submitted = [event for event in since_request if isinstance(event, Submitted) and event.stage == stage]
-    tried = [event for event in submitted if event.after_attempt == lives]
-    if len(tried) >= MOST_STILLBORN:
-        words = f"{len(tried)} jobs in a row ended before they began"
-        run.record(Decided(stage=stage, choice="stop", job_id=job, message=words))
-        return words
-    if lives == 0 or tried:
-        return None
-    settle.earlier(run.path, stage, lives + 1, events.submit_writer(), by="recovery job")
-    known = run.ledger()
-    decided = known.last(Decided, stage, lives)
-    if decided and decided.choice == "stop":
-        return f"{stage}: {decided.message}"
-    micro_batch = int(run.plan(known)["micro_batch"]) if stage == "train" else None
-    decision = policy.decide(settle.settled_lives(known, stage, lives + 1), micro_batch=micro_batch)
-    if decision.requeue:
-        return None
-    cause = known.settled(stage)[lives].cause
-    run.record(
-        Decided(stage=stage, choice="stop", job_id=job, attempt=lives, cause=cause, message=decision.words)
-    )
-    return f"{stage}: {decision.words}"
+def _stages(action: Action) -> tuple[str, ...]:
+    return action.stages if isinstance(action, QueueAnew) else ()
 
 
 if __name__ == "__main__":
-    run(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

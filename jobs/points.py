@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import getpass
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ftlib import atomic, state
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs.events import Cancelled
+from ftlib.runs import act, decide
+from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
+from ftlib.runs.events import Event, ResumeRequested
 from ftlib.runs.ledger import Ledger
-from ftlib.slurm import batch
-from ftlib.slurm.client import Job
-from ftlib.slurm.queue import UNKNOWN
+from ftlib.runs.scheduler import Job, SchedulerView
+from ftlib.slurm import batch, evidence
 from ftlib.state import ACTIVE
 from ftlib.sweepdir import SweepDir, share_prepared
-from jobs import guard
 
 X = TypeVar("X")
 Y = TypeVar("Y")
 View = Mapping[str, Job]  # Slurm's jobs by their ids
+# Who wants a sweep's points queued: its owner by `make sweep` (what is missing or failed), by `make resume` (what was
+# cancelled, too), or the sweep controller (what the reducer allows without a person).
+Asker = Literal["sweep", "resume", "feeder"]
 
 
 def threaded(call: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
@@ -51,6 +56,7 @@ class Need:
     before: str | None = None  # else the active job of its own after which the first stage comes
     behind: tuple[str, ...] = ()  # its jobs that wait for what has failed: to be cancelled
     automatic: bool = False  # queued again by the feeder, on its own account
+    decision: tuple[Event, ...] = ()  # to be recorded of the point before it is queued
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -80,41 +86,72 @@ class Chunk:
         )
 
 
-def need_of(run: RunDir, known: Ledger, view: View, *, by: str, told: dict[Path, str | None]) -> Need | str:
-    """What must be queued of a run, or why nothing is: "completed", "on its way", "cancelled", or the guard's words.
+def need_of(
+    run: RunDir, ledger: Ledger, view: SchedulerView, *, by: Asker, decided: dict[Path, Action]
+) -> Need | str:
+    """What must be queued of a point, or why nothing is.
 
-    by: "sweep" (missing and failed), "resume" (cancelled, too) or "feeder" (what the guard's rules allow; its words
-    are kept in `told`, for a dataset's one job is many points').
+    decided: what was decided already about points whose prepare job others share; it grows.
     """
-    found = state.stages(known, view)
-    if any(view.get(s.job_id or "", Job("")).state == UNKNOWN for s in found.values() if s.state != "completed"):
-        return "how its job ended cannot be learned now, as accounting does not answer; make resume later"
-    first = next((stage for stage in STAGES if found[stage].state not in ("completed", *ACTIVE)), None)
-    if first is None:
-        return "completed" if state.overall(found) == "completed" else "on its way"
-    job = found[first].job_id
-    ended = {event.job_id for event in known.of(Cancelled)}
-    if any(stage.state in ACTIVE and stage.job_id in ended for stage in found.values()):
-        return "was cancelled and is still saving; again in a moment"
-    if job and by == "feeder":
-        whose = run.path.parent / (known.submissions[first].prepared_by or run.name)
-        if whose not in told:
-            told[whose] = guard.why_not(RunDir(whose), view)
-        if words := told[whose]:
-            return words
-    elif job and by == "sweep" and state.overall(found) == "cancelled":
+    states = state.stages(ledger, view.jobs)
+    if ledger.first_open is None:
+        return "completed"
+    action = _decide(run, ledger, view, decided)
+    request: tuple[Event, ...] = ()
+    if isinstance(action, Nothing) and not action.over:
+        if action.cause == "cancelled":
+            return "was cancelled and is still ending; try again in a moment"
+        return "on its way" if view.answered else action.message
+    if isinstance(action, QueueAnew):
+        if not action.stages:  # of a run alone: a sweep's points have the sweep controller
+            return "on its way"
+        if by != "feeder" and action.job_id:
+            request = (_resume_request(ledger),)
+    elif by == "feeder":
+        return action.message
+    elif action.cause == "cancelled" and by == "sweep":
         return "cancelled"
-    position = STAGES.index(first)
-    before = [name for name in STAGES[:position] if found[name].state in ACTIVE]
-    waits = found[before[-1]].job_id if before else None
+    else:
+        request = (_resume_request(ledger),)
+    first = next(stage for stage in STAGES if states[stage].state not in ("completed", *ACTIVE))
+    later = STAGES[STAGES.index(first) :]
+    before = [name for name in STAGES[: STAGES.index(first)] if states[name].state in ACTIVE]
+    waits = states[before[-1]].job_id if before else None
     return Need(
-        run.path, tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
-        RunPlan.model_validate(run.plan(known)),
-        f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
-        prepare=waits if before == ["prepare"] else None, before=waits if before != ["prepare"] else None,
-        behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),
-        automatic=by == "feeder" and job is not None,
-    )  # fmt: skip
+        run=run.path,
+        stages=tuple(stage for stage in later if states[stage].state != "completed"),
+        plan=RunPlan.model_validate(run.plan(ledger)),
+        dataset=f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
+        prepare=waits if before == ["prepare"] else None,
+        before=waits if before != ["prepare"] else None,
+        behind=tuple(job for stage in later if states[stage].state in ACTIVE and (job := states[stage].job_id)),
+        automatic=by == "feeder" and bool(action.job_id),
+        decision=(*action.events(), *request),
+    )
+
+
+def _decide(run: RunDir, ledger: Ledger, view: SchedulerView, decided: dict[Path, Action]) -> Action:
+    """What is to be done about a point; for a point whose dataset another prepares, what is about that one."""
+    submitted = ledger.submissions.get("prepare")
+    if ledger.first_open == "prepare" and submitted and submitted.prepared_by:
+        owner = RunDir(run.path.parent / submitted.prepared_by)
+        if owner.path not in decided:
+            decided[owner.path] = _decide(owner, owner.ledger(), view, decided)
+        return decided[owner.path]
+    if run.path not in decided:
+        if decide.open_ends(ledger, view):
+            ledger = act.settle(run, view, evidence.investigator(run.path), "sweep")
+        action = decide.next_action(ledger, view, time.time())
+        if isinstance(action, Stop):
+            run.record(*action.events())
+            action = decide.next_action(run.ledger(), view, time.time())
+        decided[run.path] = action
+    return decided[run.path]
+
+
+def _resume_request(ledger: Ledger) -> ResumeRequested:
+    attempts = {stage: ledger.attempt_count(stage) for stage in STAGES}
+    return ResumeRequested(user=getpass.getuser(), after_attempts=attempts)
 
 
 def fitting(needs: Sequence[Need], free: float) -> list[Need]:

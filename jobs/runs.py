@@ -14,11 +14,14 @@ from ftlib.errors import DONE, FtError, InputError, Unavailable
 from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.report.status import Seen
-from ftlib.rundir import RunDir
-from ftlib.runs import earlier
-from ftlib.runs.events import Cancelled, Moved, Override
+from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import act, earlier
+from ftlib.runs import chain as run_chain
+from ftlib.runs.decide import Action, Nothing, QueueAnew
+from ftlib.runs.events import Moved, Override
+from ftlib.runs.ledger import Ledger
 from ftlib.runs.overrides import MICRO_BATCH
-from ftlib.slurm import client
+from ftlib.slurm import evidence
 from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
 from jobs.look import kept_answer, look, see, writer
@@ -27,27 +30,67 @@ from jobs.wish import CHECKOUT, RUNS, stored_profile
 
 def start(run: RunDir, profile: ClusterProfile) -> int:
     """Queue what is missing, or run it here; says where to look next."""
+    if profile.scheduler is None:
+        return _run_here(run, profile)
+    return _queue(run, profile, even_cancelled=True)
+
+
+def _run_here(run: RunDir, profile: ClusterProfile) -> int:
+    from jobs import local
+
     with run.claim():
         _settle_in(run)
-        if profile.scheduler is None:
-            from jobs import local
+        code = local.run_stages(run, profile)
+    if code == DONE:
+        _say_results(run)
+    return code
 
-            code = local.run_stages(run, profile)
-            if code == DONE:
-                _say_results(run)
-            return code
-        from jobs import chain
 
-        client.use(profile.scheduler.slurm_conf)
-        for stage in chain.adopt(run):
-            print(f"Found the job of {stage} that an interrupted submit had queued; it belongs to this run.")
-        queued = chain.queue(run, profile, _active(run))
-    if queued:
-        stages_of: dict[str, list[str]] = {}
-        for stage, job in queued.items():
-            stages_of.setdefault(job, []).append(stage)
+def _queue(run: RunDir, profile: ClusterProfile, *, even_cancelled: bool) -> int:
+    """Do what the owner's request asks for, and say what was done."""
+    from jobs import chain
+
+    _settle_in(run)
+    site = chain.site_of(run, profile)
+    before = run.ledger()
+    action = act.resume(
+        run, site, site.plan.jobs, evidence.investigator(run.path), user=getpass.getuser(),
+        even_cancelled=even_cancelled, image_job=site.queue_image,
+    )  # fmt: skip
+    after = run.ledger()
+    queued = {stage: job for stage, job in after.jobs.items() if stage in STAGES and before.jobs.get(stage) != job}
+    if not isinstance(action, QueueAnew) and not queued:
+        return _nothing_queued(run, action)
+    if action.job_id:
+        print(f"Continuing at {action.stage}{_why(after, action)}.")
+    stages_of: dict[str, list[str]] = {}
+    for stage, job in queued.items():
+        stages_of.setdefault(job, []).append(stage)
+    if stages_of:
         print("Queued: " + ", ".join(f"{' and '.join(stages)} {job}" for job, stages in stages_of.items()))
     print(f"Watch it: make status RUN={run.name}   make logs RUN={run.name} FOLLOW=1")
+    return DONE
+
+
+def _why(ledger: Ledger, action: Action) -> str:
+    """How the stage at which the run continues ended last, in brackets; empty where nothing tells."""
+    ends = ledger.outcomes.get(action.stage, ())
+    return f" ({ends[-1].message})" if ends else ""
+
+
+def _nothing_queued(run: RunDir, action: Action) -> int:
+    """Say why there was nothing to queue."""
+    if run.ledger().first_open is None:
+        print(f"{run.name} is completed.")
+        _say_results(run)
+    elif action.cause == "cancelled" and isinstance(action, Nothing) and action.over:
+        print(f"It was cancelled and will not be restarted. make resume RUN={run.name} resumes it.")
+    elif action.cause == "cancelled":
+        raise FtError(f"{run.name}: {action.message}. Try again in a moment")
+    else:
+        (seen,) = see([run])
+        doing = ", ".join(f"{name} {stage.state}" for name, stage in seen.stages.items())
+        print(f"{run.name} is on its way: {doing}.")
     return DONE
 
 
@@ -70,34 +113,21 @@ def _see_surely(run: RunDir) -> Seen:
 
 
 def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
-    """What resume, or a second submit of the same wish, does about a run that exists."""
+    """What resume (`asked`), or a second submit of the same settings, does about a run that exists."""
     seen = _see_surely(run)
-    found = seen.stages
-    now = state.overall(found)
-    ended = {event.job_id for event in run.ledger().of(Cancelled)}
-    if ending := [name for name, s in found.items() if s.state in ACTIVE and s.job_id in ended]:
-        raise FtError(f"{run.name}: {', '.join(ending)} was cancelled and is still saving. Try again in a moment")
-    if now == "completed":
+    if seen.place == "moved" and any(stage.state in ACTIVE for stage in seen.stages.values()):
+        raise InputError(f"run {run.name}: {seen.notes[0]}. make cancel RUN={run.name}, then make resume again")
+    if profile.scheduler is not None:
+        return _queue(run, profile, even_cancelled=asked)
+    if state.overall(seen.stages) == "completed":
         print(f"{run.name} is completed.")
         _say_results(run)
         return DONE
-    if any(s.state in ACTIVE for s in found.values()) and now in ACTIVE:
-        if seen.place == "moved":
-            raise InputError(f"run {run.name}: {seen.notes[0]}. make cancel RUN={run.name}, then make resume again")
-        doing = ", ".join(f"{name} {s.state}" for name, s in found.items())
+    if state.overall(seen.stages) in ACTIVE:
+        doing = ", ".join(f"{name} {stage.state}" for name, stage in seen.stages.items())
         print(f"{run.name} is on its way: {doing}.")
-        if profile.scheduler and any(s.job_id is None and s.state != "completed" for s in found.values()):
-            return start(run, profile)
         return DONE
-    # A stage without a job was not cancelled: the submit that would have queued it was killed.
-    by_owner = any(s.state == "cancelled" and s.job_id for s in found.values())
-    if now == "cancelled" and by_owner and not asked and profile.scheduler is not None:
-        print(f"It was cancelled and stays so. make resume RUN={run.name} goes on where it stopped.")
-        return DONE
-    where = next(name for name, s in found.items() if s.state != "completed")
-    why = f" ({found[where].words})" if found[where].words else ""
-    print(f"Going on at {where}{why}.")
-    return start(run, profile)
+    return _run_here(run, profile)
 
 
 def _settle_in(run: RunDir) -> None:
@@ -127,7 +157,11 @@ def cancel(options: argparse.Namespace) -> int:
     if not (active := _active(run)):
         print(f"{run.name}: nothing is queued or running.")
         return DONE
-    chain.cancel(run, active)
+    prepare = run.ledger().submissions.get("prepare")
+    # Other points of its sweep wait for a dataset's one job, too.
+    shared = ("prepare",) if prepare and prepare.prepared_by is not None else ()
+    jobs = {stage: job for stage, job in active.items() if stage not in shared}
+    run_chain.cancel(run, chain.site_of(run, profile), jobs, user=getpass.getuser())
     kept_answer(profile.scheduler.slurm_conf).unlink(missing_ok=True)
     print(f"{run.name}: cancelled {', '.join(active)}. make resume RUN={run.name} would go on.")
     return DONE

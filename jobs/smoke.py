@@ -22,12 +22,13 @@ from typing import Any
 from ftlib import atomic, metrics, rundir, state
 from ftlib.errors import DONE, FtError, InputError, Interrupted
 from ftlib.plan.amount import TOKENS_PER_PAIR
-from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
+from ftlib.runs import chain as run_chain
 from ftlib.runs import outcome
 from ftlib.runs.events import CheckpointSaved, FirstStep
+from ftlib.runs.scheduler import Request
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
 from jobs import environment, fetch, local, logs, stage, submit
@@ -109,12 +110,13 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
 
         # A trial that fails is not tried again by itself.
         once = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
-        before = chain.queue_image(run, once, by_guard=False)
+        before = chain.site_of(run, once).queue_image()
         jobs = {}
         for stage_name in stages_here:
             # A long download may be preempted, and resumes where it stopped.
             site = profile if stage_name == PREPARE else once
-            before = chain.queue_job(run, site, RunPlan.model_validate(run.plan()), [stage_name], before)
+            request = Request((stage_name,), run_chain.new_nonce(), after_ok=before)
+            before = run_chain.queue_job(run, chain.site_of(run, site), run.ledger(), request, automatic=False)
             jobs[stage_name] = before
             where, minutes_most = stages[stage_name]["partition"], stages[stage_name]["time_min"]
             print(

@@ -14,7 +14,7 @@ from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
 from ftlib.runs.events import ResumeRequested, Settled, Settler
 from ftlib.runs.ledger import STAGES, Ledger, jobs_of
 from ftlib.runs.scheduler import Controller, Here, Scheduler, SchedulerView
-from ftlib.runs.store import RunStore
+from ftlib.runs.store import Record, RunStore
 
 # Finds out why an attempt ended: the ledger, a stage, an attempt's number, who asks.
 Investigate = Callable[[Ledger, str, int, Settler], Settled]
@@ -24,7 +24,7 @@ REQUEUED = "requeued"
 
 
 def settle(
-    run: RunStore, view: SchedulerView, investigate: Investigate, by: Settler, writer: str | None = None
+    run: Record, view: SchedulerView, investigate: Investigate, by: Settler, writer: str | None = None
 ) -> Ledger:
     """Record why each attempt ended of which that is not recorded yet; returns the ledger then."""
     ledger = run.ledger()
@@ -35,7 +35,7 @@ def settle(
     return run.ledger()
 
 
-def begin_attempt(run: RunStore, controller: Controller, here: Here, investigate: Investigate) -> Action:
+def begin_attempt(run: Record, controller: Controller, here: Here, investigate: Investigate) -> Action:
     """What a prologue does: settle what no epilogue saw, and learn whether the attempt may begin (`Nothing`, not
     superseded) or the job must end (`Stop`, or superseded)."""
     writer = f"{here.stage}-{here.attempt}-prologue"
@@ -47,7 +47,7 @@ def begin_attempt(run: RunStore, controller: Controller, here: Here, investigate
     return action
 
 
-def end_attempt(run: RunStore, controller: Controller, here: Here, investigate: Investigate) -> Action:
+def end_attempt(run: Record, controller: Controller, here: Here, investigate: Investigate) -> Action:
     """What an epilogue does before it acts: settle its attempt, decide, and record the decision."""
     writer = f"{here.stage}-{here.attempt}-epilogue"
     view = SchedulerView.inside(here, controller.state(here.job_id))
@@ -97,17 +97,23 @@ def recover(
 
 def resume(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *,
-    user: str | None, image_job: Callable[[], str | None] = lambda: None,
+    user: str | None, even_cancelled: bool = True, image_job: Callable[[], str | None] = lambda: None,
 ) -> Action:  # fmt: skip
-    """Do what the owner's request to continue asks for. A job that was cancelled and is still ending is waited for by
-    the owner: `Nothing` with the cause "cancelled"."""
+    """Do what the owner's request to continue asks for; `even_cancelled`: also where the run was cancelled.
+
+    Of a job that was cancelled and is still ending it is `Nothing` with the cause "cancelled", not `over`: the owner
+    has to wait.
+    """
     request = ResumeRequested(user=user)
-    return _advance(run, scheduler, jobs, investigate, by="owner", request=request, image_job=image_job)
+    return _advance(
+        run, scheduler, jobs, investigate, by="owner", request=request, even_cancelled=even_cancelled,
+        image_job=image_job,
+    )  # fmt: skip
 
 
 def _advance(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *, by: Settler,
-    request: ResumeRequested | None, image_job: Callable[[], str | None],
+    request: ResumeRequested | None, image_job: Callable[[], str | None], even_cancelled: bool = False,
 ) -> Action:  # fmt: skip
     """Under the run's claim: adopt, settle, decide, record, act."""
     with run.claim():
@@ -115,7 +121,7 @@ def _advance(
         view = scheduler.look(_all_jobs(run.ledger()))
         ledger = settle(run, view, investigate, by)
         action = decide.next_action(ledger, view, time.time())
-        if request and _needs_request(action):
+        if request and _needs_request(action) and (even_cancelled or action.cause != "cancelled"):
             attempts = {stage: ledger.attempt_count(stage) for stage in STAGES}
             run.record(ResumeRequested(user=request.user, after_attempts=attempts))
             ledger = run.ledger()

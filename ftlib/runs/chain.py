@@ -36,13 +36,13 @@ def queue(
             missing = [stage for stage in stages if not ledger.done(stage)]
             before = next((active[stage] for stage in reversed(missing) if stage in active), before)
             if new := tuple(stage for stage in missing if stage not in active):
-                request = Request(new, _nonce(), after_ok=before)
-                before = _queue_job(run, scheduler, ledger, request, automatic=automatic)
+                request = Request(new, new_nonce(), after_ok=before)
+                before = queue_job(run, scheduler, ledger, request, automatic=automatic)
                 queued |= dict.fromkeys(new, before)
-        if queued or not _has_recovery_job(ledger):
+        if queued or not ledger.has_recovery_job:
             watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
-            request = Request((RECOVERY,), _nonce(), after_not_ok=tuple(dict.fromkeys(watched)))
-            _queue_job(run, scheduler, ledger, request, automatic=automatic)
+            request = Request((RECOVERY,), new_nonce(), after_not_ok=tuple(dict.fromkeys(watched)))
+            queue_job(run, scheduler, ledger, request, automatic=automatic)
     except FtError as error:
         raise FtError(
             f"{error}. Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is "
@@ -74,7 +74,8 @@ def cancel(run: RunStore, scheduler: Scheduler, jobs: Mapping[str, str], user: s
     scheduler.cancel(dict.fromkeys(jobs[stage] for stage in last_first))
 
 
-def _queue_job(run: RunStore, scheduler: Scheduler, ledger: Ledger, request: Request, *, automatic: bool) -> str:
+def queue_job(run: RunStore, scheduler: Scheduler, ledger: Ledger, request: Request, *, automatic: bool) -> str:
+    """Queue one job, its intent and its submission recorded; returns its id."""
     run.record(*(Intended(stage=stage, nonce=request.nonce) for stage in request.stages))
     submitted = scheduler.submit(request)
     _record_submission(run, ledger, request.stages, replace(submitted, automatic=automatic))
@@ -88,10 +89,6 @@ def _record_submission(run: RunStore, ledger: Ledger, stages: Sequence[str], sub
     run.record(*rows)
 
 
-def _has_recovery_job(ledger: Ledger) -> bool:
-    """Whether the newest jobs have one: a submit that was killed may have queued the last stage and no recovery job."""
-    return [event.stage for event in ledger.of(Submitted)][-1:] == [RECOVERY]
-
-
-def _nonce() -> str:
+def new_nonce() -> str:
+    """A word that no other job's comment holds."""
     return uuid.uuid4().hex[:12]

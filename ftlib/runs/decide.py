@@ -161,6 +161,8 @@ def _under_way(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> Act
     if missing := _missing(ledger, view, stage):
         # A submission that was killed, or refused, in the middle of the chain.
         return QueueAnew(message=f"{missing[0]} is not queued yet", stage=missing[0], stages=missing)
+    if not ledger.has_recovery_job:
+        return QueueAnew(message="the recovery job is not queued yet", stage=stage)
     return Nothing(message=f"{stage} is {view.job(job).state.lower()}", stage=stage, job_id=job)
 
 

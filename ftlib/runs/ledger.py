@@ -86,6 +86,11 @@ class Ledger:
         """Stage ("recovery", "image") -> the job it was last queued under."""
         return {stage: submission.job_id for stage, submission in self.submissions.items()}
 
+    @property
+    def has_recovery_job(self) -> bool:
+        """Whether the newest jobs have one: a submit may have been killed right before it queued it."""
+        return [event.stage for event in self.of(Submitted)][-1:] == [RECOVERY]
+
     @cached_property
     def home(self) -> Path | None:
         """Where a resume found the run after it had been moved or copied; None where that never happened."""

@@ -10,8 +10,8 @@ from ftlib.runs.events import Event
 from ftlib.runs.ledger import Ledger
 
 
-class RunStore(Protocol):
-    """The record of one run."""
+class Record(Protocol):
+    """The record of one run, as a batch host uses it."""
 
     name: str
 
@@ -20,6 +20,10 @@ class RunStore(Protocol):
 
     def record(self, *events: Event, writer: str | None = None) -> None:
         """Add events of one moment to the writer's own file (this process's, without one)."""
+
+
+class RunStore(Record, Protocol):
+    """The record of one run, as a login node uses it."""
 
     def claim(self) -> AbstractContextManager[None]:
         """Be the only process that queues jobs of this run. Raises `InputError` where another one does."""
