@@ -14,7 +14,7 @@ from ftlib import events, outcome, state
 from ftlib.errors import FtError
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
-from ftlib.slurm import batch, container, settle
+from ftlib.slurm import batch, container, retry, settle
 from ftlib.sweepdir import SweepDir
 from jobs.chain import AND, STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
@@ -61,6 +61,7 @@ class Arrays:
         self.sweep, self.profile, self.fed, self.at_once, self.cache = sweep, profile, fed, at_once, cache
         self.image: str | None = None  # the job that builds the image, where it is not there yet
         self.active: dict[str, set[str]] = {}  # stage -> arrays, or jobs, that are queued or running
+        self.patience_s = retry.SUBMIT_S  # how long a busy controller is asked to take each array
         self.middle: list[str] = []  # tasks whose end means that there is room again
 
     def queue(self, needs: list[Need]) -> FtError | None:
@@ -137,7 +138,7 @@ class Arrays:
     ) -> str:  # fmt: skip
         name = AND.join(stages)
         array = self.executor(chunk, stages, nonce, indices, after, prepared=prepared).queue(
-            f"{name} of {len(indices)} points"
+            f"{name} of {len(indices)} points", patience_s=self.patience_s
         )
         self.fed.queued[name] += len(indices)
         self.fed.arrays[name] += 1
