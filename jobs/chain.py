@@ -11,6 +11,7 @@ from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
+from ftlib.errors import Unavailable
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
@@ -19,7 +20,7 @@ from ftlib.runs.comments import AND, GUARD
 from ftlib.runs.events import CheckpointSaved, Submitted
 from ftlib.runs.ledger import IMAGE, RECOVERY
 from ftlib.runs.scheduler import Job, Request, SchedulerView
-from ftlib.slurm import batch, client, container
+from ftlib.slurm import batch, client, container, retry
 from ftlib.slurm import queue as slurm_queue
 from ftlib.slurm.queue import Answer
 
@@ -46,13 +47,17 @@ class ModuleExecutor(SlurmExecutor):
         """The sbatch script, to the letter."""
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
-    def queue(self, what: str) -> str:
-        """Call sbatch; returns the job's id."""
+    def queue(self, what: str, *, patience_s: float = retry.SUBMIT_S, before: Collection[str] = ()) -> str:
+        """Call sbatch, again for `patience_s` where the controller is busy; returns the job's id.
+
+        before: ids of other jobs that have the same comment.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
+
+        def sbatch() -> str:
             return str(self._submit_command(self._submitit_command_str).job_id)
-        except Exception as error:
-            raise client.Refused(what, error) from None
+
+        return retry.submit(sbatch, what, self.parameters["comment"], patience_s=patience_s, before=before)
 
 
 def executor(
@@ -94,7 +99,14 @@ def scripts(
 class SlurmSite:
     """`ftlib.runs.scheduler.Scheduler` for one run: its jobs, as its plan and the site's profile ask for them."""
 
-    def __init__(self, run: RunDir, profile: ClusterProfile, plan: RunPlan) -> None:
+    def __init__(
+        self, run: RunDir, profile: ClusterProfile, plan: RunPlan, *, patience_s: float = retry.SUBMIT_S,
+        patient: bool = False,
+    ) -> None:  # fmt: skip
+        """patience_s: how long a busy controller is asked to take each job. patient: as long for every other answer,
+        because nobody waits for this one."""
+        self.patience_s: float = patience_s
+        self.answer_s: float = patience_s if patient else 0.0
         excluded = [profile.exclude, *sorted(run.ledger().overrides(time.time()).excluded)]
         self.run: RunDir = run
         self.profile: ClusterProfile = profile.model_copy(update={"exclude": ",".join(filter(None, excluded)) or None})
@@ -105,7 +117,9 @@ class SlurmSite:
         """Queue a stage's job, or the recovery job."""
         name = AND.join(GUARD if stage == RECOVERY else stage for stage in request.stages)
         if request.stages == (RECOVERY,):
-            job = self._recovery_executor(request).queue(f"the recovery job of {self.run.name}")
+            job = self._recovery_executor(request).queue(
+                f"the recovery job of {self.run.name}", patience_s=self.patience_s
+            )
             return Submitted(stage=RECOVERY, job_id=job, nonce=request.nonce)
         asked = batch.request(self.profile, self.plan, request.stages)
         made = executor(
@@ -115,25 +129,35 @@ class SlurmSite:
         for stage in request.stages:  # Slurm makes no folders for logs
             (self.run.slurm / stage).mkdir(parents=True, exist_ok=True)
         return Submitted(
-            stage=request.stages[0], job_id=made.queue(f"{name} of {self.run.name}"), nonce=request.nonce,
+            stage=request.stages[0], nonce=request.nonce,
+            job_id=made.queue(f"{name} of {self.run.name}", patience_s=self.patience_s),
             mem_mib=asked.mem_gib * 1024, node_mem_mib=_node_mem_mib(self.profile, asked),
         )  # fmt: skip
 
     def queue(self) -> list[Job]:
-        return client.jobs()
+        return retry.patiently(client.jobs, patience_s=self.answer_s)
 
     def look(self, job_ids: Collection[str]) -> SchedulerView:
-        answer = slurm_queue.ask(job_ids)
-        return view_of(answer)
+        """As `Scheduler.look`; Unavailable also where accounting fails and the queue has forgotten one of the jobs."""
+
+        def ask() -> SchedulerView:
+            answer = slurm_queue.ask(job_ids)
+            if unknown := answer.unknown(sorted(job_ids)):
+                raise Unavailable(f"how job {', '.join(unknown)} ended cannot be learned: {answer.trouble}")
+            return view_of(answer)
+
+        return retry.patiently(ask, patience_s=self.answer_s)
 
     def cancel(self, job_ids: Iterable[str]) -> None:
-        client.cancel(job_ids)
+        jobs = list(job_ids)
+        retry.patiently(lambda: client.cancel(jobs), patience_s=self.answer_s)
 
     def queue_image(self) -> str | None:
         """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
         from jobs import image
 
-        job = image.job_before(self.profile, Path(self.run.provenance()["checkout"]))
+        checkout = Path(self.run.provenance()["checkout"])
+        job = image.job_before(self.profile, checkout, patience_s=self.patience_s)
         if job:
             self.run.record(Submitted(stage=IMAGE, job_id=job))
         return job
@@ -155,9 +179,10 @@ class SlurmSite:
         return made
 
 
-def site_of(run: RunDir, profile: ClusterProfile) -> SlurmSite:
-    """The scheduler of a run, for what is submitted now."""
-    return SlurmSite(run, profile, RunPlan.model_validate(run.plan()))
+def site_of(run: RunDir, profile: ClusterProfile, *, patient: bool = False) -> SlurmSite:
+    """The scheduler of a run, for what is submitted now; `patient`: nobody waits for it."""
+    patience_s = retry.RECOVERY_S if patient else retry.SUBMIT_S
+    return SlurmSite(run, profile, RunPlan.model_validate(run.plan()), patience_s=patience_s, patient=patient)
 
 
 def view_of(answer: Answer) -> SchedulerView:

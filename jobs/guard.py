@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlib.errors import FtError, Unavailable
+from ftlib.errors import FtError
 from ftlib.rundir import RunDir
 from ftlib.runs import act
 from ftlib.runs.decide import Action, QueueAnew
-from ftlib.slurm import evidence
+from ftlib.slurm.investigate import investigator
 
-# A controller, or a file system, that does not answer is waited for: nobody else would continue the run.
+# A file system that does not answer is waited for: nobody else would continue the run.
 TRY_FOR_S, PAUSE_S = 600.0, 15.0
 
 
@@ -39,18 +39,18 @@ def recover(run: RunDir) -> Action:
     from jobs import chain
     from jobs.wish import stored_profile
 
-    site = chain.site_of(run, stored_profile(run))
-    investigate = evidence.investigator(run.path)
+    site = chain.site_of(run, stored_profile(run), patient=True)
+    investigate = investigator(run.path)
     return act.recover(run, site, site.plan.jobs, investigate, image_job=site.queue_image)
 
 
 def patiently(call: Callable[[], Action]) -> Action:
-    """What `call` returns; it is tried again for some minutes where something does not answer."""
+    """What `call` returns; it is tried again for some minutes where the file system does not answer."""
     deadline = time.monotonic() + TRY_FOR_S
     while True:
         try:
             return call()
-        except (Unavailable, OSError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
                 raise
             print(f"ftlib: {error}; trying again in {PAUSE_S:.0f} s", flush=True)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from submitit import Job
@@ -17,13 +17,18 @@ from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs import outcome
+from ftlib.runs import act, outcome
+from ftlib.runs.decide import Requeue, Stop
 from ftlib.runs.events import Cancelled, Started, Submitted
-from ftlib.slurm import batch, client, container, settle
+from ftlib.runs.scheduler import Here
+from ftlib.slurm import batch, client, container
+from ftlib.slurm.investigate import investigator
 from jobs import logs
 from jobs import stage as stage_module
 
 POLL_S = 0.1
+# The exit code of what SIGKILL ended, as a shell reports it.
+KILLED = 137
 YEAR_MIN = 525_600
 
 
@@ -76,14 +81,31 @@ def _stage(
             again = f"make resume RUN={run.name} goes on from there" if resumable else "Start it anew"
             print(f"\n{stage}: {saved}. {again}.", flush=True)
             return RUN_AGAIN
-        code = last.code if last else settle.KILLED
-        verdict = settle.end(run.path, stage, life, code, job.job_id, Path(job.paths.stdout))
-        if verdict.do != "requeue":
-            words = f"{last.message}\n" if last else ""
-            print(f"{words}{stage} stopped: {verdict.words}. make why RUN={run.name}", file=sys.stderr, flush=True)
-            return verdict.code
-        print(f"{stage}: {verdict.words}", flush=True)
-        time.sleep(verdict.backoff_s)
+        here = Here(job_id=str(job.job_id), stage=stage, attempt=life, ended=True)
+        code = last.code if last else KILLED
+        investigate = investigator(
+            run.path, code=code, logs=Path(job.paths.stdout).parent, job_id=here.job_id, slurm=False
+        )
+        action = act.end_attempt(run, NoController(), here, investigate)
+        if not isinstance(action, Requeue):
+            message = f"{last.message}\n" if last else ""
+            print(f"{message}{stage} stopped: {action.message}. make why RUN={run.name}", file=sys.stderr, flush=True)
+            return action.code if isinstance(action, Stop) else RUN_AGAIN
+        print(f"{stage}: {action.message}", flush=True)
+        time.sleep(action.backoff_s)
+
+
+class NoController:
+    """`ftlib.runs.scheduler.Controller` of a run in the foreground, which has none."""
+
+    def state(self, job_id: str) -> str | None:
+        return None
+
+    def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
+        return False
+
+    def update(self, job_id: str, changes: Mapping[str, str]) -> bool:
+        return False
 
 
 def _next_life(run: RunDir, stage: str) -> int:

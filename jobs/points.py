@@ -20,8 +20,9 @@ from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
 from ftlib.runs.events import Event, ResumeRequested
 from ftlib.runs.ledger import Ledger
 from ftlib.runs.scheduler import Job, SchedulerView
-from ftlib.slurm import batch, evidence
-from ftlib.state import ACTIVE
+from ftlib.slurm import batch
+from ftlib.slurm.investigate import investigator
+from ftlib.state import ACTIVE, StageState
 from ftlib.sweepdir import SweepDir, share_prepared
 
 X = TypeVar("X")
@@ -113,6 +114,15 @@ def need_of(
         return "cancelled"
     else:
         request = (_resume_request(ledger),)
+    automatic = by == "feeder" and bool(action.job_id)
+    return need(run, ledger, states, automatic=automatic, decision=(*action.events(), *request))
+
+
+def need(
+    run: RunDir, ledger: Ledger, states: Mapping[str, StageState], *, automatic: bool = False,
+    decision: tuple[Event, ...] = (),
+) -> Need:  # fmt: skip
+    """All that a point still needs, from its first stage on that is neither done nor under way."""
     first = next(stage for stage in STAGES if states[stage].state not in ("completed", *ACTIVE))
     later = STAGES[STAGES.index(first) :]
     before = [name for name in STAGES[: STAGES.index(first)] if states[name].state in ACTIVE]
@@ -125,8 +135,8 @@ def need_of(
         prepare=waits if before == ["prepare"] else None,
         before=waits if before != ["prepare"] else None,
         behind=tuple(job for stage in later if states[stage].state in ACTIVE and (job := states[stage].job_id)),
-        automatic=by == "feeder" and bool(action.job_id),
-        decision=(*action.events(), *request),
+        automatic=automatic,
+        decision=decision,
     )
 
 
@@ -140,7 +150,7 @@ def _decide(run: RunDir, ledger: Ledger, view: SchedulerView, decided: dict[Path
         return decided[owner.path]
     if run.path not in decided:
         if decide.open_ends(ledger, view):
-            ledger = act.settle(run, view, evidence.investigator(run.path), "sweep")
+            ledger = act.settle(run, view, investigator(run.path), "sweep")
         action = decide.next_action(ledger, view, time.time())
         if isinstance(action, Stop):
             run.record(*action.events())

@@ -21,7 +21,7 @@ from ftlib.runs.decide import Action, Nothing, QueueAnew
 from ftlib.runs.events import Moved, Override
 from ftlib.runs.ledger import Ledger
 from ftlib.runs.overrides import MICRO_BATCH
-from ftlib.slurm import evidence
+from ftlib.slurm.investigate import investigator
 from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
 from jobs.look import kept_answer, look, see, writer
@@ -54,7 +54,7 @@ def _queue(run: RunDir, profile: ClusterProfile, *, even_cancelled: bool) -> int
     site = chain.site_of(run, profile)
     before = run.ledger()
     action = act.resume(
-        run, site, site.plan.jobs, evidence.investigator(run.path), user=getpass.getuser(),
+        run, site, site.plan.jobs, investigator(run.path), user=getpass.getuser(),
         even_cancelled=even_cancelled, image_job=site.queue_image,
     )  # fmt: skip
     after = run.ledger()

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 
-from ftlib import atomic, rundir, sweepdir
+from ftlib import atomic, rundir, state, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
@@ -21,7 +21,7 @@ from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import fetch, submit
 from jobs import wish as wishes
-from jobs.points import Need, need_of, share_datasets, threaded
+from jobs.points import Asker, Need, need, share_datasets, threaded
 from jobs.wish import RUNS, Wish
 
 
@@ -234,7 +234,7 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
     threaded(lambda n: rundir.create(RUNS, n, wishes.files_of(points[n], n, sweep=place.name), code), missing)
 
 
-def _go(place: SweepDir, *, by: str) -> int:
+def _go(place: SweepDir, *, by: Asker) -> int:
     profile = place.read().profile
     if not place.members():
         raise InputError(f"{place.name}: none of its runs is in {RUNS} any more; make sweep makes them again")
@@ -252,8 +252,8 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
     from jobs import local
 
     members, points, failed = place.members(), place.read().points, dict[str, int]()
-    found = [need_of(run, run.ledger(), {}, by="resume", told={}) for run in members]
-    share_datasets(place, [need for need in found if isinstance(need, Need)], {})
+    unfinished = [(run, ledger) for run in members if (ledger := run.ledger()).first_open is not None]
+    share_datasets(place, [need(run, ledger, state.stages(ledger, {})) for run, ledger in unfinished], {})
     for number, run in enumerate(members, 1):
         print(f"\n== point {number} of {len(members)}: {sweeps.words(points[run.name])} ({run.name})", flush=True)
         if all(run.stage_done(stage) for stage in STAGES):

@@ -21,6 +21,8 @@ Investigate = Callable[[Ledger, str, int, Settler], Settled]
 # Waiting for a controller that does not accept a requeue: 1, 2, 4, … seconds, the longest this.
 LONGEST_WAIT_S = 256
 REQUEUED = "requeued"
+# Longer than any submit holds its claim without touching it.
+CLAIM_S = 300.0
 
 
 def settle(
@@ -116,7 +118,9 @@ def _advance(
     request: ResumeRequested | None, image_job: Callable[[], str | None], even_cancelled: bool = False,
 ) -> Action:  # fmt: skip
     """Under the run's claim: adopt, settle, decide, record, act."""
-    with run.claim():
+    # A submit that was killed on a login node leaves a claim, and a job elsewhere cannot see that its process is gone.
+    claim = run.claim() if request else run.claim(wait_s=CLAIM_S, silent_s=CLAIM_S)
+    with claim:
         chain.adopt(run, scheduler)
         view = scheduler.look(_all_jobs(run.ledger()))
         ledger = settle(run, view, investigate, by)

@@ -4,6 +4,7 @@ that more than one reader asks. It is a value: nothing here writes, and nothing 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -221,11 +222,26 @@ def read(run: Path) -> Ledger:
     for outcome in outcomes.read(run / "outcomes"):
         by_stage.setdefault(outcome.stage, []).append(outcome)
     recorded = events.read(run / "events")
+    micro_batch, rows_of_a_rank = None, None
+    # Thousands of runs are read for one look at them: the plan only where its figures decide something.
+    if any(isinstance(event, Settled) and event.cause == "GPU memory" for event in recorded):
+        micro_batch, rows_of_a_rank = _planned_batch(run)
     return Ledger(
+        micro_batch=micro_batch,
+        rows_of_a_rank=rows_of_a_rank,
         events=(*earlier.adjustments(run, recorded), *recorded),
         attempts=attempts.read(run / "lives"),
         outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
     )
+
+
+def _planned_batch(run: Path) -> tuple[int | None, int | None]:
+    """Rows of a micro-batch, and of a rank's whole step, as planned; None each where no plan can be read."""
+    try:
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+        return int(plan["micro_batch"]), int(plan["micro_batch"]) * int(plan["accumulation"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
 def jobs_of(ledgers: Iterable[Ledger]) -> set[str]:

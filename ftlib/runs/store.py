@@ -25,5 +25,8 @@ class Record(Protocol):
 class RunStore(Record, Protocol):
     """The record of one run, as a login node uses it."""
 
-    def claim(self) -> AbstractContextManager[None]:
-        """Be the only process that queues jobs of this run. Raises `InputError` where another one does."""
+    def claim(self, *, wait_s: float = 0.0, silent_s: float | None = None) -> AbstractContextManager[None]:
+        """Be the only process that queues jobs of this run. Raises `InputError` where another one does.
+
+        wait_s: how long to wait for another. silent_s: take over a claim that was not touched for so long.
+        """

@@ -20,13 +20,13 @@ from ftlib.runs import act, overrides
 from ftlib.runs.decide import EXIT_CANCELLED, EXIT_INTERRUPTED, Action, Nothing, Requeue, Stop
 from ftlib.runs.folder import RunFolder
 from ftlib.runs.scheduler import Here
-from ftlib.slurm import evidence
 from ftlib.slurm.controller import SlurmController
+from ftlib.slurm.investigate import investigator
 
 
 def begin(run: RunFolder, here: Here) -> str:
     """Settle what no epilogue saw; what the shell does next."""
-    action = act.begin_attempt(run, SlurmController(), here, evidence.investigator(run.path))
+    action = act.begin_attempt(run, SlurmController(), here, investigator(run.path))
     if isinstance(action, Stop):
         _say(action.message)
         return f"exit {action.code}"
@@ -39,7 +39,8 @@ def begin(run: RunFolder, here: Here) -> str:
 def end(run: RunFolder, here: Here, *, code: int, log: Path) -> str:
     """Settle the attempt, decide, and do it; what the shell does next."""
     controller = SlurmController()
-    action = act.end_attempt(run, controller, here, evidence.investigator(run.path, code=code, log=log))
+    investigate = investigator(run.path, code=code, logs=log.parent, job_id=here.job_id)
+    action = act.end_attempt(run, controller, here, investigate)
     _say(action.message)
     if isinstance(action, Requeue):
         how = act.requeue(controller, here.job_id, changes_of(run, action), report=_say)
