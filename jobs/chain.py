@@ -22,7 +22,6 @@ from ftlib.runs.ledger import IMAGE, RECOVERY
 from ftlib.runs.scheduler import Job, Request, SchedulerView
 from ftlib.slurm import batch, client, container, retry
 from ftlib.slurm import queue as slurm_queue
-from ftlib.slurm.queue import Answer
 
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
@@ -144,7 +143,7 @@ class SlurmSite:
             answer = slurm_queue.ask(job_ids)
             if unknown := answer.unknown(sorted(job_ids)):
                 raise Unavailable(f"how job {', '.join(unknown)} ended cannot be learned: {answer.trouble}")
-            return view_of(answer)
+            return answer.view()
 
         return retry.patiently(ask, patience_s=self.answer_s)
 
@@ -183,14 +182,6 @@ def site_of(run: RunDir, profile: ClusterProfile, *, patient: bool = False) -> S
     """The scheduler of a run, for what is submitted now; `patient`: nobody waits for it."""
     patience_s = retry.RECOVERY_S if patient else retry.SUBMIT_S
     return SlurmSite(run, profile, RunPlan.model_validate(run.plan()), patience_s=patience_s, patient=patient)
-
-
-def view_of(answer: Answer) -> SchedulerView:
-    """What the reducer needs of Slurm's answer."""
-    known = {job: one for job, one in answer.jobs.items() if one.state not in ("", slurm_queue.UNKNOWN)}
-    unknown = any(one.state == slurm_queue.UNKNOWN for one in answer.jobs.values())
-    squeue_silent = bool(answer.trouble) and answer.accounting != "failed"
-    return SchedulerView(jobs=known, answered=not (squeue_silent or unknown), accounting=answer.accounting)
 
 
 def _node_mem_mib(profile: ClusterProfile, asked: StagePlan) -> int:

@@ -22,7 +22,7 @@ from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client, retry
 from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
-from jobs import chain, image
+from jobs import image
 from jobs.arrays import Arrays, Fed, record
 from jobs.chain import ModuleExecutor
 from jobs.points import Asker, Need, active, fitting, need_of, share_datasets, threaded
@@ -46,7 +46,7 @@ def feed(sweep: SweepDir, *, by: Asker) -> Fed:
     used = sum(active(view, job.id) for job in queue)
     ledgers = threaded(RunDir.ledger, runs)
     answer = slurm_queue.combine(sorted({job for known in ledgers for job in known.jobs.values()}), view, time.time())
-    view, seen_by_slurm = answer.jobs, chain.view_of(answer)
+    view, seen_by_slurm = answer.jobs, answer.view()
     fed, needs, decided = Fed(), list[Need](), dict[Path, Action]()
     for run, known in zip(runs, ledgers, strict=True):
         found = need_of(run, known, seen_by_slurm, by=by, decided=decided)

@@ -18,7 +18,7 @@ from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs.attempts import Attempt
 from ftlib.runs.events import Submitted
-from ftlib.runs.ledger import RECOVERY, Ledger
+from ftlib.runs.ledger import Ledger
 from ftlib.slurm import queue
 from ftlib.state import ACTIVE
 from jobs.look import see
@@ -129,10 +129,7 @@ def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
     words = first.words
     if first.state == "queued" and job and state.SLURM_STATES.get(job.state) == "queued":
         words = queue.why_waits(job, time.time())
-    # Where nobody could requeue it, the guard will.
-    guard = seen.answer.jobs.get(seen.known.jobs.get(RECOVERY, ""))
-    guarded = guard is not None and state.SLURM_STATES.get(guard.state) in ACTIVE
-    goes_on = first.state in ACTIVE or (guarded and first.state == "failed")
+    goes_on = first.state in ACTIVE or (seen.will_recover and first.state == "failed")
     return goes_on, f"{open_stages[0]} is {first.state}" + (f": {words}" if words else "")
 
 

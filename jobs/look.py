@@ -26,6 +26,7 @@ from ftlib.report.board import board
 from ftlib.report.plan import console
 from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import decide
 from ftlib.runs.events import Moved
 from ftlib.slurm import client, queue
 from ftlib.slurm.client import Job
@@ -75,10 +76,13 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
             users = {user for user in owners if user == me or _has_account(user)}
             users = users if users - {me} else set()
             answer = queue.ask(jobs, users=users, kept=None if fresh else kept_answer(conf), least_s=least_s)
+        view, now = answer.view(), time.time()
         for seen, said in members:
             owner = said.get("user") or me
             seen.answer = answer if owner == me or _has_account(owner) else _without_account(seen, answer, owner)
             seen.stages = state.stages(seen.known, seen.answer.jobs)
+            seen_by_slurm = view if seen.answer is answer else seen.answer.view()
+            seen.action = decide.next_action(seen.known, seen_by_slurm, now)
     return found
 
 

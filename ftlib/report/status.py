@@ -12,8 +12,10 @@ from ftlib import metrics
 from ftlib.errors import FtError
 from ftlib.report.cost import stage_costs, time_of
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs.decide import Action, QueueAnew
 from ftlib.runs.events import Resumed, Settled, Started
-from ftlib.runs.ledger import Ledger
+from ftlib.runs.ledger import RECOVERY, Ledger
+from ftlib.runs.scheduler import AT_WORK, WAITING
 from ftlib.slurm.queue import Answer, why_waits
 from ftlib.state import ACTIVE, Place, StageState, overall
 
@@ -34,6 +36,13 @@ class Seen:
     notes: list[str]  # what a person should know: moved, copied, another's
     stages: dict[str, StageState] = field(default_factory=dict)
     answer: Answer = field(default_factory=lambda: Answer({}))  # what Slurm said of the jobs of all runs of its cluster
+    action: Action | None = None  # what is due about it now; None without Slurm
+
+    @property
+    def will_recover(self) -> bool:
+        """Whether its recovery job is queued or running, and will continue the run."""
+        job = self.answer.view().job(self.known.jobs.get(RECOVERY, ""))
+        return isinstance(self.action, QueueAnew) and job.state in (*WAITING, *AT_WORK)
 
 
 @dataclass

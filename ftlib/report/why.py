@@ -10,6 +10,7 @@ from ftlib.errors import RUN_AGAIN
 from ftlib.report.status import Seen
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs.attempts import Attempt
+from ftlib.runs.decide import QueueAnew
 from ftlib.runs.events import CheckpointSaved, Decided, Ended, FirstStep, Resumed, Started
 from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
 from ftlib.slurm import policy
@@ -104,6 +105,12 @@ def _advice(seen: Seen, cause: str) -> str:
         return f"nothing. {why_waits(job, time.time()).capitalize()}." if job and now == "queued" else "nothing."
     if now == "cancelled":
         return f"nothing; make resume RUN={run.name} would go on."
+    if isinstance(seen.action, QueueAnew):
+        if seen.will_recover:
+            return "nothing. The recovery job will queue it again in a moment."
+        return f"make resume RUN={run.name}."
+    if seen.action and seen.action.cause:
+        cause = seen.action.cause
     kind = policy.KINDS.get(cause)  # type: ignore[call-overload]
     broken = next(name for name, s in stages.items() if s.state == "failed")
     text = kind.mend if kind else f"make logs RUN={{run}} STAGE={broken}; after the mend, make resume RUN={{run}}"

@@ -34,10 +34,8 @@ def investigator(
         finding = cause_of(evidence)
         rank = _rank_of(evidence, finding.line)
         accounted = evidence.accounted
-        if own:
-            node = _node_of(rank)
-        else:  # Of a job that is gone only the first rank's node is known.
-            node = "" if rank else ledger.attempt(stage, attempt).node
+        # Of a job that is gone only the first rank's node is known.
+        first_node = "" if rank else ledger.attempt(stage, attempt).node
         return Settled(
             stage=stage,
             attempt=attempt,
@@ -47,7 +45,7 @@ def investigator(
             message=finding.message,
             line=finding.line,
             code=code if own else None,
-            node=node,
+            node=_node_of(rank) if own else first_node,
             rank=rank,
             ended=accounted.ended if accounted and not own else None,
         )

@@ -9,10 +9,11 @@ import re
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ftlib import atomic
 from ftlib.errors import Unavailable
+from ftlib.runs.scheduler import Accounting, SchedulerView
 from ftlib.slurm import client
 from ftlib.slurm.client import Job
 
@@ -22,10 +23,6 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 BEGUN = ("PENDING", "RUNNING", "SUSPENDED")
 # Our own word for a job of which nothing could be heard.
 UNKNOWN = "UNKNOWN"
-
-
-# Whether accounting told of the jobs that the queue no longer lists. "answered": also where there were none to ask for.
-Accounting = Literal["answered", "disabled", "failed"]
 
 
 class Answer(NamedTuple):
@@ -44,6 +41,13 @@ class Answer(NamedTuple):
     def unknown(self, wanted: Iterable[str]) -> list[str]:
         """Those of the jobs `wanted` of which nothing could be learned."""
         return [job for job in wanted if self.jobs.get(job, Job("")).state == UNKNOWN]
+
+    def view(self) -> SchedulerView:
+        """What the reducer needs of it."""
+        known = {job: one for job, one in self.jobs.items() if one.state not in ("", UNKNOWN)}
+        unknown = any(job.state == UNKNOWN for job in self.jobs.values())
+        queue_silent = bool(self.trouble) and self.accounting != "failed"
+        return SchedulerView(jobs=known, answered=not (queue_silent or unknown), accounting=self.accounting)
 
 
 def ask(
