@@ -104,7 +104,7 @@ def _stop_reason(run: RunDir, known: Ledger, stage: str, job: str) -> str | None
     decided = known.last(Decided, stage, lives)
     if decided and decided.choice == "stop":
         return f"{stage}: {decided.message}"
-    micro_batch = int(run.plan(known)["micro_batch"]) if stage == "train" else None
+    micro_batch = run.numerics(known).micro_batch if stage == "train" else None
     decision = policy.decide(settle.settled_lives(known, stage, lives + 1), micro_batch=micro_batch)
     if decision.requeue:
         return None

@@ -109,7 +109,7 @@ def need_of(run: RunDir, known: Ledger, view: View, *, by: str, told: dict[Path,
     waits = found[before[-1]].job_id if before else None
     return Need(
         run.path, tuple(stage for stage in STAGES[position:] if found[stage].state != "completed"),
-        RunPlan.model_validate(run.plan(known)),
+        RunPlan.model_validate(run.plan()),
         f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
         prepare=waits if before == ["prepare"] else None, before=waits if before != ["prepare"] else None,
         behind=tuple(j for stage in STAGES[position:] if found[stage].state in ACTIVE and (j := found[stage].job_id)),

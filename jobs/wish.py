@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from ftlib import modelfiles, naming, profile, recipe, rundir, sweep
 from ftlib.errors import InputError, unknown
-from ftlib.plan import fits, plan, shapes
+from ftlib.plan import fits, numerics, plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import client, container
 from ftlib.spec import RunSpec, file_digest
@@ -248,7 +248,8 @@ def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, An
         "code": code_version(), "image": container.image(wish.profile, CHECKOUT), "locks": locks(),
     }  # fmt: skip
     spec, planned = wish.spec.model_dump(mode="json"), wish.plan.model_dump(mode="json")
-    return {"spec.json": spec, "plan.json": planned, "provenance.json": provenance}
+    begun = numerics.first(wish.spec, planned, locks()).model_dump(mode="json")
+    return {"spec.json": spec, "plan.json": planned, numerics.FILE: begun, "provenance.json": provenance}
 
 
 @functools.cache
