@@ -208,8 +208,8 @@ class Peer:
         from ftlib.data.dataset import PackedRows
         from ftlib.train.model import attach_adapter, load_base
 
-        spec, plan = self.run.spec(), self.run.plan()
-        torch.set_num_threads(plan["threads"])
+        spec, numerics = self.run.spec(), self.run.numerics()
+        torch.set_num_threads(numerics.threads)
         life = os.environ["FT_LIFE"]
         set_seed(spec.train.seed)
         base = load_base(spec, self.run.provenance()["model_path"], torch.device("cpu"))
@@ -224,7 +224,7 @@ class Peer:
 
         arguments = TrainingArguments(
             output_dir=str(self.folder / "out"), max_steps=spec.train.steps or 1, use_cpu=True,
-            per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
+            per_device_train_batch_size=numerics.micro_batch, gradient_accumulation_steps=numerics.accumulation,
             learning_rate=spec.optim.lr, lr_scheduler_type=spec.optim.schedule, optim=spec.optim.name,
             save_strategy="steps", save_steps=self.save_steps, save_total_limit=2, logging_steps=50,
             remove_unused_columns=False, disable_tqdm=True, report_to="none", seed=spec.train.seed)  # fmt: skip

@@ -8,7 +8,6 @@ Each life is a process of its own, so that peak memory is that life's and a resu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -20,6 +19,7 @@ from typing import Any
 
 from benchmarks.lives import CHECKOUT, prepared_run, print_table, sha
 from ftlib import checkpoint
+from ftlib.plan import numerics
 from ftlib.rundir import RunDir
 
 STEPS, HALF = 8, 4
@@ -45,8 +45,9 @@ TWINS = ("tiny", "tiny-codellama", "tiny-alpaca", "tiny-llama3", "tiny-falcon")
 def make_run(folder: Path, cache: Path, recipe: str, settings: str) -> RunDir:
     """A prepared run in `folder`, whose training on a CPU has one thread."""
     run = prepared_run(folder, settings, recipe=recipe, cache=cache)
-    if run.stage_plan("train")["device"] == "cpu":
-        run.plan_file.write_text(json.dumps({**run.plan(), "threads": 1}))
+    begun = run.numerics()
+    if begun.stages["train"].device == "cpu":
+        numerics.write(run.path, begun.model_copy(update={"threads": 1}))
     return run
 
 

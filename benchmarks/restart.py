@@ -37,7 +37,7 @@ print("loaded", flush=True)
 
 def bare(run: RunDir) -> float:
     """Seconds until a bare process has imported and loaded."""
-    command = [sys.executable, "-c", BARE, run.provenance()["model_path"], str(run.plan()["threads"])]
+    command = [sys.executable, "-c", BARE, run.provenance()["model_path"], str(run.numerics().threads)]
     began = time.time()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(run, 1)

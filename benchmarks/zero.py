@@ -25,8 +25,10 @@ from benchmarks.methods import make_run
 from benchmarks.save import bare_write
 from ftlib import atomic, checkpoint
 from ftlib.metrics import read_metrics
+from ftlib.plan import numerics
 from ftlib.rundir import RunDir
 from ftlib.runs.events import CheckpointSaved
+from ftlib.runs.overrides import Overrides
 
 STEPS, HALF = 25, 5
 FLAVOURS = {"ZeRO 2": 2, "ZeRO 3": 3, "DDP": 0}
@@ -38,8 +40,8 @@ SAVES = 5
 
 def live(run: RunDir, life: int, world: int, stop_after: int = 0) -> None:
     """One life of so many processes."""
-    plan = {**run.plan(), "world_size": world, "accumulation": 4 // world}
-    run.plan_file.write_text(json.dumps(plan))
+    shared = numerics.stored(run.path).overridden(Overrides(nodes=world, micro_batch=1))
+    numerics.write(run.path, shared)
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(10_000, 29_000))}
     command = [sys.executable, "-m", "benchmarks.methods", "--life", str(run.path), str(life), str(stop_after)]
     started = []

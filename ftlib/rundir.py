@@ -14,6 +14,8 @@ from typing import Any
 from ftlib import atomic
 from ftlib.claim import claim
 from ftlib.errors import InputError, nearest
+from ftlib.plan import numerics
+from ftlib.plan.numerics import Numerics
 from ftlib.runs import events, ledger, outcome
 from ftlib.runs.events import Event
 from ftlib.runs.ledger import STAGES as STAGES
@@ -62,25 +64,24 @@ class RunDir:
         """The settings as they were submitted."""
         return read(RunSpec, self.spec_file)
 
-    def plan(self, known: Ledger | None = None) -> dict[str, Any]:
-        """The run's plan as plain data, with its overrides (a smaller micro-batch) over it.
-
-        known: the run's ledger, where it was read already.
-        """
-        plan = self.stored_plan()
-        overrides = (known or self.ledger()).overrides(now=time.time())
-        if overrides.micro_batch is not None:
-            rows_of_rank = plan["micro_batch"] * plan["accumulation"]  # of each step; what all ranks do stays the same
-            plan["micro_batch"] = overrides.micro_batch
-            plan["accumulation"] = rows_of_rank // overrides.micro_batch
-        return plan
-
-    def stored_plan(self) -> dict[str, Any]:
-        """The plan as it was made, without overrides."""
+    def plan(self) -> dict[str, Any]:
+        """The plan that was shown when the run was made, as plain data: a record with estimates for reports. What a job
+        is submitted with is computed for every submission."""
         return self._json(self.plan_file)
 
+    def numerics(self, known: Ledger | None = None) -> Numerics:
+        """What decides the run's bits, its overrides included; `known`: its ledger, where it was read already.
+
+        InputError where the file is missing or damaged.
+        """
+        return numerics.stored(self.path).overridden((known or self.ledger()).overrides(now=time.time()))
+
     def stage_plan(self, stage: str) -> dict[str, Any]:
-        """What the plan gives one stage: its device and resources, as plain data."""
+        """What the last job of a stage was submitted with (StagePlan as plain data), for the job itself to check; the
+        plan that was shown, where no submission has recorded it. Never read for the next submission."""
+        file = self.slurm / stage / "request.json"
+        if file.exists():
+            return dict(self._json(file)["stage"])
         return dict(self.plan()["stages"][stage])
 
     def ledger(self) -> Ledger:

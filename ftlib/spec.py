@@ -1,4 +1,5 @@
-"""RunSpec: what a person wishes for, resolved, validated and frozen. Its hash names the run."""
+"""RunSpec: what a person requests, resolved, validated and frozen. A hash of what differs from the defaults names the
+run."""
 
 import hashlib
 import json
@@ -209,7 +210,7 @@ class ResourceSpec(Model):
 
 
 class RunSpec(Model):
-    """The whole wish. `RunSpec.run_hash` names it."""
+    """The whole request. `RunSpec.run_hash` names its run."""
 
     recipe: str = Field(description="Name of the recipe this came from")
     description: str = Field("", description="One line for people; not part of the hash")
@@ -235,10 +236,16 @@ class RunSpec(Model):
                 return {**values, "export": {"merged": False, **export}}
         return values
 
+    def changed(self) -> dict[str, Any]:
+        """What differs from the fields' defaults, as plain data; the description does not count."""
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={"description"})
+
     def run_hash(self, *, data_digest: str, cluster: str) -> str:
-        """Eight hex digits from the wish, its data's content and the cluster's name."""
-        wish = self.model_dump(mode="json", exclude={"description"})
-        text = json.dumps([wish, data_digest, cluster], sort_keys=True)
+        """Eight hex digits from what differs from the defaults, the data's content and the cluster's name.
+
+        So a field that a later version adds, with a default, changes no id.
+        """
+        text = json.dumps([self.changed(), data_digest, cluster], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

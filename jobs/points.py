@@ -130,7 +130,7 @@ def need(
     return Need(
         run=run.path,
         stages=tuple(stage for stage in later if states[stage].state != "completed"),
-        plan=RunPlan.model_validate(run.plan(ledger)),
+        plan=RunPlan.model_validate(run.plan()),
         dataset=f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
         prepare=waits if before == ["prepare"] else None,
         before=waits if before != ["prepare"] else None,

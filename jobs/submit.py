@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 
-from ftlib import atomic, rundir
+from ftlib import atomic, naming, rundir
 from ftlib.errors import InputError
 from ftlib.plan import memory, shapes
 from ftlib.report.plan import print_plan
@@ -24,28 +24,31 @@ SPARE_BYTES = 200 * 2**20
 def plan(options: argparse.Namespace) -> int:
     """Print the plan, as a table or as JSON."""
     wish = wishes.asked(options)
+    name = naming.choose(RUNS, wish.request).name
     if options.json:
-        print(json.dumps({"run": wish.name, **wish.plan.model_dump(mode="json")}, indent=1))
+        print(json.dumps({"run": name, **wish.plan.model_dump(mode="json")}, indent=1))
     else:
-        print_plan(wish.name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
+        print_plan(name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
     return 0
 
 
 def submit(options: argparse.Namespace) -> int:
     """Queue the wish's run, or say that it is there already."""
     wish = wishes.asked(options)
-    name = wishes.run_name(wish, new=options.new)
+    chosen = naming.choose(RUNS, wish.request, new=options.new)
+    name = chosen.name
+    if chosen.message:
+        print(chosen.message)
     if options.dry_run:
         return _dry_run(wish, name)
     check_ready(wish)
-    known = (RUNS / name / "spec.json").exists()
-    if not known:
+    if not chosen.exists:
         fetch.require_access([wish])
         print_plan(name, wish.spec, wish.plan, queued=wish.profile.scheduler is not None)
         require_space(space_needed(wish), f"run {name}", new=[wish])
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
-    if known:
-        print(f"The same wish was submitted before: it is run {name}. (NEW=1 makes another.)")
+    if chosen.exists:
+        print(f"Identical settings were submitted before: run {name}. (NEW=1 makes another run.)")
         return runs.go_on(run, wish.profile, asked=False)
     return runs.start(run, wish.profile)
 

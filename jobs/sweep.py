@@ -10,13 +10,13 @@ import operator
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from ftlib import atomic, rundir, state, sweepdir
+from ftlib import atomic, naming, rundir, state, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
-from ftlib.rundir import STAGES, RunDir
+from ftlib.rundir import STAGES
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
 from jobs import fetch, submit
@@ -28,9 +28,8 @@ from jobs.wish import RUNS, Wish
 def sweep(options: argparse.Namespace) -> int:
     """Queue the points that are missing or failed, or run them here one after the other."""
     spec = sweeps.load(wishes.SWEEPS, options.sweep)
-    points = _points(options, spec)
+    points, known = _points(options, spec)
     first = next(iter(points.values()))
-    known = [name for name in points if (RUNS / name / "spec.json").exists()]
     place = SweepDir(RUNS / FOLDER / f"{options.sweep}-{first.spec.recipe}-{_hash(first)}")
     _print_summary(place.name, spec, points, len(known))
     # The swept fields' values as the recipe has them; those that the point leaves as they are, too.
@@ -45,7 +44,6 @@ def sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(place, spec, {name: wish for name, wish in points.items() if name not in known})
     submit.check_ready(first)
-    _check_known(points, known)
     new = [wish for name, wish in points.items() if name not in known]
     if new:
         fetch.require_access(new)
@@ -108,8 +106,9 @@ def report(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
-    """Each point's wish by its run's name; InputError when they are too many or any is wrong."""
+def _points(options: argparse.Namespace, spec: SweepSpec) -> tuple[dict[str, Wish], list[str]]:
+    """Each point by its run's name, and the names of those that have a run already; InputError when they are too many
+    or any is wrong."""
 
     def make(points: tuple[sweeps.Point, ...]) -> list[Wish]:
         return wishes.make_all(
@@ -132,10 +131,27 @@ def _points(options: argparse.Namespace, spec: SweepSpec) -> dict[str, Wish]:
                 f"allows {most:,} (scheduler.max_points). Take fewer values, or random with so many points"
             )
     made = make(spec.points())
-    found = {wish.name: wish for wish in made}
-    if len(found) < len(made):
-        print(f"{len(made) - len(found)} of the {len(made)} points are the same run as another; each is run once.")
-    return found
+    named, known = _named(made)
+    if len(named) < len(made):
+        print(f"{len(made) - len(named)} of the {len(made)} points are the same run as another; each is run once.")
+    return named, known
+
+
+def _named(points: Sequence[Wish]) -> tuple[dict[str, Wish], list[str]]:
+    """The points by their runs' names, and the names of those that have a run already. Points with equal settings are
+    one run; of two whose hashes are equal by chance, or whose folder holds another run, one has a suffix."""
+    distinct = list({point.request.identity: point for point in points}.values())
+    by_name: dict[str, Wish] = {}
+    known: list[str] = []
+    for point, chosen in zip(distinct, threaded(lambda one: naming.choose(RUNS, one.request), distinct), strict=True):
+        if chosen.name in by_name:
+            chosen = naming.choose(RUNS, point.request, taken=by_name)
+        if chosen.message:
+            print(chosen.message)
+        by_name[chosen.name] = point
+        if chosen.exists:
+            known.append(chosen.name)
+    return by_name, known
 
 
 def _product(spec: SweepSpec) -> str:
@@ -212,15 +228,6 @@ def _print_difference(before: Sweep, now: Sweep) -> None:
     for field in ("metric", "at_once"):
         if (old := getattr(before.spec, field)) != (new := getattr(now.spec, field)):
             print(f"  {field}: {old} -> {new}")
-
-
-def _check_known(points: dict[str, Wish], known: list[str]) -> None:
-    """A run's folder must be what its name says: folders are moved and copied by hand."""
-    wrong = [name for name in known if RunDir(RUNS / name).requested() != points[name].spec]
-    words = "its folder holds another run's spec.json (it was moved or copied there?)"
-    mend = "away and submit again; nothing was queued"
-    if wrong:
-        raise InputError([f"run {name}: {words}. Move {RUNS / name} {mend}" for name in wrong])
 
 
 def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ftlib import modelfiles, profile, recipe, rundir, sweep
+from ftlib import modelfiles, naming, profile, recipe, rundir, sweep
 from ftlib.errors import InputError, unknown
-from ftlib.plan import fits, plan, shapes
+from ftlib.plan import fits, numerics, plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.slurm import client, container
 from ftlib.spec import RunSpec, file_digest
@@ -51,18 +51,25 @@ class Wish:
     words: dict[str, str]  # the options as they were said
 
     @property
+    def request(self) -> naming.Request:
+        """What tells its run from others."""
+        return naming.Request(spec=self.spec, data_digest=self.data_digest, cluster=self.profile.name)
+
+    @property
     def name(self) -> str:
-        """The run's name; the same wish has the same."""
-        return f"{self.spec.recipe}-{self.spec.run_hash(data_digest=self.data_digest, cluster=self.profile.name)}"
+        """The run's name, without the suffix that it has where that folder holds another run."""
+        return self.request.name
 
     @property
     def dataset(self) -> str:
         """Sixteen hex digits from all that decides the dataset, as far as it is known before the tokenizer is read."""
         spec = self.spec
-        parts: list[Any] = [spec.data.model_dump(mode="json"), spec.tokens.add, spec.model.revision]
+        # Without fields that have their defaults: one that a later version adds changes nothing.
+        data = spec.data.model_dump(mode="json", exclude_defaults=True)
+        parts: list[Any] = [data, spec.tokens.add, spec.model.revision]
         parts += [spec.evaluate.pairs, spec.method.prompted, self.data_digest]
         parts += [str(self.data_path), self.model.path, str(self.cache)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_profile(cluster: str | None, changes: dict[str, Any]) -> ClusterProfile:
@@ -202,8 +209,10 @@ def _without_merging(spec: RunSpec, site: ClusterProfile, said: dict[str, str], 
     """The wish without merged weights, or the one of `spec` where that has a run, by hand or of an earlier version."""
     export = spec.export.model_copy(update={"merged": False})
     lean = _wish(spec.model_copy(update={"export": export}), site, said, once)
-    known = RUNS / replace(lean, spec=spec).name / "spec.json"
-    return _wish(spec, site, said, once) if known.exists() else lean
+    merging = replace(lean, spec=spec)
+    if naming.choose(RUNS, merging.request).exists:
+        return _wish(spec, site, said, once)
+    return lean
 
 
 def _model(spec: RunSpec, site: ClusterProfile, cache: Path) -> tuple[modelfiles.ModelFiles, shapes.ModelShape]:
@@ -239,7 +248,8 @@ def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, An
         "code": code_version(), "image": container.image(wish.profile, CHECKOUT), "locks": locks(),
     }  # fmt: skip
     spec, planned = wish.spec.model_dump(mode="json"), wish.plan.model_dump(mode="json")
-    return {"spec.json": spec, "plan.json": planned, "provenance.json": provenance}
+    begun = numerics.first(wish.spec, planned, locks()).model_dump(mode="json")
+    return {"spec.json": spec, "plan.json": planned, numerics.FILE: begun, "provenance.json": provenance}
 
 
 @functools.cache
@@ -261,15 +271,6 @@ def code_version() -> dict[str, Any]:
 
     changed = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed) if changed is not None else None}
-
-
-def run_name(wish: Wish, *, new: bool) -> str:
-    """The wish's run, or with `new` the next free suffix of it."""
-    name, number = wish.name, 1
-    while new and (RUNS / name).exists():
-        number += 1
-        name = f"{wish.name}-{number}"
-    return name
 
 
 def stored_profile(run: rundir.RunDir) -> ClusterProfile:

@@ -89,6 +89,7 @@ def test_the_trainer_counts_one_gpu_where_torch_sees_two(tmp_path: Any, monkeypa
     torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
     from accelerate.state import PartialState
 
+    from ftlib.plan import numerics
     from ftlib.train.arguments import training_arguments
     from tests.wishes import planned, site, spec
 
@@ -98,11 +99,11 @@ def test_the_trainer_counts_one_gpu_where_torch_sees_two(tmp_path: Any, monkeypa
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     wish = spec("llama2-7b")
-    plan = planned(wish, site("a100")).model_dump(mode="json")
+    begun = numerics.first(wish, planned(wish, site("a100")).model_dump(mode="json"), {})
     try:
-        arguments = training_arguments(wish, plan, 10, tmp_path)
+        arguments = training_arguments(wish, begun, 10, tmp_path)
         assert str(arguments.device) == "cuda:0"
-        assert (arguments.n_gpu, arguments.train_batch_size) == (1, plan["micro_batch"])
+        assert (arguments.n_gpu, arguments.train_batch_size) == (1, begun.micro_batch)
     finally:
         PartialState._reset_state()  # it is one for the process, and would keep the device
 

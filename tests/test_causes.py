@@ -221,7 +221,7 @@ def test_gpu_memory_halves_the_micro_batch_to_one_and_keeps_the_global_batch(run
     for number in (1, 2, 3):
         committed(run, number, 10 * number)
         assert life(run, number, log("gpu-oom")).do == "requeue"
-        seen.append((run.plan()["micro_batch"], run.plan()["accumulation"]))
+        seen.append((run.numerics().micro_batch, run.numerics().accumulation))
     assert seen == [(4, 4), (2, 8), (1, 16)]
     committed(run, 4, 40)
     verdict = life(run, 4, log("gpu-oom"))

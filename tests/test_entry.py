@@ -18,7 +18,7 @@ import pytest
 
 from ftlib import allocation, recipe, rundir
 from ftlib.errors import InputError
-from ftlib.plan import shapes
+from ftlib.plan import numerics, shapes
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
@@ -115,6 +115,7 @@ def files(wish: Any, plan: RunPlan, place: Path) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "spec.json": wish.model_dump(mode="json"), "plan.json": plan.model_dump(mode="json"),
+        numerics.FILE: numerics.first(wish, plan.model_dump(mode="json"), {}).model_dump(mode="json"),
         "provenance.json": provenance,
     }  # fmt: skip
 
@@ -163,8 +164,7 @@ def entered(run: RunDir, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     def reached(device: Any) -> None:
         raise Reached(str(device))
 
-    plan = run.plan()
-    alone = plan["world_size"] == 1 and not run.spec().zero.stage
+    alone = run.numerics().world_size == 1 and not run.spec().zero.stage
     if not alone:  # the other ranks are not here to be met
         monkeypatch.setattr(rendezvous, "connect", lambda on_gpu, **_: reached("cuda:0" if on_gpu else "cpu"))
     monkeypatch.setattr(training, "load_base", lambda spec, path, device, *_, **__: reached(device))

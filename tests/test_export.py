@@ -29,6 +29,7 @@ from ftlib.export import shards  # noqa: E402
 from ftlib.export.equality import compare, logits_of  # noqa: E402
 from ftlib.train.methods import load_trained  # noqa: E402
 from tests.test_train import ROWS, live, torch_as_it_was, write_base, write_dataset, write_run  # noqa: E402
+from tests.wishes import set_numerics  # noqa: E402
 
 __all__ = ["torch_as_it_was"]
 CPU = torch.device("cpu")
@@ -309,7 +310,7 @@ def test_in_bfloat16_the_trained_model_computes_as_in_training(
 ) -> None:
     """Autocast follows the plan's type of computing, not the device."""
     run = write_run(tmp_path / "the-run", Path(trained.provenance()["model_path"]), Path(trained.prepared()["dataset"]))
-    run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
+    set_numerics(run, compute_dtype="bfloat16")
     live(run, 1)
     casts: list[bool] = []
     real = exporting.logits_of

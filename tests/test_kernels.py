@@ -17,10 +17,12 @@ from transformers import Trainer  # noqa: E402
 from transformers.training_args import ParallelMode  # noqa: E402
 
 from ftlib.evaluate import answering, evaluate  # noqa: E402
+from ftlib.plan import numerics  # noqa: E402
+from ftlib.plan.numerics import KernelSwitches, Numerics  # noqa: E402
 from ftlib.train import kernels  # noqa: E402
 from ftlib.train.arguments import prepare_process  # noqa: E402
 from tests.test_train import torch_as_it_was  # noqa: E402
-from tests.wishes import spec  # noqa: E402
+from tests.wishes import planned, site, spec  # noqa: E402
 
 __all__ = ["torch_as_it_was"]
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -42,8 +44,14 @@ def prepared(monkeypatch: pytest.MonkeyPatch, stage: str, **changes: Any) -> Any
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    stages = {stage: {"device": "cuda", "gpus_per_node": 1, "tasks_per_node": 1}}
-    return prepare_process(spec(**changes), {"threads": torch.get_num_threads(), "stages": stages}, stage)
+    return prepare_process(on_gpu(**changes), stage, {"gpus_per_node": 1})
+
+
+def on_gpu(**changes: Any) -> Numerics:
+    """The numerics of a run of the tiny recipe, planned for a GPU."""
+    asked = spec(**changes)
+    begun = numerics.first(asked, planned(asked, site("a100")).model_dump(mode="json"), {})
+    return begun.model_copy(update={"threads": torch.get_num_threads()})
 
 
 @pytest.mark.parametrize("stage", ["train", "export"])
@@ -63,8 +71,7 @@ def test_cudnn_attention_is_off_in_an_evaluation_on_a_gpu(monkeypatch: pytest.Mo
 
     torch.backends.cuda.enable_cudnn_sdp(True)
     monkeypatch.setattr(answering, "load", load)
-    plan = {"stages": {"evaluate": {"device": "cuda"}}}
-    run: Any = SimpleNamespace(spec=spec, plan=lambda: plan)
+    run: Any = SimpleNamespace(spec=spec, numerics=on_gpu)
     subject = evaluate.Subject("base", "nowhere")
     tokenizer: Any = None
     stop: Any = None
@@ -84,7 +91,7 @@ def test_deterministic_mode_on_a_gpu_sets_all_that_it_needs(monkeypatch: pytest.
 
 def test_on_a_cpu_attention_is_left_alone() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    kernels.choose(on_gpu=False, deterministic=True)
+    kernels.choose(KernelSwitches(), on_gpu=False, deterministic=True)
     assert torch.backends.cuda.cudnn_sdp_enabled() and torch.are_deterministic_algorithms_enabled()
 
 

@@ -21,6 +21,7 @@ from ftlib.stop import StopFlag  # noqa: E402
 from ftlib.train import methods  # noqa: E402
 from tests.test_methods import fresh, live, root  # noqa: E402
 from tests.test_train import torch_as_it_was  # noqa: E402
+from tests.wishes import set_numerics  # noqa: E402
 
 __all__ = ["root", "torch_as_it_was"]
 # As in the recipes of large models: blocks are computed again in the backward pass.
@@ -31,7 +32,7 @@ def in_bf16(root: Path, name: str, method: str) -> RunDir:
     """A run on the CPU whose plan computes as on a GPU."""
     recipe, settings = METHODS[method]
     run = fresh(root, name, recipe, settings + SETTINGS)
-    run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
+    set_numerics(run, compute_dtype="bfloat16")
     return run
 
 

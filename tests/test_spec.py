@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ftlib import recipe
 from ftlib.errors import InputError
+from ftlib.spec import OptimSpec, RunSpec
 from tests.wishes import RECIPES, spec
 
 
@@ -64,6 +65,22 @@ def test_the_same_wish_has_the_same_hash_and_another_has_another() -> None:
 
     assert name() == name(optim__lr="4.0e-3") == name(description="other words")
     assert len({name(), name(digest="e"), name(cluster="x"), name(optim__lr=1e-3)}) == 4
+
+
+def test_a_new_field_with_a_default_changes_no_run_s_id() -> None:
+    class LaterOptimSpec(OptimSpec):
+        momentum: float = Field(0.9, description="A later version's field")
+
+    class LaterSpec(RunSpec):
+        optim: LaterOptimSpec = LaterOptimSpec()
+        note: str | None = Field(None, description="Another one")
+
+    def run_hash(kind: type[RunSpec], **changes: object) -> str:
+        values = recipe.override(spec("llama2-7b").model_dump(), changes)
+        return kind.model_validate(values).run_hash(data_digest="d", cluster="c")
+
+    assert run_hash(LaterSpec) == run_hash(RunSpec)
+    assert run_hash(LaterSpec, **{"optim.momentum": 0.8}) != run_hash(RunSpec) != run_hash(RunSpec, **{"optim.lr": 0.5})
 
 
 def test_a_wish_cannot_be_changed() -> None:

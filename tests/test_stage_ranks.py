@@ -21,7 +21,7 @@ from tests.cluster import Slurm
 from tests.processes import started
 from tests.sweeps import checkout
 from tests.test_chain import finished, log
-from tests.wishes import jobs, run_names
+from tests.wishes import jobs, run_names, set_numerics
 
 __all__ = ["checkout"]
 FOUND = Outcome("train", 2, 64, "model.name: no such file (rank 1 on n2)")
@@ -134,9 +134,10 @@ def test_a_file_that_only_rank_1_cannot_read_is_the_outcome_of_both(tmp_path: Pa
     (tmp_path / "data").mkdir()
     write_dataset(tmp_path / "data")
     run = write_run(tmp_path / "the-run", tmp_path / "base", tmp_path / "data", train={"steps": 2})
-    plan = {**run.plan(), "world_size": 2, "accumulation": 1}
+    plan = run.plan()
     plan["stages"]["train"] |= {"gpus_per_node": 0, "nodes": 2, "tasks_per_node": 1}
     run.plan_file.write_text(json.dumps(plan))
+    set_numerics(run, nodes=2)
     (first, first_said), (second, second_said) = ended(run, kill_rank_0=kill_rank_0)
     assert (first, second) == (64, 64), first_said + second_said
     (found,) = outcome.read(run.outcomes)

@@ -234,11 +234,15 @@ def test_a_folder_that_is_another_run_s_is_not_taken_for_the_point(login: Login,
     name = file(seeds(3))
     swept(login, name)
     first, second, _ = place(login).members()
+    wanted = second.requested()
     shutil.rmtree(second.path)
     shutil.copytree(first.path, second.path, symlinks=True)
-    done = login.jobs("sweep", "--sweep", name, "--cluster", "local-slurm", "--set", "tracking.mode=disabled ")
-    assert done.returncode == 64 and f"run {second.name}: its folder holds another run's" in done.stderr
-    assert queued(login)["train"] == 3
+    out = swept(login, name)
+    assert f"{second.name} holds another run's settings, so this run is {second.name}-2." in out
+    assert queued(login)["train"] == 4
+    (moved,) = [run for run in place(login).members() if run.name == f"{second.name}-2"]
+    assert moved.requested() == wanted
+    assert "3 on its way" in swept(login, name) and queued(login)["train"] == 4
 
 
 def test_a_dry_run_shows_the_scripts_and_leaves_nothing(login: Login, file: Callable[..., str]) -> None:

@@ -20,7 +20,8 @@ import pytest
 from ftlib import checkpoint
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.metrics import MetricsWriter, read_metrics
-from ftlib.rundir import RunDir
+from ftlib.plan import numerics, zero
+from ftlib.rundir import STAGES, RunDir
 from ftlib.runs.events import CheckpointSaved, FirstStep, Resumed
 from ftlib.spec import RunSpec, validate
 from ftlib.stop import StopFlag
@@ -130,9 +131,13 @@ def write_run(folder: Path, model: Path, dataset: Path, micro_batch: int = 2, **
     run = RunDir(folder)
     run.checkpoints.mkdir(parents=True)
     run.spec_file.write_text(json.dumps(spec.model_dump(mode="json")))
-    plan = {"micro_batch": micro_batch, "accumulation": 4 // micro_batch, "world_size": 1, "threads": 1}
-    on_cpu = {"compute_dtype": "float32", "stages": {stage: {"device": "cpu"} for stage in ("train", "export")}}
-    run.plan_file.write_text(json.dumps(plan | on_cpu))
+    batch = {"micro_batch": micro_batch, "accumulation": 4 // micro_batch}
+    stage = {"device": "cpu", "nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0}
+    plan: dict[str, Any] = {**batch, "threads": 1, "compute_dtype": "float32", "stages": dict.fromkeys(STAGES, stage)}
+    if spec.zero.stage:
+        plan["zero"] = zero.config(spec, **batch, world_size=1, on_gpu=False, compute_dtype="float32")
+    run.plan_file.write_text(json.dumps(plan))
+    numerics.write(run.path, numerics.first(spec, plan, {}))
     run.provenance_file.write_text(json.dumps({"model_path": str(model), "cache": str(folder / "cache")}))
     run.prepared_file.write_text(json.dumps({"dataset": str(dataset), "train": {"rows": ROWS}}))
     return run

@@ -20,6 +20,7 @@ pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the tra
 
 from tests.processes import started
 from tests.test_train import adapter_sha, trajectory, write_base, write_dataset, write_run
+from tests.wishes import set_numerics
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +57,7 @@ os._exit(0)  # as jobs.stage ends: an interpreter's exit with a library's thread
 
 def live(run: RunDir, life: int, stop_after: int = 0, world: int = 2, **variables: str) -> list[str]:
     """One life of so many processes, the global batch of 4 shared out; what each printed."""
-    plan = json.loads(run.plan_file.read_text())
-    cut = {"micro_batch": 1, "accumulation": 4 // world, "world_size": world}
-    run.plan_file.write_text(json.dumps({**plan, **cut}))
+    set_numerics(run, nodes=world, micro_batch=1)
     port = str(random.randint(20_000, 30_000))
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     common |= {"PYTHONPATH": str(Path(__file__).parents[1]), "DS_ACCELERATOR": "cpu", **variables}

@@ -26,6 +26,7 @@ from ftlib.export.weights import masters  # noqa: E402
 from ftlib.train import zero  # noqa: E402
 from tests.test_train import torch_as_it_was, trajectory, write_base, write_dataset, write_run  # noqa: E402
 from tests.test_train_ranks import live  # noqa: E402
+from tests.wishes import set_numerics  # noqa: E402
 
 __all__ = ["torch_as_it_was"]
 pytestmark = pytest.mark.slow
@@ -108,7 +109,7 @@ def test_two_ranks_stop_save_their_shards_and_go_on_alike_and_one_rank_nearly(pl
 def test_shards_of_a_bfloat16_training_are_exported(place: Path, stage: int) -> None:
     """What GPUs compute in. At stage 1 DeepSpeed then takes another optimizer, with another layout of its shards."""
     run = wish(place, "bf16", stage, data={"seq_len": 48})
-    run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
+    set_numerics(run, compute_dtype="bfloat16")
     live(run, 1, world=2)
     losses = [row[1] for row in trajectory(run) if row[1] is not None]
     assert losses[-1] < losses[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ftlib import checkpoint
 from ftlib.rundir import RunDir
 from tests.test_train import trajectory, write_base, write_dataset, write_run
 from tests.test_train_ranks import live
+from tests.wishes import set_numerics
 
 pytestmark = pytest.mark.slow
 STEPS, STOP = 6, 3
@@ -37,7 +37,7 @@ def in_bf16(place: Path, name: str, stage: int) -> RunDir:
         place / f"{stage}-{name}" / "the-run", place / "base", place / "data", train=train, method={"kind": "full"},
         zero={"stage": stage}, optim={"weight_decay": 0.1},
     )  # fmt: skip
-    run.plan_file.write_text(json.dumps({**run.plan(), "compute_dtype": "bfloat16"}))
+    set_numerics(run, compute_dtype="bfloat16")
     return run
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ftlib.data.formats import render
 from ftlib.data.synthesis import generate
-from ftlib.rundir import RunDir
+from ftlib.rundir import STAGES, RunDir
 from ftlib.spec import file_digest
 from tests.wishes import spec
 
@@ -61,9 +61,10 @@ def write_run(folder: Path, model: Path, data: Path | None = None, **changes: An
         "said": {"MODEL": "tiny", "SET": "data.limit=3 tracking.project='a b'"},
         "code": {"commit": "0123abc", "changed": False},
     }
-    stage = {"nodes": 1, "gpus_per_node": 0}
-    stage = {**stage, "device": "cpu"}
-    plan = {"compute_dtype": "float32", "threads": 2, "cluster": "local", "stages": {"evaluate": stage}}
+    stage = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0, "device": "cpu"}
+    batch = {"micro_batch": wish.train.micro_batch or 1, "threads": 2}
+    batch["accumulation"] = wish.train.global_batch // batch["micro_batch"]
+    plan = {"compute_dtype": "float32", "cluster": "local", "stages": dict.fromkeys(STAGES, stage), **batch}
     run.spec_file.write_text(wish.model_dump_json())
     run.provenance_file.write_text(json.dumps(provenance))
     run.plan_file.write_text(json.dumps(plan))

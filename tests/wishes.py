@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ftlib import profile, recipe
-from ftlib.plan import plan, shapes
+from ftlib.plan import numerics, plan, shapes
 from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
+from ftlib.rundir import RunDir
+from ftlib.runs.overrides import Overrides
 from ftlib.spec import RunSpec
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,14 @@ def site(name: str, **changes: Any) -> ClusterProfile:
 def planned(spec: RunSpec, site: ClusterProfile) -> RunPlan:
     """The plan of a recipe's run, on the shape of its model."""
     return plan.make(spec, site, LLAMA_7B if "llama" in spec.recipe else TINY, data_bytes=None)
+
+
+def set_numerics(run: RunDir, *, nodes: int | None = None, micro_batch: int | None = None, **changes: Any) -> None:
+    """Store other numerics in a run folder; the rows of an optimizer step stay the same."""
+    stored = numerics.stored(run.path).overridden(Overrides(nodes=nodes, micro_batch=micro_batch))
+    if stored.zero and "compute_dtype" in changes:
+        changes["zero"] = {**stored.zero, "bf16": {"enabled": changes["compute_dtype"] == "bfloat16"}}
+    numerics.write(run.path, stored.model_copy(update=changes))
 
 
 def copied_checkout(parent: Path) -> Path:

@@ -223,7 +223,7 @@ def stand_at(run: RunDir, place: Place, stage: str, settings: dict[str, int], ti
 
 def _caught(view: View, place: Place, deadline: float) -> bool:
     """Follow one life until it ends or stands at the place, stopped."""
-    world = int(view.run.plan()["world_size"]) if view.stage == "train" else 1
+    world = view.run.numerics().world_size if view.stage == "train" else 1
     needed = 1 if place.name == "before the handler" else world
     over = (view.run.outcomes / f"{view.stage}-{view.life}", view.run.lives / f"{view.stage}-{view.life + 1}")
     while time.monotonic() < deadline:

@@ -29,7 +29,7 @@ from ftlib import rundir
 from ftlib.data import packing
 from ftlib.data.tokenizing import Documents
 from ftlib.metrics import read_metrics
-from ftlib.plan import shapes, throughput
+from ftlib.plan import numerics, shapes, throughput
 from ftlib.rundir import RunDir
 from ftlib.runs.events import CheckpointSaved
 from ftlib.stop import StopFlag
@@ -104,7 +104,7 @@ def make_run(place: Path, large: Large, setting: Setting, *, dry: bool) -> RunDi
     files = wishes.files_of(wish, "a-run")
     files["provenance.json"]["cache"] = str(place / "cache")
     if dry:
-        files["plan.json"]["threads"] = 1  # too little work to share
+        files[numerics.FILE]["threads"] = 1  # too little work to share
     run = rundir.create(place / "runs", "a-run", files, wishes.SNAPSHOT)
     dataset = place / "dataset"
     spec = wish.spec

@@ -59,7 +59,7 @@ def chain(recipe: str, settings: str, device: str, *, deterministic: bool) -> di
         root = Path(place)
         try:
             whole = make_run(root / "whole" / "a-run", root / "cache", recipe, settings)
-            values |= {f"{name} on": whole.stage_plan(name)["device"] for name in ("train", "export", "evaluate")}
+            values |= {f"{name} on": whole.numerics().stages[name].device for name in ("train", "export", "evaluate")}
             halved_folder = root / "halved" / "a-run"
             shutil.copytree(whole.path, halved_folder, symlinks=True)
             halved = RunDir(halved_folder)

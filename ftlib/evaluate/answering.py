@@ -18,8 +18,8 @@ LOGITS = 2**28
 
 def load(
     model: str, *, device: str, dtype: str, revision: str | None = None, adapter: Path | None = None,
-    added: tuple[Tokenizer, int] | None = None,
-) -> Any:
+    added: tuple[Tokenizer, int] | None = None, expanded_key_heads: bool = True,
+) -> Any:  # fmt: skip
     """A causal language model to evaluate: in `dtype` on a GPU, float32 on a CPU; InputError without its files.
     adapter: peft's. added: the tokenizer whose new tokens a base gets rows for, as in training, and their seed."""
     kind = torch.float32 if device == "cpu" else getattr(torch, dtype)
@@ -29,7 +29,7 @@ def load(
         place = "auto" if device != "cpu" and torch.cuda.device_count() > 1 else {"": device}
         loaded = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=kind, device_map=place, trust_remote_code=False)
-    if device != "cpu":
+    if device != "cpu" and expanded_key_heads:
         from ftlib.train.falcon import fuse_attention
 
         fuse_attention(loaded)

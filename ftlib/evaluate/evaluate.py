@@ -170,12 +170,13 @@ def _answer(
     from ftlib.evaluate import answering
     from ftlib.train import kernels
 
-    spec, plan = run.spec(), run.plan()
-    # Not deterministic: the loss of a response has no deterministic kernel on a GPU, and kept answers are not redone.
-    kernels.choose(on_gpu=plan["stages"]["evaluate"]["device"] == "cuda", deterministic=False)
+    spec, numerics = run.spec(), run.numerics()
+    of_stage = numerics.stages["evaluate"]
+    kernels.choose(numerics.kernels, on_gpu=of_stage.device == "cuda", deterministic=of_stage.deterministic)
     model = answering.load(
-        subject.path, device=plan["stages"]["evaluate"]["device"], dtype=spec.export.dtype,
+        subject.path, device=of_stage.device, dtype=spec.export.dtype,
         revision=spec.model.revision, adapter=subject.adapter,
+        expanded_key_heads=numerics.kernels.expanded_key_heads,
         added=(tokenizer, spec.train.seed) if subject.is_base else None)
     if spec.zero.stage and subject.name == "tuned":
         require_validation_loss(run, model, stop)
@@ -190,7 +191,7 @@ def _answer(
         room = reads - longest - max(new, spec.data.seq_len - longest)
         prefix = _examples(Path(run.prepared()["dataset"]) / "train", subject.shots, tokenizer, room)
     # A token of a tiny model is too little work to share: threads would wait for each other most of the time.
-    torch.set_num_threads(plan["threads"] if model.num_parameters() > TINY else 1)
+    torch.set_num_threads(numerics.threads if model.num_parameters() > TINY else 1)
     answerer = answering.Answerer(model, tokenizer, max_new_tokens=new, stop=stop, prefix=prefix)
     began, total, done = time.monotonic(), sum(map(len, batches)), 0
     for batch in batches:

@@ -20,6 +20,7 @@ from ftlib.export.equality import Comparison, logits_of
 from ftlib.export.weights import write_consolidated, write_merged
 from ftlib.interruptible import interruptible
 from ftlib.metrics import read_metrics
+from ftlib.plan.numerics import Numerics
 from ftlib.rundir import RunDir
 from ftlib.runs import events
 from ftlib.stop import StopFlag
@@ -36,8 +37,8 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
     """Write export/adapter, export/merged (if wished) and export/equality.json; says in one line what was written.
     What an earlier attempt finished is kept: the adapter, each shard, each batch of the comparison. Raises FtError when
     the training is not complete or the files compute something else than the trained model; Interrupted."""
-    spec, plan = run.spec(), run.plan()
-    device = prepare_process(spec, plan, "export")
+    spec, numerics = run.spec(), run.numerics()
+    device = prepare_process(numerics, "export", run.stage_plan("export"))
     found = saving.find(run)
     if found.folder is None or not found.complete:
         have = f"the newest whole checkpoint is step {found.step} of {found.total}" if found.folder else "none"
@@ -45,7 +46,7 @@ def export(run: RunDir, life: int, stop: StopFlag) -> str:
     run.export.mkdir(exist_ok=True)
     atomic.sweep_temporaries(run.export)
     folder = _best(run, found.best[1]) if spec.train.keep_best and found.best else None
-    stage = _Export(run, life, device, plan, folder or found.folder, stop)
+    stage = _Export(run, life, device, numerics, folder or found.folder, stop)
     if spec.method.adapts or spec.method.prompted:
         stage.adapter()
     stage.merged_and_equality()
@@ -64,13 +65,13 @@ class _Export:
     """The parts of one export, each committed by a rename."""
 
     def __init__(
-        self, run: RunDir, life: int, device: torch.device, plan: dict[str, Any], checkpoint: Path, stop: StopFlag
+        self, run: RunDir, life: int, device: torch.device, numerics: Numerics, checkpoint: Path, stop: StopFlag
     ) -> None:
         provenance = run.provenance()
         self.run, self.life, self.spec, self.stop = run, life, run.spec(), stop
         self.model_path, self.cache = str(provenance["model_path"]), _cache(provenance)
-        self.device, self.plan, self.checkpoint = device, plan, checkpoint
-        self.dtype: torch.dtype = getattr(torch, plan["compute_dtype"])
+        self.device, self.numerics, self.checkpoint = device, numerics, checkpoint
+        self.dtype: torch.dtype = getattr(torch, numerics.compute_dtype)
         self.adapter_folder, self.merged_folder = run.export / "adapter", run.export / "merged"
         self.prompt_folder, self.equality_file = run.export / PROMPT, run.export / "equality.json"
         self.unfinished = run.export / UNFINISHED
@@ -136,7 +137,7 @@ class _Export:
         expected = {
             "checkpoint": self.checkpoint.name, "manifest": manifest.read_text(encoding="utf-8"),
             "model_path": self.model_path, "export": self.spec.export.model_dump(mode="json"),
-            "device": self.device.type, "compute_dtype": self.plan["compute_dtype"],
+            "device": self.device.type, "compute_dtype": self.numerics.compute_dtype,
             "versions": [version(name) for name in ("torch", "transformers", "peft")]}
         file = self.unfinished / "what.json"
         try:
@@ -156,7 +157,7 @@ class _Export:
         budget_s = 60 * self.spec.export.equality_minutes
         comparison = Comparison(
             self.unfinished / "equality", rows, count=min(equality.ROWS, len(rows)),
-            batch=int(self.plan["micro_batch"]), vocabulary=_vocabulary(self.run, self.model_path), budget_s=budget_s,
+            batch=self.numerics.micro_batch, vocabulary=_vocabulary(self.run, self.model_path), budget_s=budget_s,
             stop=self.stop, committed=self._committed)
         if not comparison.progress.stored_all:
             self._store_trained(comparison, share=equality.REFERENCE_SHARE if merged else 1.0)
@@ -181,7 +182,8 @@ class _Export:
     def _store_trained(self, comparison: Comparison, *, share: float) -> None:
         """The trained model's logits, and the exported adapter's over the same base."""
         trained = interruptible(self.stop, lambda: load_trained(
-            self.spec, self.model_path, self.device, self.checkpoint, self.cache, dtype=self.dtype))
+            self.spec, self.model_path, self.device, self.checkpoint, self.cache, dtype=self.dtype,
+            switches=self.numerics.kernels))
         # As in training's forward pass, on whatever device.
         logits = logits_of(trained, self.device, autocast=self.dtype is torch.bfloat16)
         pieces = [part for part, _ in parts(trained, self.checkpoint)]
@@ -201,7 +203,7 @@ class _Export:
     def _compare_merged(self, comparison: Comparison, merged: Path) -> None:
         plain = interruptible(self.stop, lambda: load_merged(merged, self.device, self.unfinished / "offloaded"))
         isolate_documents(plain)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.numerics.kernels.expanded_key_heads:
             fuse_attention(plain)
         prompt = put_prompt(plain, self.prompt_folder) if self.spec.method.kind == "two-stage" else []
         comparison.compare(logits_of(plain.eval(), self.device, prompt=prompt))

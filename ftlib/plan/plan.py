@@ -1,4 +1,8 @@
-"""RunPlan: RunSpec and ClusterProfile become each stage's resources, memory, time and cost. Pure."""
+"""RunPlan: RunSpec and ClusterProfile become each stage's resources, memory, time and cost. Pure.
+
+Made anew for every submission. What decides the bits (ftlib/plan/numerics.py) is planned once, for the first attempt,
+and only obeyed afterwards.
+"""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +11,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ftlib.errors import InputError
-from ftlib.plan import advice, amount, gpus, memory, throughput, zero
+from ftlib.plan import advice, amount, memory, refusals, throughput, zero
 from ftlib.plan.advice import FILL
+from ftlib.plan.numerics import Numerics
 from ftlib.plan.shapes import ModelShape
 from ftlib.profile import ClusterProfile, Gpu, Partition
-from ftlib.rundir import STAGES
+from ftlib.runs.ledger import STAGES
+from ftlib.runs.overrides import Overrides
 from ftlib.spec import Model, RunSpec, divisors
 
 # More tokens a micro-batch than this win little: dequantisation is then 2 % of a step.
@@ -24,6 +30,9 @@ UNKNOWN_DATA_MIN = 240
 STAGE_START_MIN = 0.3
 LEAST_TIME_MIN = 20
 LEAST_WARNING_S = 120
+# Of the longest save that was measured, a warning before the time limit leaves room for this many, and a step.
+WARNING_SAVES, WARNING_STEP_S = 1.5, 60
+NO_OVERRIDES = Overrides()
 # What a node writes to a shared file system in a second, carefully; a save is measured later (ftlib/train/interval.py).
 WRITE_BYTES_PER_S = 0.5e9
 # What a node gets from the Hub in a second, carefully: a download that takes longer resumes in the next attempt.
@@ -115,22 +124,38 @@ class RunPlan(Model):
 
 
 def make(
-    spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None, download_bytes: int = 0
-) -> RunPlan:
-    """The plan of a run; InputError when it cannot fit. `data_bytes`: size of the data file or hub dataset; None for
-    the generator, and for a hub dataset that nobody has measured: what follows from its size is unknown then.
-    `download_bytes`: size of the model's files where prepare fetches them."""
+    spec: RunSpec, profile: ClusterProfile, shape: ModelShape, *, data_bytes: int | None, download_bytes: int = 0,
+    numerics: Numerics | None = None, overrides: Overrides = NO_OVERRIDES, longest_save_s: float = 0.0,
+) -> RunPlan:  # fmt: skip
+    """The plan of one submission of a run. Pure.
+
+    Args:
+        spec: The run's settings, as they were submitted.
+        profile: The cluster, with the owner's changes.
+        shape: The model's.
+        data_bytes: Size of the data file or hub dataset; None for the generator, and for a hub dataset that nobody has
+            measured: what follows from its size is unknown then.
+        download_bytes: Size of the model's files where prepare fetches them.
+        numerics: What a run that exists has begun with, its overrides included; None plans a new run's.
+        overrides: What has changed since the run was submitted: here, the memory of its stages.
+        longest_save_s: The longest save of a checkpoint so far.
+
+    Raises:
+        InputError: It cannot fit, or it would compute on another device than the run has begun on.
+    """
     gpu_side, cpu_side = profile.partition(gpu=True), profile.partition(gpu=False)
     gpu = None if gpu_side.gpu is None or gpu_side.gpu.simulated else gpu_side.gpu  # what really computes, if any
+    if numerics is not None:
+        spec = _as_begun(spec, numerics)
     train, nodes, per_node = spec.train, spec.resources.nodes, spec.resources.gpus_per_node
     world_size = nodes * per_node
-    _check_cut(spec, profile, gpu_side)
+    refusals.check_cut(spec, profile, gpu_side)
     per_rank = train.global_batch // world_size
     micro_batch = train.micro_batch or _micro_batch(spec, shape, per_rank, world_size, gpu)
     needed = memory.training(shape, spec, micro_batch, world_size).total_gib if gpu else None
     if gpu and needed and needed > gpu.memory_gib:
-        raise InputError(_does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
-    threads = max(1, min(4, gpu_side.cpus_per_node // per_node))
+        raise InputError(refusals.does_not_fit(spec, gpu.type, needed, gpu.memory_gib, micro_batch))
+    threads = numerics.threads if numerics else max(1, min(4, gpu_side.cpus_per_node // per_node))
     # Estimates, the data not being read yet.
     data = amount.estimate(spec, data_bytes)
     steps = train.steps if data.rows is None else train.total_steps(data.rows)
@@ -144,24 +169,30 @@ def make(
     load_min = STAGE_START_MIN + 2 * shape.params / 0.5e9 / 60
     cpus = max(1, min(4, cpu_side.cpus_per_node))
     load_gib = memory.load_host_gib(shape)
-    gpu_cpus = threads if gpu is None else max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
+    gpu_cpus = max(1, min(8, gpu_side.cpus_per_node // max(1, gpu_side.gpus_per_node)))
+    if gpu is None:
+        gpu_cpus = min(threads, max(1, gpu_side.cpus_per_node // per_node))
 
     def stage(name: str, *, gpu: bool, mem_gib: float, minutes: float | None, nodes: int = 1, tasks: int = 1,
               gpus: int = 1, limit: int | None = None, warning_s: float = 0) -> StagePlan:  # fmt: skip
         side = gpu_side if gpu else cpu_side
         if mem_gib > side.mem_gib_per_node:
-            way = _host_way(spec, name)
+            way = refusals.host_way(spec, name)
             raise InputError(
                 f"{spec.recipe} does not fit: {name} needs {mem_gib:.0f} GiB of host memory, a node of {side.name!r} "
                 f"offers {side.mem_gib_per_node:.0f} GiB{way}")
         if gpu and side.gpu and not side.gpu.simulated:
             share = min(tasks * gpus / max(1, side.gpus_per_node), 1)
             mem_gib = max(mem_gib, HOST_SHARE * share * side.mem_gib_per_node)
+        mem_gib = max(mem_gib, overrides.memory_mib.get(name, 0) / 1024)
         # Twice the estimate: a life that hits its limit goes on in the next, but waits in the queue for it.
         wanted = limit or (math.ceil(2 * minutes) + LEAST_TIME_MIN if minutes else side.max_time_min)
+        device: Literal["cpu", "cuda"] = "cuda" if gpu and side.gpu and not side.gpu.simulated else "cpu"
+        begun = numerics.stages.get(name) if numerics else None
+        if begun and begun.device != device:
+            raise InputError(refusals.another_device(name, begun.device, side))
         return StagePlan(
-            device="cuda" if gpu and side.gpu and not side.gpu.simulated else "cpu",
-            partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
+            device=device, partition=side.name, qos=profile.resolved_qos(gpu=gpu), nodes=nodes, tasks_per_node=tasks,
             gpus_per_node=tasks * gpus if gpu and side.gpu else 0, cpus_per_task=gpu_cpus if gpu else cpus,
             mem_gib=_whole_gib(mem_gib, side), time_min=min(wanted, side.max_time_min), estimate_min=minutes,
             warning_s=max(LEAST_WARNING_S, math.ceil(warning_s)))
@@ -177,6 +208,8 @@ def make(
     train_total = load_min + train_min if train_min else None
     # One step, and one save.
     warning_s = 60 * (step_min or 0) + memory.checkpoint_bytes(shape, spec) / nodes / WRITE_BYTES_PER_S
+    if longest_save_s:
+        warning_s = max(warning_s, WARNING_STEP_S + WARNING_SAVES * longest_save_s)
     download_min = download_bytes / DOWNLOAD_BYTES_PER_S / 60
     asked: dict[str, dict[str, Any]] = {
         "prepare": {"gpu": False, "mem_gib": 4,
@@ -198,6 +231,13 @@ def make(
     accumulation = per_rank // micro_batch
     cut: dict[str, Any] = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16" if gpu else "float32"
+    deterministic = gpu is None if train.deterministic is None else train.deterministic
+    sharing = None
+    if numerics:
+        compute_dtype, deterministic = numerics.compute_dtype, numerics.stages["train"].deterministic
+        sharing = numerics.zero
+    elif spec.zero.stage:
+        sharing = zero.config(spec, **cut, on_gpu=gpu is not None, compute_dtype=compute_dtype)
     rule = f"time and cost assume {throughput.ASSUMED_EFFICIENCY:.0%} of the GPU's peak; not measured on this cluster"
     notes = [rule] if gpu and speed is not None else []
     notes += ["the number of steps is an estimate until the data is packed"] if train.epochs and steps else []
@@ -207,46 +247,20 @@ def make(
             "it is prepared; train.steps or data.limit bound them, resources.train_time_min sets the time limit")
     notes += advice.notes(spec, profile, shape, steps=steps, world_size=world_size)
     return RunPlan(
-        cluster=profile.name, compute_dtype=compute_dtype, **cut, threads=threads,
-        deterministic=gpu is None if train.deterministic is None else train.deterministic, steps=steps,
+        cluster=profile.name, compute_dtype=compute_dtype, **cut, threads=threads, deterministic=deterministic,
+        steps=steps,
         row_tokens=data.row_tokens if spec.method.prompted else None,
         gpu=gpu.type if gpu else None, gpu_needed_gib=needed, gpu_memory_gib=gpu.memory_gib if gpu else None,
-        tokens_per_s=speed, gpu_hours=hours, stages=stages,
-        zero=zero.config(spec, **cut, on_gpu=gpu is not None, compute_dtype=compute_dtype) if spec.zero.stage else None,
+        tokens_per_s=speed, gpu_hours=hours, stages=stages, zero=sharing,
         notes=(*notes, *filter(None, [profile.missing_account()])))
 
 
-def _check_cut(spec: RunSpec, profile: ClusterProfile, side: Partition) -> None:
-    """InputError where the GPUs asked for are not there, or cannot share the rows of a step."""
-    per_node, world_size = spec.resources.gpus_per_node, spec.resources.nodes * spec.resources.gpus_per_node
-    rows, micro_batch, problems = spec.train.global_batch, spec.train.micro_batch, []
-    if side.gpu and per_node > side.gpus_per_node:
-        problems.append(
-            f"resources.gpus_per_node: {per_node} asked for, a node of {side.name!r} has {side.gpus_per_node}")
-    if profile.scheduler is None and (spec.resources.nodes > 1 or per_node > max(1, side.gpus_per_node)):
-        problems.append(f"resources: without Slurm one process trains; found nodes {spec.resources.nodes}, "
-                        f"gpus_per_node {per_node}")  # fmt: skip
-    if rows % world_size:
-        problems.append(f"train.global_batch: {rows} rows cannot be shared by {world_size} GPUs; use a multiple of "
-                        f"{world_size}, or a number of GPUs among {divisors(rows)}")  # fmt: skip
-    elif micro_batch and (rows // world_size) % micro_batch:
-        problems.append(f"train.micro_batch: {micro_batch} does not divide a rank's {rows // world_size} rows; "
-                        f"allowed: {divisors(rows // world_size)}")  # fmt: skip
-    if side.gpu and not side.gpu.simulated and (fault := gpus.too_old(side.gpu)):
-        others = [p.name for p in profile.partitions if p.gpu and not p.gpu.simulated and not gpus.too_old(p.gpu)]
-        way = f"choose one of {', '.join(others)}" if others else "no partition of this profile has a newer GPU"
-        problems.append(f"gpu_partition: {side.name!r}: {fault}; {way}")
-    if problems:
-        raise InputError(problems)
-
-
-def _host_way(spec: RunSpec, stage: str) -> str:
-    """What makes a stage that needs more host memory than a node has need less; empty where nothing does."""
-    if stage == "export" and spec.export.merged and spec.method.adapts:
-        return ". Try export.merged=false: the adapter alone is exported then"
-    if stage == "train" and spec.zero.offload != "none":
-        return ". Try more resources.nodes, or zero.offload=none"
-    return ""
+def _as_begun(spec: RunSpec, numerics: Numerics) -> RunSpec:
+    """`spec` with the nodes and the micro-batch that a run which exists computes with."""
+    shared = {"nodes": numerics.nodes, "gpus_per_node": numerics.processes_per_node}
+    resources = spec.resources.model_copy(update=shared)
+    train = spec.train.model_copy(update={"micro_batch": numerics.micro_batch})
+    return spec.model_copy(update={"resources": resources, "train": train})
 
 
 def _whole_gib(wanted: float, side: Partition) -> int:
@@ -266,13 +280,3 @@ def _micro_batch(spec: RunSpec, shape: ModelShape, per_rank: int, world_size: in
     return best
 
 
-def _does_not_fit(spec: RunSpec, gpu: str, needed: float, there: float, micro_batch: int) -> str:
-    mends = ["train.gradient_checkpointing=true"] if not spec.train.gradient_checkpointing else []
-    mends += ["a smaller train.micro_batch"] if micro_batch > 1 else ["a shorter data.seq_len"]
-    if spec.method.kind == "full":
-        mends += [f"zero.stage={spec.zero.stage + 1}"] if spec.zero.stage < 3 else ["more resources.nodes"]
-        mends += ["zero.offload=cpu"] if spec.zero.stage and spec.zero.offload == "none" else []
-    mends += ["method.kind=qlora"] if spec.method.bits > 4 and not spec.zero.stage else []
-    return (
-        f"{spec.recipe} does not fit: {needed:.1f} GiB estimated for micro-batch {micro_batch}, one {gpu} has "
-        f"{there:.1f} GiB. Try {', '.join(mends)}, or another cluster.gpu_partition")

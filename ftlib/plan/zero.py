@@ -13,9 +13,8 @@ MASTER_BYTES, GRADIENT_BYTES = 12, 4
 
 
 def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: int, on_gpu: bool,
-           compute_dtype: str, universal: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration for one training of the plan's cut. universal: it begins from a universal checkpoint.
-    Keys as in https://www.deepspeed.ai/docs/config-json."""
+           compute_dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for one training. Keys as in https://www.deepspeed.ai/docs/config-json."""
     zero: dict[str, Any] = {
         "stage": spec.zero.stage, "contiguous_gradients": True, "overlap_comm": on_gpu, "reduce_bucket_size": BUCKET}
     if spec.zero.stage == 3:
@@ -31,8 +30,7 @@ def config(spec: RunSpec, *, micro_batch: int, accumulation: int, world_size: in
         "bf16": {"enabled": compute_dtype == "bfloat16"}, "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         # torch's own fused AdamW, on the CPU too: it needs no compiler on the nodes.
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1_000_000_000,
-        **({"checkpoint": {"load_universal": True}} if universal else {})}
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 1_000_000_000}
 
 
 def gpu_bytes(params: int, spec: RunSpec, world_size: int) -> tuple[float, float]:

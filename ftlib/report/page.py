@@ -65,7 +65,7 @@ def _samples(run: RunDir) -> list[str]:
 
 def _cost(run: RunDir) -> str:
     known = run.ledger()
-    plan = run.plan(known)
+    plan = run.plan()
     costs = stage_costs(known, plan, time.time())
     lines = [_row(["stage", "lives", "wall time", "lost", "GPU-hours"]), _row(["---", *["---:"] * 4])]
     names = [cost.stage for cost in costs]

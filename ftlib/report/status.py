@@ -95,7 +95,7 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
         notes=[*seen.notes, *_clock(known, now)], words=words,
         stages={name: vars(one) for name, one in stages.items()}, **vars(spent(seen, now)))
     try:
-        plan = run.plan(known)
+        plan = run.plan()
         # An estimate of the plan's until the data is packed.
         packed = run.prepared_file.exists()
         steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else plan["steps"]
@@ -142,7 +142,7 @@ def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> Swe
 def spent(seen: Seen, now: datetime.datetime) -> Spent:
     """What a run's GPUs were used for; nothing where none computes."""
     try:
-        plan = seen.run.plan(seen.known) if _attempts(seen.known) else {}
+        plan = seen.run.plan() if _attempts(seen.known) else {}
     except FtError:
         plan = {}
     stages = plan.get("stages", {}).values()

@@ -70,7 +70,7 @@ def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: f
     except (ValueError, KeyError, TypeError):
         return Row(run.name, point, "failed", scores, 0.0, 0.0, f"{run.evaluation_file} cannot be read")
     known = run.ledger()
-    costs = stage_costs(known, run.plan(known), now)
+    costs = stage_costs(known, run.plan(), now)
     gpu_hours, hours = sum(cost.gpu_hours for cost in costs), sum(cost.seconds for cost in costs) / 3600
     told = [(s.state, s.words) for s in (stages or {}).values() if s.words]
     words = next((words for state in ("failed", "queued") for its, words in told if its == state), "")

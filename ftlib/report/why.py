@@ -70,12 +70,12 @@ def _life(seen: Seen, attempt: Attempt) -> tuple[list[str], str]:
 def _changes(seen: Seen) -> list[str]:
     """What was changed since the run was submitted, with the reason, oldest first."""
     lines = []
-    rows: int | None = seen.run.stored_plan().get("micro_batch")
+    rows: int | None = seen.run.plan().get("micro_batch")
     for override in seen.known.overrides(time.time()).history:
         if override.field == MICRO_BATCH:
             if override.value is not None:
                 lines.append(f"micro-batch {rows} -> {override.value}: {override.why}")
-            rows = override.value or seen.run.stored_plan().get("micro_batch")
+            rows = override.value or seen.run.plan().get("micro_batch")
         elif override.field.startswith(EXCLUDE):
             hours = f" for {(override.until - override.time) / 3600:.0f} h" if override.until else ""
             lines.append(f"node {override.field.removeprefix(EXCLUDE)} is left out{hours}: {override.why}")

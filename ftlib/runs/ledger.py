@@ -237,11 +237,13 @@ def read(run: Path) -> Ledger:
 
 def _planned_batch(run: Path) -> tuple[int | None, int | None]:
     """Rows of a micro-batch, and of a rank's whole step, as planned; None each where no plan can be read."""
-    try:
-        plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
-        return int(plan["micro_batch"]), int(plan["micro_batch"]) * int(plan["accumulation"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, None
+    for name in ("numerics.json", "plan.json"):  # a run of the first release has them in its plan
+        try:
+            planned = json.loads((run / name).read_text(encoding="utf-8"))
+            return int(planned["micro_batch"]), int(planned["micro_batch"]) * int(planned["accumulation"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None, None
 
 
 def jobs_of(ledgers: Iterable[Ledger]) -> set[str]:

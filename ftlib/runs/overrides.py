@@ -7,6 +7,7 @@ resources.nodes      nodes of the training (int)                 make resume NOD
 memory_mib.STAGE     memory to request on each node, in MiB      host memory ran out
 exclude.NODE         true, until a moment                        a faulty GPU
 cluster.FIELD        a value of the cluster profile              make resume SET="cluster.FIELD=…"
+versions.LOCK        digest of a dependency lock in env/         a resume in a checkout whose locks are others
 
 Gradient accumulation is not among them: it follows from the global batch, the world size and the micro-batch.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from ftlib.runs.events import Event, Override
 
 MICRO_BATCH, NODES = "train.micro_batch", "resources.nodes"
-MEMORY, EXCLUDE, CLUSTER = "memory_mib.", "exclude.", "cluster."
+MEMORY, EXCLUDE, CLUSTER, VERSIONS = "memory_mib.", "exclude.", "cluster.", "versions."
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,15 @@ class Overrides:
     nodes: int | None = None
     memory_mib: dict[str, int] = field(default_factory=dict)  # stage -> MiB on each node
     excluded: tuple[str, ...] = ()  # nodes that were bad within the last day, in the order in which they were found
-    cluster: dict[str, Any] = field(default_factory=dict)  # dotted field of the profile -> value
+    cluster: dict[str, Any] = field(default_factory=dict)  # dotted field of the profile -> value, the latest one last
+    versions: dict[str, str] = field(default_factory=dict)  # dependency lock in env/ -> digest of its content
     history: tuple[Override, ...] = ()  # every override ever made, oldest first
+
+    def exclude_list(self, owner: str | None) -> str | None:
+        """All nodes to keep away from, as sbatch takes them; None without any. owner: the profile's `exclude`, a list
+        of hosts as its owner wrote it, where no override has replaced it."""
+        owner = self.cluster.get("exclude", owner)
+        return ",".join(dict.fromkeys([*filter(None, [owner]), *self.excluded])) or None
 
 
 def fold(events: Iterable[Event], now: float) -> Overrides:
@@ -40,6 +48,8 @@ def fold(events: Iterable[Event], now: float) -> Overrides:
     history = tuple(event for event in events if isinstance(event, Override))
     values: dict[str, Any] = {}
     for override in history:
+        # The latest value stands last: of cluster.container=null and cluster.container.module=…, it decides.
+        values.pop(override.field, None)
         if override.until is None or override.until > now:
             values[override.field] = override.value
     return Overrides(
@@ -48,6 +58,7 @@ def fold(events: Iterable[Event], now: float) -> Overrides:
         memory_mib=_below(values, MEMORY),
         excluded=tuple(_below(values, EXCLUDE)),
         cluster=_below(values, CLUSTER),
+        versions=_below(values, VERSIONS),
         history=history,
     )
 

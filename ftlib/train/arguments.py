@@ -1,8 +1,9 @@
-"""From spec and plan to the Trainer's arguments, and a process that computes the same twice."""
+"""From spec and numerics to the Trainer's arguments, and a process that computes the same twice."""
 
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +12,28 @@ from transformers import TrainingArguments
 
 from ftlib.allocation import VISIBLE
 from ftlib.errors import BadGpu, InputError
-from ftlib.plan import zero
+from ftlib.plan.numerics import Numerics
 from ftlib.spec import RunSpec
 from ftlib.train import kernels, ranks
 
 
-def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.device:
-    """Pin the threads, set the deterministic mode, and name the device that the plan gives this rank of `stage`.
-    InputError where there is no GPU for it, BadGpu where the node shows fewer than it should."""
-    torch.set_num_threads(int(plan["threads"]))
+def prepare_process(numerics: Numerics, stage: str, request: Mapping[str, Any]) -> torch.device:
+    """Pin the threads, set the deterministic mode, and name the device of this rank of `stage`.
+
+    request: what the stage's job was submitted with (StagePlan as data).
+    InputError where there is no GPU for it, BadGpu where the node shows fewer than it should.
+    """
+    torch.set_num_threads(numerics.threads)
     # What our pinned libraries say of each other is of no use to a person who reads the log.
     for library in ("accelerate", "peft", "transformers", "torch.distributed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=library)
     for logger in ("accelerate.accelerator", "bitsandbytes"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    asked = plan["stages"][stage]
-    on_gpu = asked["device"] == "cuda"
+    of_stage = numerics.stages[stage]
+    on_gpu = of_stage.device == "cuda"
     if on_gpu:
-        check_gpus(stage, asked)
-    deterministic = spec.train.deterministic
-    if deterministic is None:
-        deterministic = not on_gpu
-    kernels.choose(on_gpu=on_gpu, deterministic=deterministic)
+        check_gpus(stage, request)
+    kernels.choose(numerics.kernels, on_gpu=on_gpu, deterministic=of_stage.deterministic)
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -40,8 +41,8 @@ def prepare_process(spec: RunSpec, plan: dict[str, Any], stage: str) -> torch.de
     return device
 
 
-def check_gpus(stage: str, asked: dict[str, Any]) -> None:
-    """InputError or BadGpu unless CUDA finds the GPUs that the plan gives `stage` (StagePlan as data).
+def check_gpus(stage: str, request: Mapping[str, Any]) -> None:
+    """InputError or BadGpu unless CUDA finds the GPUs that the job of `stage` was submitted with (StagePlan as data).
     What Slurm gave was checked when the stage began (ftlib.allocation)."""
     node, shown = os.uname().nodename, repr(os.environ.get(VISIBLE, "not set"))
     if not torch.cuda.is_available():
@@ -49,29 +50,27 @@ def check_gpus(stage: str, asked: dict[str, Any]) -> None:
         raise InputError(
             f"{stage}: the plan asks for a GPU, but torch {torch.__version__} ({built}) finds none on {node} "
             f"({VISIBLE}: {shown}). make env CLUSTER=… says whether driver, packages or the partition are at fault")
-    if (count := torch.cuda.device_count()) < asked["gpus_per_node"]:
-        raise BadGpu(f"{stage}: node {node} shows {count} of its {asked['gpus_per_node']} GPUs ({VISIBLE}: {shown})")
+    if (count := torch.cuda.device_count()) < request["gpus_per_node"]:
+        raise BadGpu(f"{stage}: node {node} shows {count} of its {request['gpus_per_node']} GPUs ({VISIBLE}: {shown})")
 
 
 def training_arguments(
-    spec: RunSpec, plan: dict[str, Any], total: int, folder: Path, *, universal: bool = False
+    spec: RunSpec, numerics: Numerics, total: int, folder: Path, *, universal: bool = False
 ) -> TrainingArguments:
     """The Trainer's arguments for `total` optimizer steps. With ZeRO 3, models loaded from now on are sharded.
     universal: the training begins from a checkpoint that was rewritten for this number of processes."""
     train, optim, world = spec.train, spec.optim, ranks.world_size()
-    on_gpu = plan["stages"]["train"]["device"] == "cuda"
-    micro, accumulation = int(plan["micro_batch"]), int(plan["accumulation"])
+    on_gpu = numerics.stages["train"].device == "cuda"
+    micro, accumulation = numerics.micro_batch, numerics.accumulation
     if (rows := micro * accumulation * world) != train.global_batch:
         raise InputError(
-            f"the plan's micro_batch {micro} x accumulation {accumulation} x {world} processes is {rows} rows a step, "
+            f"the run's micro_batch {micro} x accumulation {accumulation} x {world} processes is {rows} rows a step, "
             f"not train.global_batch {train.global_batch}")
-    sharing = None
-    if spec.zero.stage:
-        sharing = zero.config(
-            spec, micro_batch=micro, accumulation=accumulation, world_size=world, on_gpu=on_gpu,
-            compute_dtype=plan["compute_dtype"], universal=universal)
+    sharing = numerics.zero
+    if sharing and universal:
+        sharing = {**sharing, "checkpoint": {"load_universal": True}}
     arguments = TrainingArguments(
-        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=plan["compute_dtype"] == "bfloat16",
+        deepspeed=sharing, output_dir=str(folder), max_steps=total, bf16=numerics.compute_dtype == "bfloat16",
         use_cpu=not on_gpu, seed=train.seed, data_seed=train.seed,
         per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         learning_rate=optim.lr, optim=optim.name, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm,

@@ -4,10 +4,12 @@ import os
 
 import torch
 
+from ftlib.plan.numerics import KernelSwitches
 
-def choose(*, on_gpu: bool, deterministic: bool) -> None:
+
+def choose(switches: KernelSwitches, *, on_gpu: bool, deterministic: bool) -> None:
     """Set this process's kernel switches. On a CPU there are none but deterministic mode's."""
-    if on_gpu:
+    if on_gpu and not switches.cudnn_attention:
         # cuDNN's attention, torch's first choice on H100 and newer, gives NaN gradients where a mask is given and the
         # rows are 64 tokens longer than a multiple of 128 (torch 2.13.0 with cuDNN 9.20: pytorch#196678, trl#7181).
         # Packed rows always have a mask. Memory-efficient attention takes its place.

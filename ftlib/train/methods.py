@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from ftlib.data import tokenizing
 from ftlib.errors import FtError
 from ftlib.plan import architectures
+from ftlib.plan.numerics import KernelSwitches
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import ranks
-from ftlib.train.model import attach_adapter, load_base
+from ftlib.train.model import AS_SHIPPED, attach_adapter, load_base
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 TRAINED = "trained.safetensors"  # full and freeze: the trained weights, fp32
@@ -107,11 +108,12 @@ def enter_stage(model: Any, *, prompt: bool, adapter: bool) -> None:
 
 def load_trained(
     spec: RunSpec, model_path: str, device: torch.device, checkpoint: Path, cache: Path | None = None, *,
-    dtype: torch.dtype | None = None,
-) -> torch.nn.Module:
+    dtype: torch.dtype | None = None, switches: KernelSwitches = AS_SHIPPED,
+) -> torch.nn.Module:  # fmt: skip
     """The model as it was trained: the base as in training with what `checkpoint` holds, ready to be judged.
     cache: where training keeps 4-bit weights. dtype: what the training computed in, as for load_base."""
-    model = attach(load_base(spec, model_path, device, cache, dtype=dtype), spec, model_path)
+    base = load_base(spec, model_path, device, cache, dtype=dtype, switches=switches)
+    model = attach(base, spec, model_path)
     load(model, checkpoint, trainable=False)
     return model.eval()
 

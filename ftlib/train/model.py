@@ -16,9 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ftlib.data import tokenizing
 from ftlib.errors import FtError, InputError, unknown
 from ftlib.modelfiles import WEIGHTS, loading
+from ftlib.plan.numerics import KernelSwitches
 from ftlib.spec import MethodSpec, RunSpec
 from ftlib.train import quantised, ranks
 from ftlib.train.falcon import fuse_attention, isolate_documents, make_quantizable
+
+AS_SHIPPED = KernelSwitches()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,9 @@ class BaseSource:
 
 
 def base_source(
-    spec: RunSpec, model_path: str, config: Any, device: torch.device, cache: Path | None, dtype: torch.dtype | None
-) -> BaseSource:
+    spec: RunSpec, model_path: str, config: Any, device: torch.device, cache: Path | None, dtype: torch.dtype | None,
+    switches: KernelSwitches = AS_SHIPPED,
+) -> BaseSource:  # fmt: skip
     """Where the base of a training comes from and how it is loaded; config: the model's. Damaged 4-bit weights in
     `cache` are removed. The export reads the very same base, one tensor at a time (ftlib/export/base.py).
     dtype: as for load_base; a tensor is converted to it before anything else, such as quantizing it."""
@@ -47,7 +51,7 @@ def base_source(
         keep_at = quantised.place(cache, model_path, revision, method, dtype, device)
     was_kept = keep_at is not None and quantised.sound(keep_at, remove=ranks.rank() == 0)
     arguments: dict[str, Any] = {
-        "revision": revision, "dtype": dtype, "attn_implementation": "sdpa",
+        "revision": revision, "dtype": dtype, "attn_implementation": switches.attention,
         # ZeRO 3 places each shard itself.
         "device_map": None if sharded() else {"": str(device)}}
     # Kept weights say themselves how they were quantised.
@@ -60,9 +64,10 @@ def base_source(
 
 
 def load_base(
-    spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None, *, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """The base on `device`: linear layers of method.bits, the rest in `dtype`. Attention is sdpa.
+    spec: RunSpec, model_path: str, device: torch.device, cache: Path | None = None, *,
+    dtype: torch.dtype | None = None, switches: KernelSwitches = AS_SHIPPED,
+) -> PreTrainedModel:  # fmt: skip
+    """The base on `device`: linear layers of method.bits, the rest in `dtype`. Attention is that of `switches`.
     It has rows for new tokens, and keeps a packed row's documents apart. cache: where 4-bit weights are kept, to the
     bit, for the next life. dtype: what the plan computes in; without one, bf16 on a GPU and fp32 on a CPU.
     InputError: files that are missing or cannot be read; FtError: a layer that was not quantised."""
@@ -72,7 +77,7 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     with loading(model_path, WEIGHTS, revision):
         config = AutoConfig.from_pretrained(model_path, revision=revision, trust_remote_code=False)
-        source = base_source(spec, model_path, config, device, cache, dtype)
+        source = base_source(spec, model_path, config, device, cache, dtype, switches)
         model = AutoModelForCausalLM.from_pretrained(source.path, **source.arguments, trust_remote_code=False)
     model.config.use_cache = False
     if method.bits < 16:
@@ -93,7 +98,7 @@ def load_base(
     if spec.tokens.add:
         add_rows(model, tokenizing.load(model_path, revision, spec.tokens.add), spec.train.seed)
     isolate_documents(model)
-    if source.arguments["dtype"] is not torch.float32:
+    if switches.expanded_key_heads and source.arguments["dtype"] is not torch.float32:
         fuse_attention(model)
     return model
 

@@ -34,13 +34,13 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     """Train, or go on training, until the last step is committed; says in one line what was done.
     Raises Interrupted (saved, or nothing begun yet), InputError, FtError."""
     times = StartTimes()
-    spec, plan, provenance = run.spec(), run.plan(), run.provenance()
+    spec, numerics, provenance = run.spec(), run.numerics(), run.provenance()
     dataset = Path(run.prepared()["dataset"])
     train_rows, validation_rows = PackedRows(dataset / "train"), PackedRows(dataset / "validation")
     if not len(train_rows):
         raise InputError(f"{dataset / 'train'}: the dataset has no rows")
     total = spec.train.total_steps(len(train_rows))
-    device = prepare_process(spec, plan, "train")
+    device = prepare_process(numerics, "train", run.stage_plan("train"))
     rendezvous.connect(on_gpu=device.type == "cuda", name=f"{run.path} {life}", always=spec.zero.stage > 0)
     if spec.zero.stage:
         zero.prepare(on_gpu=device.type == "cuda")
@@ -62,15 +62,16 @@ def train(run: RunDir, life: int, stop: StopFlag) -> str:
     if spec.zero.stage and start and found.world_size != ranks.world_size():
         start = zero.converted(run, found, stop)
         times.done("convert_s")
-    arguments = training_arguments(spec, plan, total, run.checkpoints, universal=start != found.folder)
+    arguments = training_arguments(spec, numerics, total, run.checkpoints, universal=start != found.folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched(run, life, stop, "train"))
         model_path, cache = provenance["model_path"], Path(provenance["cache"])
-        dtype = getattr(torch, plan["compute_dtype"])
+        dtype, switches = getattr(torch, numerics.compute_dtype), numerics.kernels
         if ranks.world_size() == 1:
-            base = interruptible(stop, lambda: load_base(spec, model_path, device, cache, dtype=dtype))
+            base = interruptible(
+                stop, lambda: load_base(spec, model_path, device, cache, dtype=dtype, switches=switches))
         else:  # One rank alone must not leave while the others wait for it.
-            base = load_base(spec, model_path, device, cache, dtype=dtype)
+            base = load_base(spec, model_path, device, cache, dtype=dtype, switches=switches)
         model = methods.attach(base, spec, model_path)
         if provenance.get("init_adapter") and not found.step:
             methods.load(model, Path(provenance["init_adapter"]), trainable=True)

@@ -23,7 +23,7 @@ CAUSE = "idle GPU"
 
 def watched(run: RunDir, life: int, stop: StopFlag, stage: str) -> contextlib.AbstractContextManager[object]:
     """A context in which this rank's GPU is watched by the site's limit; nothing where the stage computes on none."""
-    if run.stage_plan(stage)["device"] != "cuda":
+    if run.numerics().stages[stage].device != "cuda":
         return contextlib.nullcontext()
     import torch
 
