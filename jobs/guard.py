@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ftlib import state
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs import events
+from ftlib.runs import events, policy
 from ftlib.runs.events import Cancelled, Decided, Submitted
 from ftlib.runs.ledger import IMAGE, Ledger
-from ftlib.slurm import client, policy, queue, settle
+from ftlib.slurm import client, queue, settle
 from ftlib.slurm.client import Job
 
 # Jobs of one stage that ended before a life could begin, before we stop.

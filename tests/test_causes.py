@@ -11,9 +11,10 @@ from typing import get_args
 import pytest
 
 from ftlib.rundir import RunDir
+from ftlib.runs import diagnosis, policy
 from ftlib.runs.events import Cancelled, CheckpointSaved, Settled, Submitted
-from ftlib.slurm import diagnose, policy, settle
-from ftlib.slurm.policy import Life, decide
+from ftlib.runs.policy import Life, decide
+from ftlib.slurm import settle
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -56,7 +57,7 @@ def log(name: str) -> str:
 
 @pytest.mark.parametrize(("name", "code", "cause", "shown"), REPLAYED, ids=[row[0] for row in REPLAYED])
 def test_a_real_log_is_named_rightly(name: str, code: int, cause: str, shown: str) -> None:
-    found = diagnose.life_cause(code=code, outcome=None, log=log(name))
+    found = diagnosis.life_cause(code=code, outcome=None, log=log(name))
     assert found.cause == cause
     assert shown in found.line and "\n" not in found.line
 
@@ -66,7 +67,7 @@ def test_every_log_of_the_folder_is_replayed() -> None:
 
 
 def test_a_healthy_log_says_nothing_of_a_cause() -> None:
-    assert diagnose.from_log(log("healthy")) is None
+    assert diagnosis.from_log(log("healthy")) is None
 
 
 @pytest.mark.parametrize(
@@ -85,17 +86,17 @@ def test_a_healthy_log_says_nothing_of_a_cause() -> None:
     ],
 )
 def test_what_a_stage_says_itself_decides(code: int, words: str, cause: str) -> None:
-    assert diagnose.life_cause(code=code, outcome=words, log="").cause == cause
+    assert diagnosis.life_cause(code=code, outcome=words, log="").cause == cause
 
 
 def test_a_warning_that_was_heeded_is_no_fault_whatever_the_log_says_of_connections() -> None:
-    found = diagnose.life_cause(code=75, outcome="interrupted (preemption), saved at step 9", log=log("gloo-closed"))
+    found = diagnosis.life_cause(code=75, outcome="interrupted (preemption), saved at step 9", log=log("gloo-closed"))
     assert found.cause == "preemption"
 
 
 def test_a_step_that_comes_down_after_a_rank_is_not_held_against_its_daemon() -> None:
     after = log("nccl-watchdog") + log("stepd-killed")
-    assert diagnose.life_cause(code=137, outcome=None, log=after).cause == "collective"
+    assert diagnosis.life_cause(code=137, outcome=None, log=after).cause == "collective"
 
 
 @pytest.mark.parametrize(
@@ -110,27 +111,27 @@ def test_a_step_that_comes_down_after_a_rank_is_not_held_against_its_daemon() ->
     ],
 )
 def test_where_slurm_ended_the_life_the_broken_connections_came_of_that(state: str, cause: str) -> None:
-    assert diagnose.life_cause(code=1, outcome=None, log=log("gloo-closed"), accounted=state).cause == cause
+    assert diagnosis.life_cause(code=1, outcome=None, log=log("gloo-closed"), accounted=state).cause == cause
 
 
 def test_a_failed_job_says_less_than_its_log() -> None:
-    assert diagnose.life_cause(code=1, outcome=None, log=log("gpu-oom"), accounted="FAILED").cause == "GPU memory"
-    assert diagnose.life_cause(code=137, outcome=None, log="", accounted="FAILED").cause == "killed"
+    assert diagnosis.life_cause(code=1, outcome=None, log=log("gpu-oom"), accounted="FAILED").cause == "GPU memory"
+    assert diagnosis.life_cause(code=137, outcome=None, log="", accounted="FAILED").cause == "killed"
 
 
 def test_signals_before_the_handler_stands_and_silent_kills() -> None:
-    causes = [diagnose.life_cause(code=code, outcome=None, log="").cause for code in (140, 143, 137, 139)]
+    causes = [diagnosis.life_cause(code=code, outcome=None, log="").cause for code in (140, 143, 137, 139)]
     assert causes == ["time limit", "preemption", "killed", "killed"]
 
 
 def test_every_cause_has_words_a_budget_and_a_mend() -> None:
-    assert set(get_args(diagnose.Cause)) == set(policy.KINDS)
+    assert set(get_args(diagnosis.Cause)) == set(policy.KINDS)
 
 
 # -- what is done ------------------------------------------------------------------------------------------------------
 
 
-def ended(cause: diagnose.Cause, *, progressed: bool = False, times: int = 1) -> list[Life]:
+def ended(cause: diagnosis.Cause, *, progressed: bool = False, times: int = 1) -> list[Life]:
     return [Life(cause, progressed)] * times
 
 
@@ -139,7 +140,7 @@ def test_preemption_is_free_while_the_run_gets_on() -> None:
 
 
 @pytest.mark.parametrize("cause", ["preemption", "time limit", "by hand"])
-def test_but_not_for_ever_without_a_step(cause: diagnose.Cause) -> None:
+def test_but_not_for_ever_without_a_step(cause: diagnosis.Cause) -> None:
     assert decide(ended(cause, times=9), micro_batch=8).requeue
     assert not decide(ended(cause, times=10), micro_batch=8).requeue
 
@@ -152,7 +153,7 @@ def test_three_barren_lives_of_its_own_doing_stop_and_a_step_between_saves_it() 
 
 
 @pytest.mark.parametrize("cause", ["disk full", "input", "code", "idle GPU", "cancelled"])
-def test_what_another_try_would_not_mend_stops_at_once(cause: diagnose.Cause) -> None:
+def test_what_another_try_would_not_mend_stops_at_once(cause: diagnosis.Cause) -> None:
     decision = decide(ended(cause, progressed=True), micro_batch=8)
     assert not decision.requeue and policy.KINDS[cause].plain in decision.words
 
@@ -346,7 +347,7 @@ def test_the_next_lifes_prologue_settles_what_no_epilogue_saw(run: RunDir) -> No
     (run.outcomes / "train-3").write_text("75 interrupted (preemption), saved at step 2\n")
     settle.earlier(run.path, "train", 4, "train-4-prologue", by="prologue")
     settle.earlier(run.path, "train", 4, "train-4-prologue", by="prologue")
-    expected: list[diagnose.Cause] = ["node failure", "killed", "node failure"]
+    expected: list[diagnosis.Cause] = ["node failure", "killed", "node failure"]
     settled = run.ledger().of(Settled)
     assert [(one.attempt, one.cause, one.by) for one in settled] == [
         (number, cause, "prologue") for number, cause in enumerate(expected, 1)

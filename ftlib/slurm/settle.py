@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftlib.errors import Unavailable
-from ftlib.runs import events, ledger
+from ftlib.runs import diagnosis, events, ledger, policy
+from ftlib.runs.diagnosis import Finding
 from ftlib.runs.events import Cancelled, Decided, Override, Settled, Settler, Submitted
 from ftlib.runs.ledger import Ledger
 from ftlib.runs.outcome import Outcome
 from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
-from ftlib.slurm import client, diagnose, policy
-from ftlib.slurm.diagnose import Finding
-from ftlib.slurm.policy import KINDS
+from ftlib.runs.policy import KINDS
+from ftlib.slurm import client
 
 EXCLUSION_H = 24
 # Slurm warns up to a minute before the lead that was asked for, which is two minutes at most.
@@ -74,7 +74,7 @@ class _Life:
         for path in folder.glob(f"{self.job}_*_log.out"):
             rank = path.name.removeprefix(f"{self.job}_").removesuffix("_log.out")
             if rank.isdigit():
-                found[int(rank)] = diagnose.tail(path, start=self.log_starts.get(path.name, 0))
+                found[int(rank)] = diagnosis.tail(path, start=self.log_starts.get(path.name, 0))
         return dict(sorted(found.items()))
 
     def accounted(self, field: str = "State") -> str:
@@ -88,7 +88,7 @@ class _Life:
 
     def found(self, code: int, outcome: Outcome | None, logs: dict[int, str], state: str) -> Finding:
         code, words = (outcome.code, outcome.message) if outcome else (code, None)
-        return diagnose.life_cause(code=code, outcome=words, log="\n".join(logs.values()), accounted=state)
+        return diagnosis.life_cause(code=code, outcome=words, log="\n".join(logs.values()), accounted=state)
 
     def as_slurm_tells(self, found: Finding, state: str) -> Finding:
         """The same warning has several senders, and Slurm knows which it was. What it does not say stays as it is."""
@@ -108,9 +108,9 @@ class _Life:
         return Finding("time limit" if near else "by hand", found.line)
 
 
-def _accounted_sender(state: str) -> diagnose.Cause | None:
+def _accounted_sender(state: str) -> diagnosis.Cause | None:
     """Who sent a life its warning, where accounting's state of it tells."""
-    told = diagnose.ACCOUNTED.get(state.split(" ")[0])
+    told = diagnosis.ACCOUNTED.get(state.split(" ")[0])
     return told if told and KINDS[told].foreign else None
 
 
@@ -213,7 +213,7 @@ def settled_lives(known: Ledger, stage: str, life: int) -> list[policy.Life]:
     """Why the stage's lives before `life` ended, since a person last submitted or resumed it; oldest first."""
     by_person = [event for event in known.of(Submitted, stage) if not event.automatic]
     first = by_person[-1].after_attempt + 1 if by_person else 1
-    causes: dict[int, diagnose.Cause] = {
+    causes: dict[int, diagnosis.Cause] = {
         attempt: settled.cause
         for attempt, settled in known.settled(stage).items()
         if settled.cause in KINDS

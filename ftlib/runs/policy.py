@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlib.slurm.diagnose import Cause
+from ftlib.runs.diagnosis import Cause
 
 MOST_WITHOUT_PROGRESS = 3
 SILENT_MOST = 10
