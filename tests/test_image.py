@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from ftlib.errors import FtError, InputError
-from ftlib.runs.diagnosis import from_log
+from ftlib.runs.signatures import from_log
 from ftlib.slurm import container
 from jobs import image as images
 from tests.array_shims import Login

@@ -82,7 +82,7 @@ def test_an_idle_gpu_stops_the_stage_and_a_busy_one_never(run: RunDir) -> None:
 
 
 def test_the_words_of_an_idle_stop_are_known_and_not_tried_again() -> None:
-    found = diagnosis.life_cause(code=75, outcome=str(Interrupted("idle GPU", 12)), log="")
+    found = diagnosis.cause_of(diagnosis.Evidence(outcome_code=75, outcome_message=str(Interrupted("idle GPU", 12))))
     assert found.cause == "idle GPU" and found.line == "interrupted (idle GPU), saved at step 12"
     assert not policy.decide([policy.Life("idle GPU", True)], micro_batch=1).requeue
 

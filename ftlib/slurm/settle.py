@@ -22,19 +22,14 @@ from typing import Any, Literal
 
 from ftlib.errors import Unavailable
 from ftlib.runs import diagnosis, events, ledger, policy
-from ftlib.runs.diagnosis import Finding
+from ftlib.runs.diagnosis import cause_of
 from ftlib.runs.events import Cancelled, Decided, Override, Settled, Settler, Submitted
 from ftlib.runs.ledger import Ledger
-from ftlib.runs.outcome import Outcome
 from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
 from ftlib.runs.policy import KINDS
-from ftlib.slurm import client
+from ftlib.slurm import client, evidence
 
 EXCLUSION_H = 24
-# Slurm warns up to a minute before the lead that was asked for, which is two minutes at most.
-NEAR_LIMIT_S = 210
-# Accounting writes a second or two after the fact, with the controller's clock.
-CLOCKS_S = 2
 # The exit code of what SIGKILL ended, as a shell says it.
 KILLED = 137
 # What `earlier` tells the prologue of a job that was cancelled.
@@ -59,71 +54,13 @@ class Verdict:
         return f"{self.do} {self.code} {self.words}"
 
 
-class _Life:
-    """One life of a stage: what its files say, and Slurm's accounting."""
-
-    def __init__(self, run: Path, known: Ledger, stage: str, number: int, job: str = "") -> None:
-        attempt = known.attempt(stage, number)
-        self.run, self.stage, self.number, self.job = run, stage, number, job or attempt.job_id
-        self.began, self.log_starts = attempt.began, attempt.log_starts
-        self.outcome = known.outcome(stage, number)
-
-    def logs(self, folder: Path) -> dict[int, str]:
-        """The end of what each rank wrote in this life; the first one's also has srun's and the shell's words."""
-        found = {}
-        for path in folder.glob(f"{self.job}_*_log.out"):
-            rank = path.name.removeprefix(f"{self.job}_").removesuffix("_log.out")
-            if rank.isdigit():
-                found[int(rank)] = diagnosis.tail(path, start=self.log_starts.get(path.name, 0))
-        return dict(sorted(found.items()))
-
-    def accounted(self, field: str = "State") -> str:
-        """A field of accounting's row of this life of the job; empty where accounting has no answer."""
-        rows = []
-        for line in _ask("sacct", "-X", "-D", "-n", "-P", "-j", self.job, "-o", f"Start,{field}").splitlines():
-            start, _, value = line.partition("|")
-            if start.isdigit() and int(start) <= self.began + CLOCKS_S:
-                rows.append((int(start), value.strip()))
-        return max(rows)[1] if rows else ""
-
-    def found(self, code: int, outcome: Outcome | None, logs: dict[int, str], state: str) -> Finding:
-        code, words = (outcome.code, outcome.message) if outcome else (code, None)
-        return diagnosis.life_cause(code=code, outcome=words, log="\n".join(logs.values()), accounted=state)
-
-    def as_slurm_tells(self, found: Finding, state: str) -> Finding:
-        """The same warning has several senders, and Slurm knows which it was. What it does not say stays as it is."""
-        if told := _accounted_sender(state):
-            return Finding(told, found.line)
-        known = dict(word.partition("=")[::2] for word in _ask("scontrol", "show", "job", "-o", self.job).split())
-        if known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A"):
-            return Finding("preemption", found.line)
-        ends = known.get("EndTime", "")
-        if not ends.isdigit():  # The controller does not answer: by what was planned.
-            if found.cause != "time limit":
-                return found
-            # A job that stages share says itself when it ends.
-            planned_end = self.began + 60 * _read(self.run, "plan.json")["stages"][self.stage]["time_min"]
-            ends = os.environ.get("FT_ENDS") or planned_end
-        near = int(ends) - time.time() < NEAR_LIMIT_S
-        return Finding("time limit" if near else "by hand", found.line)
-
-
-def _accounted_sender(state: str) -> diagnosis.Cause | None:
-    """Who sent a life its warning, where accounting's state of it tells."""
-    told = diagnosis.ACCOUNTED.get(state.split(" ")[0])
-    return told if told and KINDS[told].foreign else None
-
-
 def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Verdict:
     """Decide about the life that has just ended, and record it."""
     known, in_slurm = ledger.read(run), "SLURM_JOB_ID" in os.environ
-    it = _Life(run, known, stage, life, job)
-    outcome, logs, state = it.outcome, it.logs(log.parent), it.accounted() if in_slurm else ""
-    found = it.found(code, outcome, logs, state)
-    if cancelled_by_owner(known, stage, it.job):
-        found = Finding("cancelled", found.line)
-    elif found.cause in ("preemption", "time limit") and in_slurm:
-        found = it.as_slurm_tells(found, state)
+    seen = evidence.gather(
+        run, known, stage, life, exit_code=code, epilogue=True, slurm=in_slurm, job_id=job, log_folder=log.parent
+    )  # fmt: skip
+    found = cause_of(seen)
     lives = [*settled_lives(known, stage, life), policy.Life(found.cause, known.progressed(stage, life))]
     plan = _read(run, "plan.json")
     rows = known.overrides(time.time()).micro_batch or plan.get("micro_batch")
@@ -134,7 +71,7 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
         if decision.halve_micro_batch:
             changes.append(_halved(plan, rows, found.line))
         if decision.exclude_node:
-            bad = _node_of(next((rank for rank, text in logs.items() if found.line and found.line in text), 0))
+            bad = _node_of(found.rank or 0)
             changes.append(_excluded(bad, found.line))
             # Slurm sets the whole list: the owner's nodes and those of earlier attempts would be in it no more.
             owner = _read(run, "provenance.json").get("profile", {}).get("exclude")
@@ -145,10 +82,10 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
             grown = int(int(asked) * decision.memory_factor)
             # A request beyond what a node has would wait in the queue forever.
             memory = str(max(int(asked), min(grown, _node_mib(run, stage) or grown)))
-    verdict = _verdict(decision, outcome, code, exclude=node, mem_mib=memory)
+    verdict = _verdict(decision, seen.outcome_code, code, exclude=node, mem_mib=memory)
     settled = Settled(
-        stage=stage, attempt=life, job_id=job, cause=found.cause, by="epilogue", message=KINDS[found.cause].plain,
-        line=found.line, code=code, node=os.uname().nodename,
+        stage=stage, attempt=life, job_id=job, cause=found.cause, by="epilogue", line=found.line, code=code,
+        message=f"{KINDS[found.cause].plain} ({found.message})", node=_node_of(found.rank or 0), rank=found.rank,
     )  # fmt: skip
     decided = Decided(
         stage=stage, choice=verdict.do, job_id=job, attempt=life, cause=found.cause, message=decision.words,
@@ -158,34 +95,25 @@ def end(run: Path, stage: str, life: int, code: int, job: str, log: Path) -> Ver
     return verdict
 
 
-def _verdict(decision: policy.Decision, outcome: Outcome | None, code: int, *, exclude: str, mem_mib: str) -> Verdict:
-    """What the epilogue does. code: what srun returned, or the outcome's."""
+def _verdict(decision: policy.Decision, stated: int | None, code: int, *, exclude: str, mem_mib: str) -> Verdict:
+    """What the epilogue does. stated: the outcome's code, None without one. code: what srun returned."""
     if decision.requeue:
         may_requeue = os.environ.get("FT_REQUEUE", "1") == "1"
         return Verdict("requeue" if may_requeue else "leave", 75, decision.words, decision.backoff_s, exclude, mem_mib)
-    return Verdict("stop", outcome.code if outcome and outcome.code not in (0, 75) else (code or 1), decision.words)
+    own_code = stated if stated not in (None, 0, 75) else (code or 1)
+    return Verdict("stop", own_code, decision.words)
 
 
 def earlier(run: Path, stage: str, life: int, writer: str, *, by: Settler) -> None:
     """Record the cause of every life before `life` whose end no epilogue saw: node or batch shell were lost."""
     known = ledger.read(run)
     for number in sorted(set(range(1, life)) - known.settled(stage).keys()):
-        it = _Life(run, known, stage, number)
-        state = it.accounted()
-        found = it.found(KILLED, it.outcome, it.logs(run / "slurm" / stage), state)
-        cause = found.cause
-        if cause in ("preemption", "time limit"):
-            cause = _accounted_sender(state) or cause
-        words = f"{KINDS[cause].plain} (Slurm says {state or 'nothing'})"
-        if cause == "killed" and not state:
-            cause, words = "node failure", "its node or its batch shell was lost"
-        if cause == "preemption" and state.startswith("FAILED"):
-            # No epilogue ran and Slurm took nothing back: the batch shell was killed, and slurmd's SIGTERM followed.
-            cause, words = "killed", "the batch shell was killed, and nothing says by whom; the work was saved"
-        ended = it.accounted("End")
+        seen = evidence.gather(run, known, stage, number)
+        found = cause_of(seen)
         settled = Settled(
-            stage=stage, attempt=number, job_id=it.job, cause=cause, by=by, message=words, line=found.line,
-            ended=int(ended) if ended.isdigit() else None,
+            stage=stage, attempt=number, job_id=known.attempt(stage, number).job_id, cause=found.cause, by=by,
+            message=f"{KINDS[found.cause].plain} ({found.message})", line=found.line, rank=found.rank,
+            ended=seen.ended,
         )  # fmt: skip
         events.append(run / "events", writer, settled)
 
