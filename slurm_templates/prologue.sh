@@ -10,6 +10,10 @@ export FT_JOB="${FT_JOB:-$SLURM_JOB_ID}"
 FT_LOG="$FT_RUN/slurm/$FT_STAGE/${FT_JOB}_0_log.out"
 # Where stages share the job, Slurm gave this shell the first one's log.
 [ -z "$FT_STAGES" ] || exec >>"$FT_LOG" 2>&1
+# The lead of the warning before the time limit, in seconds, as this very job was submitted with it (FT_WARNING_S):
+# the epilogue tells Slurm's warning from somebody's signal by that.
+FT_WARNING_S=$(sed -n 's/^#SBATCH --signal=[^@]*@\([0-9]*\)$/\1/p' "$0" 2>/dev/null | tail -n 1)
+export FT_WARNING_S
 # The number of this stage's srun: it is the job's first unless another stage ran before it.
 FT_STEP=$((${FT_STEP:--1} + 1))
 

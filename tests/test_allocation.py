@@ -111,7 +111,7 @@ def test_the_trainer_counts_one_gpu_where_torch_sees_two(tmp_path: Any, monkeypa
 def test_a_node_that_shows_fewer_gpus_than_it_should_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="the training packages are not installed (make setup)")
     from ftlib.errors import BadGpu
-    from ftlib.slurm import diagnose
+    from ftlib.runs import diagnosis
     from ftlib.train.arguments import check_gpus
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -119,7 +119,7 @@ def test_a_node_that_shows_fewer_gpus_than_it_should_is_left_for_another(monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BadGpu, match=r"shows 1 of its 2 GPUs \(CUDA_VISIBLE_DEVICES: '0,1'\)") as error:
         check_gpus("evaluate", TWO)
-    assert diagnose.from_outcome(error.value.exit_code, str(error.value)) == "bad GPU"
+    assert diagnosis.from_outcome(error.value.exit_code, str(error.value)) == "bad GPU"
     # None at all may be the packages' or the driver's doing, on every node: no other is tried.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="finds none on"):

@@ -19,8 +19,8 @@ from ftlib import atomic, download, hubapi, hubget, modelfiles
 from ftlib.errors import FtError, InputError, Interrupted
 from ftlib.lease import Lease
 from ftlib.rundir import RunDir
+from ftlib.runs.diagnosis import Evidence, cause_of
 from ftlib.runs.events import Progress
-from ftlib.slurm import diagnose
 from ftlib.stop import StopFlag
 from tests.hub_server import TOKEN, Hub, serving
 from tests.processes import started
@@ -186,7 +186,7 @@ def test_a_hub_that_is_down_is_no_matter_where_the_files_are_complete(
         fetch(tmp_path)
     # Tried again by itself: it is not the user's mistake.
     assert raised.value.exit_code == 1
-    assert diagnose.life_cause(code=1, outcome=str(raised.value), log="").cause == "transient"
+    assert cause_of(Evidence(outcome_code=1, outcome_message=str(raised.value))).cause == "transient"
 
 
 def test_a_full_disk_is_seen_before_a_byte_comes(

@@ -18,10 +18,13 @@ from ftlib.evaluate.scoring import copies, scores
 from ftlib.report.cost import stage_costs
 from ftlib.report.page import evaluation_table
 from ftlib.rundir import RunDir
-from ftlib.runs import events, outcome
+from ftlib.runs import act, events, outcome
+from ftlib.runs.decide import Requeue
 from ftlib.runs.ledger import Ledger
-from ftlib.slurm import settle
+from ftlib.runs.scheduler import Here
+from ftlib.slurm.investigate import investigator
 from ftlib.stop import StopFlag
+from jobs.local import NoController
 from tests.tiny_llama import write_model, write_run
 
 CALL = {"name": "f", "arguments": {"n": 100, "on": True}}
@@ -255,8 +258,10 @@ def test_preemptions_of_an_evaluation_that_keeps_its_answers_never_stop_the_run(
         with pytest.raises(Interrupted):
             evaluate(run, stop, attempt=attempt)
         outcome.write(run.outcomes, outcome.Outcome("evaluate", attempt, 75, "interrupted (preemption)"))
-        verdict = settle.end(run.path, "evaluate", attempt, 75, "1", run.slurm / "evaluate" / "1_0_log.out")
-        assert verdict.do == "requeue", f"attempt {attempt}: {verdict.words}"
+        here = Here(job_id="1", stage="evaluate", attempt=attempt, ended=True)
+        investigate = investigator(run.path, code=75, job_id="1", slurm=False)
+        decided = act.end_attempt(run, NoController(), here, investigate)
+        assert isinstance(decided, Requeue), f"attempt {attempt}: {decided.message}"
     assert len(read_answers(run.path / "evaluation" / "base.jsonl")) == 44
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from ftlib.errors import FtError, InputError
+from ftlib.runs.signatures import from_log
 from ftlib.slurm import container
-from ftlib.slurm.diagnose import from_log
 from jobs import image as images
 from tests.array_shims import Login
 from tests.processes import started

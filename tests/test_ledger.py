@@ -108,7 +108,7 @@ class Login:
         now = int(time.time())
         (run.lives / f"{stage}-{number}").write_text(f"{job} n1 {now} \n")
         with (self.queue.parent / "lives").open("a") as accounting:
-            accounting.write(f"{now}|FAILED\n")
+            accounting.write(f"{job}|FAILED|0:9|{now}|{now}\n")
         if outcome:
             (run.outcomes / f"{stage}-{number}").write_text(outcome + "\n")
         if settled:

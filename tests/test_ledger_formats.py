@@ -1,8 +1,8 @@
 """Every format in which a run was ever recorded stays readable: `ledgers/format-N` is a real run folder of each.
 
 Both runs met the same on the local Slurm. Of the training, GPU memory ran out in attempt 1 and a GPU was faulty in
-attempt 2 (their logs are real ones), attempt 3 was requeued by hand, the batch shell of attempt 4 was killed, so that the
-recovery job settled and queued anew, and attempt 5 came to the end. Formats are added here, and none is taken away.
+attempt 2 (their logs are real ones), attempt 3 was requeued by hand, the batch shell of attempt 4 was killed, so that
+the recovery job settled and queued anew, and attempt 5 came to the end. Formats are added here, and none is taken away.
 """
 
 from __future__ import annotations

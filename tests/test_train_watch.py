@@ -14,8 +14,7 @@ import pytest
 from ftlib.errors import Interrupted
 from ftlib.metrics import idle_gpu_hours
 from ftlib.rundir import RunDir
-from ftlib.runs import outcome
-from ftlib.slurm import diagnose, policy
+from ftlib.runs import diagnosis, outcome, policy
 from ftlib.stop import StopFlag
 from ftlib.train.watch import GpuWatch, act_after_s
 
@@ -83,7 +82,7 @@ def test_an_idle_gpu_stops_the_stage_and_a_busy_one_never(run: RunDir) -> None:
 
 
 def test_the_words_of_an_idle_stop_are_known_and_not_tried_again() -> None:
-    found = diagnose.life_cause(code=75, outcome=str(Interrupted("idle GPU", 12)), log="")
+    found = diagnosis.cause_of(diagnosis.Evidence(outcome_code=75, outcome_message=str(Interrupted("idle GPU", 12))))
     assert found.cause == "idle GPU" and found.line == "interrupted (idle GPU), saved at step 12"
     assert not policy.decide([policy.Life("idle GPU", True)], micro_batch=1).requeue
 
@@ -113,7 +112,7 @@ def test_a_process_that_hangs_is_ended_and_says_what_is_saved(run: RunDir, stage
     words = outcome.read(run.outcomes, stage)[0].message
     assert words == f"interrupted (idle GPU){saved}; the process hung and was ended"
     assert rows(run)[0]["stage"] == stage
-    assert diagnose.from_outcome(75, words) == "idle GPU"
+    assert diagnosis.from_outcome(75, words) == "idle GPU"
 
 
 def test_without_nvml_it_says_so_and_no_more(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from random import Random
 
 from benchmarks.chaos import processes, slurm
 from benchmarks.chaos.places import View
-from ftlib.slurm.diagnose import Cause
+from ftlib.runs.diagnosis import Cause
 
 
 def job_of(view: View) -> str:

@@ -9,11 +9,11 @@ from ftlib import checkpoint
 from ftlib.errors import RUN_AGAIN
 from ftlib.report.status import Seen
 from ftlib.rundir import STAGES, RunDir
+from ftlib.runs import policy
 from ftlib.runs.attempts import Attempt
 from ftlib.runs.decide import QueueAnew
 from ftlib.runs.events import CheckpointSaved, Decided, Ended, FirstStep, Resumed, Started
 from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
-from ftlib.slurm import policy
 from ftlib.slurm.queue import why_waits
 from ftlib.state import ACTIVE, overall
 

@@ -14,12 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from ftlib.runs import overrides
+from ftlib.runs import overrides, policy
+from ftlib.runs.diagnosis import Cause
 from ftlib.runs.events import Cancelled, Choice, Decided, Event, Override, Submitted
 from ftlib.runs.ledger import IMAGE, STAGES, Ledger, open_stages
 from ftlib.runs.scheduler import CANCELLED, FAILED, Here, SchedulerView
-from ftlib.slurm import policy
-from ftlib.slurm.diagnose import Cause
 
 # Jobs of one stage in a row that ended before an attempt could begin, before the run is stopped.
 MOST_STILLBORN = 3

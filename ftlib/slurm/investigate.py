@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ftlib.errors import Unavailable
 from ftlib.runs.act import Investigate
-from ftlib.runs.diagnosis import Evidence, cause_of
+from ftlib.runs.diagnosis import cause_of
 from ftlib.runs.events import Settled, Settler
 from ftlib.runs.ledger import Ledger
+from ftlib.runs.policy import KINDS
 from ftlib.slurm import client
 from ftlib.slurm.evidence import gather
 
@@ -28,34 +29,29 @@ def investigator(
         # The epilogue may also find earlier attempts of which nobody has recorded the end.
         own = by == "epilogue" and attempt == ledger.attempt_count(stage)
         evidence = gather(
-            run, stage, attempt, exit_code=code if own else None, epilogue=own, ask=slurm,
+            run, ledger, stage, attempt, exit_code=code if own else None, epilogue=own, slurm=slurm,
             job_id=job_id if own else "", log_folder=logs if own else None,
         )  # fmt: skip
         finding = cause_of(evidence)
-        rank = _rank_of(evidence, finding.line)
-        accounted = evidence.accounted
+        rank = finding.rank or 0
         # Of a job that is gone only the first rank's node is known.
         first_node = "" if rank else ledger.attempt(stage, attempt).node
+        plain = KINDS[finding.cause].plain
         return Settled(
             stage=stage,
             attempt=attempt,
             job_id=job_id if own and job_id else ledger.attempt(stage, attempt).job_id,
             cause=finding.cause,
             by=by,
-            message=finding.message,
+            message=f"{plain} ({finding.message})" if finding.message else plain,
             line=finding.line,
             code=code if own else None,
             node=_node_of(rank) if own else first_node,
-            rank=rank,
-            ended=accounted.ended if accounted and not own else None,
+            rank=finding.rank,
+            ended=None if own else evidence.ended,
         )
 
     return investigate
-
-
-def _rank_of(evidence: Evidence, line: str) -> int:
-    """The rank whose log shows the cause; 0 where none does."""
-    return next((rank for rank, text in evidence.logs.items() if line and line in text), 0)
 
 
 def _node_of(rank: int) -> str:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlib.slurm.diagnose import Cause
+from ftlib.runs.diagnosis import Cause
 
 MOST_WITHOUT_PROGRESS = 3
 SILENT_MOST = 10
@@ -79,7 +79,11 @@ KINDS: dict[Cause, Kind] = {
         "the process was killed, and nothing says by whom",
         f"see the log's end (make logs RUN={{run}}), then {_AGAIN}", 10,
     ),
-    "cancelled": Kind("its owner cancelled it", f"nothing; {_AGAIN} would go on", 0),
+    "cancelled": Kind("it was cancelled", f"nothing; {_AGAIN} continues it", 0),
+    "unknown": Kind(
+        "nothing tells why it ended",
+        f"see the log's end (make logs RUN={{run}}) and ask the site about the job and its nodes, then {_AGAIN}", 10,
+    ),
 }  # fmt: skip
 
 
@@ -108,6 +112,8 @@ def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
     cause = lives[-1].cause
     kind, same = KINDS[cause], sum(life.cause == cause for life in lives)
     plain = kind.plain
+    if cause == "cancelled":
+        return Decision(False, f"{plain} and will not be restarted")
     if kind.budget is not None and same > kind.budget:
         often = f" (for the {same}. time)" if same > 1 else ""
         return Decision(False, f"{plain}{often}; it would not help to try again")
