@@ -30,7 +30,7 @@ def main(folder: str) -> int:
         print(f"ftlib: {error}. make resume RUN={run.name} continues the run", flush=True)
         return error.exit_code
     queued = ", ".join(f"{stage} {job}" for stage, job in run.ledger().jobs.items() if stage in _stages(action))
-    print(f"{action.message}; queued anew: {queued}" if queued else action.message, flush=True)
+    print(f"queued anew: {queued} ({action.message})" if queued else action.message, flush=True)
     return 0
 
 

@@ -52,13 +52,16 @@ def _queue(run: RunDir, profile: ClusterProfile, *, even_cancelled: bool) -> int
 
     _settle_in(run)
     site = chain.site_of(run, profile)
-    before = run.ledger()
+    before, adopted = run.ledger(), list[str]()
     action = act.resume(
         run, site, site.plan.jobs, investigator(run.path), user=getpass.getuser(),
-        even_cancelled=even_cancelled, image_job=site.queue_image,
+        even_cancelled=even_cancelled, image_job=site.queue_image, on_adopted=adopted.extend,
     )  # fmt: skip
     after = run.ledger()
-    queued = {stage: job for stage, job in after.jobs.items() if stage in STAGES and before.jobs.get(stage) != job}
+    for stage in adopted:
+        print(f"Found the job of {stage} that an interrupted submit had queued; it belongs to this run.")
+    new = {stage: job for stage, job in after.jobs.items() if before.jobs.get(stage) != job}
+    queued = {stage: job for stage, job in new.items() if stage in STAGES and stage not in adopted}
     if not isinstance(action, QueueAnew) and not queued:
         return _nothing_queued(run, action)
     if action.job_id:

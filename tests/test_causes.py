@@ -22,6 +22,7 @@ from ftlib.runs.policy import Life, decide
 from ftlib.runs.scheduler import Here
 from ftlib.slurm import attempt
 from ftlib.slurm.investigate import investigator
+from tests import policy_page
 from tests.worlds import log
 
 # -- what is done ------------------------------------------------------------------------------------------------------
@@ -58,6 +59,10 @@ def test_the_wait_after_a_passing_fault_doubles_and_its_budget_ends() -> None:
     waits = [decide(ended("transient", progressed=True, times=n), micro_batch=8) for n in range(1, 7)]
     assert [w.backoff_s for w in waits[:5]] == [30, 60, 120, 240, 480]
     assert [w.requeue for w in waits] == [True] * 5 + [False]
+
+
+def test_the_page_about_interruptions_says_what_the_policy_does() -> None:
+    assert policy_page.PAGE.read_text(encoding="utf-8") == policy_page.page(), "python -m tests.policy_page writes it"
 
 
 def test_budgets_are_counted_by_cause() -> None:

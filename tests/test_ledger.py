@@ -97,7 +97,7 @@ class Login:
 
     def guard(self) -> str:
         """What the guard's job says."""
-        done = self.python("-c", f"from jobs import guard; guard.run({str(self.run().path)!r})")
+        done = self.python("-m", "jobs.guard", str(self.run().path))
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -113,7 +113,7 @@ class Login:
             (run.outcomes / f"{stage}-{number}").write_text(outcome + "\n")
         if settled:
             words = ("end", str(run.path), stage, str(number), str(code), job, f"{run.slurm}/{stage}/{job}_0_log.out")
-            assert self.python("-m", "ftlib.slurm.settle", *words, FT_REQUEUE="0", SLURM_JOB_ID=job).returncode == 0
+            assert self.python("-m", "ftlib.slurm.attempt", *words, FT_REQUEUE="0", SLURM_JOB_ID=job).returncode == 0
 
 
 ONE_EACH = Counter(["prepare", "train", "export+evaluate", "guard"])
@@ -275,7 +275,7 @@ def test_the_guard_goes_on_where_the_batch_shell_was_killed_but_not_for_ever(tra
         training.set("train", "RUNNING")
     training.life("train", 3)
     ends(training)
-    assert "lives in a row ended" in training.guard()
+    assert "attempts in a row failed" in training.guard()
     assert training.jobs("PENDING", "RUNNING")["train"] == 0
 
 
@@ -313,9 +313,9 @@ def test_after_a_batch_shell_that_was_killed_between_two_stages_the_second_runs_
 def test_a_failed_evaluation_is_resumed_alone(exported: Login) -> None:
     exported.life("evaluate", 1, "64 its base is gone", settled=True, code=64)
     exported.set("evaluate", "FAILED")
-    assert "evaluate: " in exported.guard() and exported.jobs("PENDING")["evaluate"] == 0
+    assert "evaluate was stopped" in exported.guard() and exported.jobs("PENDING")["evaluate"] == 0
     done = exported.python("-m", "jobs", "resume", "--run", exported.run().name)
-    assert done.returncode == 0 and "Going on at evaluate (its base is gone)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Continuing at evaluate (its base is gone)" in done.stdout, done.stderr
     assert exported.jobs("PENDING") == Counter({"evaluate": 1, "guard": 2})
 
 
@@ -332,7 +332,7 @@ def test_the_guard_never_revives_what_its_owner_cancelled(training: Login, by: s
         training.life("train", 1, "75 interrupted (preemption), saved at step 40")
         assert training.python("-m", "jobs", "cancel", "--run", training.run().name).returncode == 0
     for _ in range(2):
-        assert "it stays so" in training.guard()
+        assert "was cancelled by its owner" in training.guard()
     assert training.jobs("PENDING", "RUNNING")["train"] == 0
 
 
@@ -343,12 +343,12 @@ def test_jobs_that_end_before_they_begin_stop_after_three(training: Login) -> No
         said.append(training.guard())
     assert [words.startswith("queued anew") for words in said] == [True, True, False]
     assert "ended before they began" in said[-1]
-    (decided,) = training.run().ledger().of(Decided)
-    assert (decided.stage, decided.choice) == ("train", "stop")
+    decisions = training.run().ledger().of(Decided, "train")
+    assert [decided.choice for decided in decisions] == ["queue anew", "queue anew", "stop"]
 
 
 def test_the_guard_does_nothing_while_the_job_waits_or_runs_or_all_is_done(training: Login) -> None:
-    assert "nothing to do" in training.guard()
+    assert training.guard() == "train is running"
     for stage in STAGES:
         training.life(stage, 2, "0 done")
     assert training.guard() == "every stage is done"

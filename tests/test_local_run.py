@@ -125,6 +125,6 @@ def test_a_killed_stage_goes_on_by_itself_and_ends_bit_equal(
     os.kill(int(started.job_id), signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert "going on from the last checkpoint" in said
+    assert "resuming from the last checkpoint" in said
     assert losses(run) == losses(whole)
     assert final_weights(run) == final_weights(whole)

@@ -100,8 +100,10 @@ def recover(
 def resume(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *,
     user: str | None, even_cancelled: bool = True, image_job: Callable[[], str | None] = lambda: None,
+    on_adopted: Callable[[Sequence[str]], None] = lambda stages: None,
 ) -> Action:  # fmt: skip
     """Do what the owner's request to continue asks for; `even_cancelled`: also where the run was cancelled.
+    `on_adopted` is told of which stages the jobs of a killed submit were found.
 
     Of a job that was cancelled and is still ending it is `Nothing` with the cause "cancelled", not `over`: the owner
     has to wait.
@@ -109,19 +111,21 @@ def resume(
     request = ResumeRequested(user=user)
     return _advance(
         run, scheduler, jobs, investigate, by="owner", request=request, even_cancelled=even_cancelled,
-        image_job=image_job,
+        image_job=image_job, on_adopted=on_adopted,
     )  # fmt: skip
 
 
 def _advance(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *, by: Settler,
     request: ResumeRequested | None, image_job: Callable[[], str | None], even_cancelled: bool = False,
+    on_adopted: Callable[[Sequence[str]], None] = lambda stages: None,
 ) -> Action:  # fmt: skip
     """Under the run's claim: adopt, settle, decide, record, act."""
     # A submit that was killed on a login node leaves a claim, and a job elsewhere cannot see that its process is gone.
     claim = run.claim() if request else run.claim(wait_s=CLAIM_S, silent_s=CLAIM_S)
     with claim:
-        chain.adopt(run, scheduler)
+        if adopted := chain.adopt(run, scheduler):
+            on_adopted(adopted)
         view = scheduler.look(_all_jobs(run.ledger()))
         ledger = settle(run, view, investigate, by)
         action = decide.next_action(ledger, view, time.time())

@@ -30,18 +30,18 @@ class Kind:
 
 
 _AGAIN = "make resume RUN={run}"
-_SAVE = f"no life lasted until its first save: ask for more time, or for a QOS that is not preempted, then {_AGAIN}"
+_SAVE = f"no attempt lasted until its first save: request more time, or a QOS that is not preempted, then {_AGAIN}"
 KINDS: dict[Cause, Kind] = {
     "preemption": Kind("another job with a higher claim took the node", _SAVE, foreign=True),
     "time limit": Kind("the job's time limit came near", _SAVE, foreign=True),
-    "by hand": Kind("someone requeued it, or sent it the signal to save and begin anew", _AGAIN, foreign=True),
+    "by hand": Kind("someone requeued it, or sent it the signal to save and start again", _AGAIN, foreign=True),
     "idle GPU": Kind(
         "the GPU did nothing for longer than the site allows",
         f"see why it waits (make logs RUN={{run}}), then {_AGAIN}", 0,
     ),
     "node failure": Kind("the node failed", _AGAIN, 10, foreign=True),
     "host memory": Kind(
-        "the host memory that was asked for ran out",
+        "the requested host memory ran out",
         'a smaller data.limit, or nodes with more memory: SET="cluster.gpu_partition=…" (cpu_partition)', 2,
     ),
     "GPU memory": Kind(
@@ -50,39 +50,39 @@ KINDS: dict[Cause, Kind] = {
     ),
     "bad GPU": Kind(
         "a GPU of this node is faulty",
-        f'tell the site; keep away from the nodes: SET="cluster.exclude=…", then {_AGAIN}', 4,
+        f'tell the site; avoid the nodes: SET="cluster.exclude=…", then {_AGAIN}', 4,
     ),
     "collective": Kind(
-        "the processes lost touch with each other",
+        "the processes lost contact with each other",
         f"look at the network settings of the profile (NCCL_*), then {_AGAIN}", 5, backoff_s=15,
     ),
     "disk full": Kind(
         "the disk or the quota is full", f"make room (checkpoints and logs are under runs/), then {_AGAIN}", 0
     ),
     "input": Kind(
-        "the input is wrong", f"mend what the message names, then {_AGAIN}, or submit again if the recipe changes", 0
+        "the input is wrong", f"fix what the message names, then {_AGAIN}, or submit again if the recipe changes", 0
     ),
     "code": Kind(
         "the program failed, and would again",
-        "the traceback: make logs RUN={run}; after the mend submit with NEW=1, for the code is another", 0,
+        "see the traceback (make logs RUN={run}); once it is fixed submit with NEW=1, because the code has changed", 0,
     ),
     "container": Kind(
         "Apptainer could not start the image",
-        "what Apptainer says (make logs RUN={run}): without user namespaces ask the site, or take the virtual "
+        "see what Apptainer says (make logs RUN={run}): without user namespaces ask the site, or use the virtual "
         'environment: make submit … SET="cluster.container=null"', 1,
     ),
     "transient": Kind(
         "the file system or network failed for a moment",
-        f"when the storage or network is well again: {_AGAIN}", 5, backoff_s=30,
+        f"when the storage or network works again: {_AGAIN}", 5, backoff_s=30,
     ),
     "killed": Kind(
-        "the process was killed, and nothing says by whom",
-        f"see the log's end (make logs RUN={{run}}), then {_AGAIN}", 10,
+        "the process was killed, and nothing tells by whom",
+        f"see the end of the log (make logs RUN={{run}}), then {_AGAIN}", 10,
     ),
     "cancelled": Kind("it was cancelled", f"nothing; {_AGAIN} continues it", 0),
     "unknown": Kind(
         "nothing tells why it ended",
-        f"see the log's end (make logs RUN={{run}}) and ask the site about the job and its nodes, then {_AGAIN}", 10,
+        f"see the end of the log (make logs RUN={{run}}), ask the site about the job and its nodes, then {_AGAIN}", 10,
     ),
 }  # fmt: skip
 
@@ -116,22 +116,22 @@ def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
         return Decision(False, f"{plain} and will not be restarted")
     if kind.budget is not None and same > kind.budget:
         often = f" (for the {same}. time)" if same > 1 else ""
-        return Decision(False, f"{plain}{often}; it would not help to try again")
+        return Decision(False, f"{plain}{often}; trying again would not help")
     barren = list(itertools.takewhile(lambda life: not life.progressed, reversed(lives)))
     own = sum(not KINDS[life.cause].foreign for life in barren)
     if own >= MOST_WITHOUT_PROGRESS:
-        return Decision(False, f"{plain}; {own} lives in a row ended by the run's own doing without a new step")
+        return Decision(False, f"{plain}; {own} attempts in a row failed without making progress")
     if len(barren) >= SILENT_MOST:
-        return Decision(False, f"{plain}; {len(barren)} lives in a row ended before a new step could be saved")
+        return Decision(False, f"{plain}; {len(barren)} attempts in a row ended before anything new could be saved")
     if cause == "GPU memory":
         if micro_batch is None or micro_batch <= 1:
             return Decision(False, f"{plain}, and the micro-batch cannot be smaller")
         words = f"{plain}; again with micro-batch {micro_batch // 2} and twice the accumulation (same global batch)"
         return Decision(True, words, halve_micro_batch=True)
     if cause == "host memory":
-        return Decision(True, f"{plain}; again with {MEMORY_GROWTH:g} times as much", memory_factor=MEMORY_GROWTH)
+        return Decision(True, f"{plain}; again with {MEMORY_GROWTH:g} times as much memory", memory_factor=MEMORY_GROWTH)
     if cause == "bad GPU":
         return Decision(True, f"{plain}; again on another node", exclude_node=True)
     backoff = min(kind.backoff_s * 2 ** (same - 1), MOST_BACKOFF_S)
     wait = f" in {backoff} s" if backoff else ""
-    return Decision(True, f"{plain}; going on from the last checkpoint{wait}", backoff_s=backoff)
+    return Decision(True, f"{plain}; resuming from the last checkpoint{wait}", backoff_s=backoff)
