@@ -129,7 +129,8 @@ def decide(lives: Sequence[Life], *, micro_batch: int | None) -> Decision:
         words = f"{plain}; again with micro-batch {micro_batch // 2} and twice the accumulation (same global batch)"
         return Decision(True, words, halve_micro_batch=True)
     if cause == "host memory":
-        return Decision(True, f"{plain}; again with {MEMORY_GROWTH:g} times as much memory", memory_factor=MEMORY_GROWTH)
+        words = f"{plain}; again with {MEMORY_GROWTH:g} times as much memory"
+        return Decision(True, words, memory_factor=MEMORY_GROWTH)
     if cause == "bad GPU":
         return Decision(True, f"{plain}; again on another node", exclude_node=True)
     backoff = min(kind.backoff_s * 2 ** (same - 1), MOST_BACKOFF_S)
