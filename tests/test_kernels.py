@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="training needs torch: the train extra")
 pytest.importorskip("bitsandbytes", reason="training needs bitsandbytes: the train extra")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import Trainer  # noqa: E402
 from transformers.training_args import ParallelMode  # noqa: E402
 
@@ -93,6 +97,40 @@ def test_on_a_cpu_attention_is_left_alone() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
     kernels.choose(KernelSwitches(), on_gpu=False, deterministic=True)
     assert torch.backends.cuda.cudnn_sdp_enabled() and torch.are_deterministic_algorithms_enabled()
+
+
+class Calls(TorchDispatchMode):
+    """Remembers what torch computes: the function's name, the type of its first tensor and how many numbers it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[tuple[str, Any, int]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], torch.Tensor):
+            self.made.add((function.overloadpacket.__name__, args[0].dtype, args[0].numel()))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_one_thread_makes_the_first_call_of_every_vector_function(deterministic: bool) -> None:
+    """Two threads that make it together compute a share of the numbers to four digits, now and then: pytorch#188792."""
+    header = Path(torch.__file__).parent / "include/ATen/cpu/vml.h"
+    names = re.findall(r"^IMPLEMENT_VML_MKL\((\w+),", header.read_text(), flags=re.MULTILINE)
+    assert {"cos", "sin", "sqrt", "exp"} < set(names), "what torch computes with MKL's vector math, of this version"
+    with Calls() as calls:
+        kernels.choose(KernelSwitches(), on_gpu=False, deterministic=deterministic)
+    assert {(name, dtype, 1) for name in names for dtype in (torch.float32, torch.float64)} <= calls.made
+
+
+@pytest.mark.nightly
+def test_no_first_call_in_several_threads_is_wrong() -> None:
+    """Without it about one in a thousand was wrong, on two busy cores of a Xeon."""
+    command = [sys.executable, "-m", "tests.first_calls", "5000"]
+    passive = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    checkout = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=checkout, env=passive, capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == "0", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", [ParallelMode.NOT_DISTRIBUTED, ParallelMode.DISTRIBUTED])
