@@ -164,6 +164,7 @@ class Case:
     nodes: int = 1
     obeys: str = "1"
     options: tuple[str, ...] = ()
+    accounting: bool = True
 
 
 CASES = {
@@ -177,6 +178,9 @@ CASES = {
     "SIGUSR2 by hand": Case(save, ("by hand",), returns=True),
     "requeue": Case(requeue, ("by hand",), returns=True),
     "preemption": Case(preempt, ("preemption",), returns=True, options=("--qos=group-b",)),
+    "scancel without accounting": Case(cancel, ("cancelled",), returns=False, accounting=False),
+    "SIGUSR2 by hand without accounting": Case(save, ("by hand",), returns=True, accounting=False),
+    "requeue without accounting": Case(requeue, ("by hand",), returns=True, accounting=False),
     "a second rank killed": Case(kill_second_rank, ("killed",), returns=True, nodes=2),
 }
 
@@ -185,10 +189,16 @@ CASES = {
 def ended(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """All cases at once, each ended in its way, and settled where its epilogue can."""
     folder = tmp_path_factory.mktemp("ends")
-    jobs = {
-        name: submit(slurm, folder, f"end-{number}", *case.options, nodes=case.nodes, OBEYS=case.obeys)
-        for number, (name, case) in enumerate(CASES.items())
-    }
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2\nexit 1\n")
+    (tools / "sacct").chmod(0o755)
+    jobs = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        path = "$PATH" if case.accounting else f"{tools}:$PATH"
+        jobs[name] = submit(
+            slurm, folder, f"end-{number}", *case.options, nodes=case.nodes, OBEYS=case.obeys, PATH=f'"{path}"'
+        )
     try:
         for name, job in jobs.items():
             assert eventually(job.begun, 60), f"{name}: {slurm.squeue()}"
