@@ -29,6 +29,7 @@ SLURM_SECONDS = {
     "test_zero_slurm": 150,
     "test_sweep_slurm": 200,
     "test_smoke": 150,
+    "test_diagnosis_slurm": 30,
     "test_cluster": 25,
     "test_sites": 10,
     "test_preflight": 5,

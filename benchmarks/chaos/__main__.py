@@ -15,7 +15,7 @@ from benchmarks.chaos.campaign import FLAVOURS, Ground, Result, attack, judge, s
 
 
 def main() -> int:
-    """Exit code 0: every run ended equal, every cause was named rightly, every kill was done."""
+    """Exit code 0: every run ended equal, every cause was named rightly or unknown, every kill was done."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
     options.add_argument("--kills", type=int, default=60)
     options.add_argument("--seed", type=int, default=0, help="which kind meets which place first")

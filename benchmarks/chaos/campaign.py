@@ -58,6 +58,8 @@ ORDER = (
 )
 COMPARED = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens")
 
+# Never a wrong cause: where nothing tells the right one, this is it.
+UNKNOWN = "unknown"
 # A rank that never came is waited for ten minutes.
 AWAY_S = 900
 
@@ -76,7 +78,7 @@ class Kill:
     lost: int = 0
     away_s: float = 0.0  # from the kill to the next life's start
     cause: str = ""  # what `why` named
-    right: bool = False
+    right: bool = False  # the cause is the true one, or "unknown"
 
 
 @dataclass
@@ -264,9 +266,7 @@ def judge(ground: Ground, run: RunDir, flavour: str, kills: list[Kill], referenc
     causes = ground.causes(run)
     for kill in kills:
         kill.cause = causes.get((kill.stage, kill.life), "none")
-        kill.right = kill.cause == KINDS[kill.kind].cause
-        # A rank that is killed before it has met the others is missed by them first.
-        kill.right |= kill.cause == "collective" and kill.place == "before the handler"
+        kill.right = kill.cause in (KINDS[kill.kind].cause, UNKNOWN)
         if any(end.attempt == kill.life and end.code == 0 for end in outcome.read(run.outcomes, kill.stage)):
             kill.cause, kill.right = "it went on to its end", True
         kill.lost = _lost(run, kill)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from benchmarks.chaos.campaign import FLAVOURS, ORDER, SETTINGS, Kill, Result
+from benchmarks.chaos.campaign import FLAVOURS, ORDER, SETTINGS, UNKNOWN, Kill, Result
 from benchmarks.chaos.kinds import KINDS
 
 
@@ -35,7 +35,8 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
         "and the scores must be the same, no step twice, none missing.",
         "",
         f"- Runs that ended equal, bit for bit: **{len(equal)} of {len(results)}**",
-        f"- Causes that `make why` named rightly: **{sum(kill.right for kill in kills)} of {len(kills)}**",
+        f"- Causes that `make why` named rightly, or called unknown: "
+        f"**{sum(kill.right for kill in kills)} of {len(kills)}** ({_count_unknown(kills)} unknown)",
         f"- Steps done twice after a warning: **{sum(kill.lost for kill in warned)}** in {len(warned)} kills; after a "
         f"kill without one: {sum(kill.lost for kill in hard)} in {len(hard)} (a save every ten steps)",
         f"- From the kill to the next life's start: {_middle([kill.away_s for kill in kills]):.0f} s in the middle; "
@@ -47,7 +48,7 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
         [
             *head,
             "",
-            "A cell: kills there, = where all runs ended equal and were named rightly, ≠ where not.",
+            "A cell: kills there; = all runs ended equal and no cause was wrong, ? one of them unknown, ≠ otherwise.",
             "",
             *_table(cells),
             "",
@@ -69,7 +70,13 @@ def markdown(results: list[Result], left: int, *, minutes: float, seed: int) -> 
 def _cell(kills: list[Kill], equal: set[str]) -> str:
     if not kills:
         return "·"
-    return f"{len(kills)} {'=' if all(kill.run in equal and kill.right for kill in kills) else '≠'}"
+    if not all(kill.run in equal and kill.right for kill in kills):
+        return f"{len(kills)} ≠"
+    return f"{len(kills)} {'?' if _count_unknown(kills) else '='}"
+
+
+def _count_unknown(kills: list[Kill]) -> int:
+    return sum(kill.cause == UNKNOWN for kill in kills)
 
 
 def _runs(results: list[Result]) -> list[list[str]]:
