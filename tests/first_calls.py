@@ -24,7 +24,8 @@ def differs(name: str, *, bare: bool) -> bool:
     """Whether this process's first call of a function gave other numbers than its second."""
     torch.set_num_threads(THREADS)
     if not bare:
-        kernels.choose(KernelSwitches(), on_gpu=False, deterministic=False)  # deterministic mode loads a compiler: a second each
+        # Deterministic mode would load a compiler: a second for each process.
+        kernels.choose(KernelSwitches(), on_gpu=False, deterministic=False)
     numbers = torch.arange(1, NUMBERS + 1) / (NUMBERS + 2)  # the threads begin here
     function = getattr(torch, name)
     return not torch.equal(function(numbers), function(numbers))
