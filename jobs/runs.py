@@ -64,7 +64,7 @@ def _queue(run: RunDir, profile: ClusterProfile, *, even_cancelled: bool) -> int
     queued = {stage: job for stage, job in new.items() if stage in STAGES and stage not in adopted}
     if not isinstance(action, QueueAnew) and not queued:
         return _nothing_queued(run, action)
-    if action.job_id:
+    if before.jobs.get(action.stage) and queued:
         print(f"Continuing at {action.stage}{_why(after, action)}.")
     stages_of: dict[str, list[str]] = {}
     for stage, job in queued.items():

@@ -37,7 +37,7 @@ def main(count: int, *, bare: bool) -> int:
     wrong = running = 0
     for name in [*islice(cycle(kernels.VECTOR_MATH), count), *[""] * AT_ONCE]:
         if running == AT_ONCE or (not name and running):
-            code = os.waitstatus_to_exitcode(os.wait()[1])
+            code = os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1])
             assert code in (0, 1), f"a process ended with {code}"
             wrong, running = wrong + code, running - 1
         if name:

@@ -15,6 +15,7 @@ import pytest
 from ftlib import claim
 from ftlib.claim import Taken
 from ftlib.errors import InputError
+from tests.processes import started
 from tests.wishes import CHECKOUT
 
 # Rounds in which so many processes take over one stale claim at the same moment. Each winner makes a folder that must
@@ -164,8 +165,8 @@ def test_a_claim_that_is_held_is_kept_young(tmp_path: Path, monkeypatch: pytest.
 def test_a_claim_waits_for_the_one_before(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from ftlib.claim import claim\n"
     code += "with claim(Path(sys.argv[1]), 'it'):\n    print('held', flush=True); time.sleep(1.5)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline() == b"held\n"
+    with started([sys.executable, "-c", code, str(tmp_path)], cwd=CHECKOUT, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
         with claim.claim(tmp_path, "it", wait_s=60):
             assert other.wait(timeout=30) == 0
 

@@ -80,9 +80,9 @@ def test_overrides_and_the_plan_that_follows_from_them(run: RunDir) -> None:
     assert excluded.until
     assert known.overrides(excluded.until - 60).excluded == ("n2",)
     assert known.overrides(excluded.until + 60).excluded == ()
-    stored, plan = run.stored_plan(), run.plan()
-    assert (stored["micro_batch"], stored["accumulation"]) == (4, 2)
-    assert (plan["micro_batch"], plan["accumulation"]) == (2, 4)
+    planned, numerics = run.plan(), run.numerics()
+    assert (planned["micro_batch"], planned["accumulation"]) == (4, 2)
+    assert (numerics.micro_batch, numerics.accumulation) == (2, 4)
 
 
 def test_costs(run: RunDir) -> None:
