@@ -7,12 +7,23 @@ from collections.abc import Sequence
 import pytest
 
 from ftlib.runs.attempts import Attempt
-from ftlib.runs.decide import Action, Leave, Nothing, QueueAnew, Requeue, Stop, next_action, open_ends
+from ftlib.runs.decide import (
+    Action,
+    Leave,
+    Nothing,
+    QueueAnew,
+    Requeue,
+    Stop,
+    next_action,
+    open_ends,
+    with_unknown_ends,
+)
 from ftlib.runs.events import (
     Cancelled,
     CheckpointSaved,
     Decided,
     Event,
+    Intended,
     Override,
     ResumeRequested,
     Settled,
@@ -229,3 +240,72 @@ def test_every_attempt_without_a_recorded_cause_is_open_until_it_is_settled() ->
     assert open_ends(known, view(train="RUNNING")) == [("train", 2)]
     assert open_ends(known, view(train="FAILED")) == [("train", 2), ("train", 3)]
     assert open_ends(known, SchedulerView(answered=False)) == [("train", 2)]
+
+
+# -- found by the simulation -------------------------------------------------------------------------------------------
+
+
+def test_a_preempted_job_that_slurm_does_not_requeue_has_ended() -> None:
+    anew = action(ledger(saved(1, 10), settled("preemption")), view(prepare="COMPLETED", train="PREEMPTED"))
+    assert isinstance(anew, QueueAnew) and anew.cause == "preemption"
+
+
+def requeued_alone(*events: Event, done: Sequence[str] = ("prepare",), attempts: int = 1) -> Ledger:
+    """A chain of which only the training was queued anew, as job 7, before that submission was killed or refused."""
+    again = Submitted(stage="train", job_id="7", after_attempt=1, automatic=True)
+    return ledger(settled("node failure"), again, *events, done=done, attempts=attempts)
+
+
+def test_what_waited_for_a_job_that_was_queued_anew_is_queued_anew_too() -> None:
+    seen = SchedulerView(jobs={"7": Job("RUNNING"), "3": Job("PENDING"), "2": Job("NODE_FAIL")})
+    anew = action(requeued_alone(), seen)
+    assert isinstance(anew, QueueAnew) and anew.stages == ("export", "evaluate") and anew.obsolete_jobs == ("3",)
+    assert anew.events() == (), "nothing has ended"
+
+
+def test_a_stage_that_slurm_cancelled_in_an_earlier_chain_was_not_cancelled_by_its_owner() -> None:
+    known = requeued_alone(done=("prepare", "train"), attempts=0)
+    anew = action(known, SchedulerView(jobs={"7": Job("COMPLETED"), "2": Job("NODE_FAIL"), "3": Job("CANCELLED")}))
+    assert isinstance(anew, QueueAnew) and anew.stages == ("export", "evaluate")
+
+
+def test_a_run_that_was_cancelled_while_its_job_ended_well_does_not_continue() -> None:
+    cancelled = Cancelled(stage="train", job_id="7")
+    known = requeued_alone(cancelled, done=("prepare", "train"), attempts=0)
+    over = action(known, SchedulerView(jobs={"7": Job("CANCELLED"), "3": Job("CANCELLED")}))
+    assert isinstance(over, Nothing) and over.over and over.cause == "cancelled"
+
+
+def test_a_change_that_was_recorded_without_its_decision_is_not_made_twice() -> None:
+    decided = action(ledger(settled("GPU memory")), inside(1))
+    change, _ = decided.events()
+    killed_then = ledger(settled("GPU memory"), change)
+    again = action(killed_then, view(prepare="COMPLETED", train="FAILED"))
+    assert isinstance(again, QueueAnew) and again.changes == ()
+
+
+def test_a_job_that_was_requeued_and_then_forgotten_may_have_been_cancelled() -> None:
+    requeued = Decided(stage="train", attempt=1, job_id="2", choice="requeue")
+    assert isinstance(action(ledger(saved(1, 10), settled("GPU memory"), requeued), view()), Stop)
+
+
+def test_a_job_of_a_submission_that_another_job_has_answered_came_too_late() -> None:
+    intended = Intended(stage="train", nonce="n")
+    answered = Submitted(stage="train", job_id="7", nonce="n", after_attempt=1)
+    known = ledger(settled("node failure"), intended, answered)
+    late = action(known, inside(2, ended=False, job="8"))
+    assert isinstance(late, Nothing) and late.superseded
+    # Before the submission is recorded a job may start, too.
+    early = action(ledger(settled("node failure"), intended), inside(2, ended=False, job="8"))
+    assert isinstance(early, Nothing) and not early.superseded
+
+
+def test_before_an_attempt_takes_its_number_all_others_have_ended() -> None:
+    assert open_ends(ledger(attempts=2), inside(3, ended=False)) == [("train", 1), ("train", 2)]
+
+
+def test_who_only_looks_takes_an_end_without_a_cause_for_unknown() -> None:
+    pytest.importorskip("ftlib.runs.diagnosis", reason="the policy knows no unknown cause yet")
+    seen = view(prepare="COMPLETED", train="FAILED")
+    known = with_unknown_ends(ledger(saved(1, 10)), seen)
+    assert isinstance(next_action(known, seen, NOW), QueueAnew)

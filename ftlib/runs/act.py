@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from ftlib.errors import Unavailable
 from ftlib.runs import chain, decide
 from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
 from ftlib.runs.events import ResumeRequested, Settled, Settler
-from ftlib.runs.ledger import STAGES, Ledger, jobs_of
-from ftlib.runs.scheduler import Controller, Here, Scheduler, SchedulerView
+from ftlib.runs.ledger import RECOVERY, STAGES, Ledger, jobs_of, open_stages
+from ftlib.runs.scheduler import WAITING, Controller, Here, Scheduler, SchedulerView
 from ftlib.runs.store import Record, RunStore
 
 # Finds out why an attempt ended: the ledger, a stage, an attempt's number, who asks.
@@ -37,24 +38,30 @@ def settle(
     return run.ledger()
 
 
-def begin_attempt(run: Record, controller: Controller, here: Here, investigate: Investigate) -> Action:
+def begin_attempt(
+    run: Record, controller: Controller, here: Here, investigate: Investigate, *,
+    clock: Callable[[], float] = time.time,
+) -> Action:  # fmt: skip
     """What a prologue does: settle what no epilogue saw, and learn whether the attempt may begin (`Nothing`, not
     superseded) or the job must end (`Stop`, or superseded)."""
     writer = f"{here.stage}-{here.attempt}-prologue"
     view = SchedulerView.inside(here, controller.state(here.job_id))
     ledger = settle(run, view, investigate, "prologue", writer)
-    action = decide.next_action(ledger, view, time.time())
+    action = decide.next_action(ledger, view, clock())
     if action.events():
         run.record(*action.events(), writer=writer)
     return action
 
 
-def end_attempt(run: Record, controller: Controller, here: Here, investigate: Investigate) -> Action:
+def end_attempt(
+    run: Record, controller: Controller, here: Here, investigate: Investigate, *,
+    clock: Callable[[], float] = time.time,
+) -> Action:  # fmt: skip
     """What an epilogue does before it acts: settle its attempt, decide, and record the decision."""
     writer = f"{here.stage}-{here.attempt}-epilogue"
     view = SchedulerView.inside(here, controller.state(here.job_id))
     ledger = settle(run, view, investigate, "epilogue", writer)
-    action = decide.next_action(ledger, view, time.time())
+    action = decide.next_action(ledger, view, clock())
     if action.events():
         run.record(*action.events(), writer=writer)
     return action
@@ -66,23 +73,22 @@ def requeue(
 ) -> str:  # fmt: skip
     """Requeue the job that runs this, and change what its next attempt asks for.
 
-    Returns REQUEUED, "CANCELLED" where its owner has cancelled it meanwhile, or "refused" after eight minutes: the
-    recovery job takes over then. Slurm refuses changes while a job runs, and accepts them right after the requeue.
+    Returns REQUEUED, "CANCELLED" where its owner has cancelled it meanwhile, or "refused" (after eight minutes where
+    the controller does not answer): the recovery job takes over then. Slurm refuses changes while a job runs, and
+    accepts them right after the requeue.
     """
     wait_s = 1
     while wait_s <= LONGEST_WAIT_S:
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
-        accepted = controller.requeue(job_id, incomplete_only=True)
-        if not accepted:
-            state = controller.state(job_id)
-            if state == "CANCELLED":
-                return state
-            # The controller forgets a job at its time limit to be incomplete; only then we insist.
-            accepted = state == "TIMEOUT" and controller.requeue(job_id, incomplete_only=False)
-        if accepted:
-            if changes and not controller.update(job_id, changes):
-                report(f"the requeued job was not changed: {changes}")
-            return REQUEUED
+        if controller.requeue(job_id, incomplete_only=True):
+            # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (Slurm 22.05).
+            # Changes are accepted only of one that goes back to the queue.
+            if controller.update(job_id, {"StartTime": "now", **changes}):
+                return REQUEUED
+            report(f"the job was not requeued, or not changed: {changes}")
+            return "refused"
+        if controller.state(job_id) == "CANCELLED":
+            return "CANCELLED"
         report(f"the requeue was not accepted; trying again in {wait_s} s")
         sleep(wait_s)
         wait_s *= 2
@@ -92,15 +98,18 @@ def requeue(
 def recover(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *,
     by: Settler = "recovery job", image_job: Callable[[], str | None] = lambda: None,
+    clock: Callable[[], float] = time.time,
 ) -> Action:  # fmt: skip
     """Do what is due about a run whose jobs have ended, without a request of its owner's."""
-    return _advance(run, scheduler, jobs, investigate, by=by, request=None, image_job=image_job)
+    return _advance(
+        run, scheduler, jobs, investigate, by=by, request=None, image_job=image_job, clock=clock
+    )  # fmt: skip
 
 
 def resume(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *,
     user: str | None, even_cancelled: bool = True, image_job: Callable[[], str | None] = lambda: None,
-    on_adopted: Callable[[Sequence[str]], None] = lambda stages: None,
+    on_adopted: Callable[[Sequence[str]], None] = lambda stages: None, clock: Callable[[], float] = time.time,
 ) -> Action:  # fmt: skip
     """Do what the owner's request to continue asks for; `even_cancelled`: also where the run was cancelled.
     `on_adopted` is told of which stages the jobs of a killed submit were found.
@@ -111,14 +120,32 @@ def resume(
     request = ResumeRequested(user=user)
     return _advance(
         run, scheduler, jobs, investigate, by="owner", request=request, even_cancelled=even_cancelled,
-        image_job=image_job, on_adopted=on_adopted,
+        image_job=image_job, on_adopted=on_adopted, clock=clock,
     )  # fmt: skip
+
+
+def cancel(run: RunStore, scheduler: Scheduler, *, user: str | None) -> list[str]:
+    """End the run's jobs for good; returns the stages that will not run now, none where nothing could have run them.
+
+    A run whose job has just ended, and whose recovery job is about to queue it anew, is cancelled, too.
+    """
+    with run.claim():
+        chain.adopt(run, scheduler)
+        ledger = run.ledger()
+        view = _look(scheduler, ledger)
+        stages = open_stages(ledger)
+        jobs = {stage: ledger.jobs.get(stage, "") for stage in (*stages, RECOVERY)}
+        if not stages or not any(view.active(job) for job in jobs.values()):
+            return []
+        chain.cancel(run, scheduler, jobs, user)
+        return stages
 
 
 def _advance(
     run: RunStore, scheduler: Scheduler, jobs: Sequence[Sequence[str]], investigate: Investigate, *, by: Settler,
     request: ResumeRequested | None, image_job: Callable[[], str | None], even_cancelled: bool = False,
     on_adopted: Callable[[Sequence[str]], None] = lambda stages: None,
+    clock: Callable[[], float],
 ) -> Action:  # fmt: skip
     """Under the run's claim: adopt, settle, decide, record, act."""
     # A submit that was killed on a login node leaves a claim, and a job elsewhere cannot see that its process is gone.
@@ -126,24 +153,37 @@ def _advance(
     with claim:
         if adopted := chain.adopt(run, scheduler):
             on_adopted(adopted)
-        view = scheduler.look(_all_jobs(run.ledger()))
+        view = _look(scheduler, run.ledger())
         ledger = settle(run, view, investigate, by)
-        action = decide.next_action(ledger, view, time.time())
+        action = decide.next_action(ledger, view, clock())
         if request and _needs_request(action) and (even_cancelled or action.cause != "cancelled"):
             attempts = {stage: ledger.attempt_count(stage) for stage in STAGES}
             run.record(ResumeRequested(user=request.user, after_attempts=attempts))
             ledger = run.ledger()
-            action = decide.next_action(ledger, view, time.time())
+            action = decide.next_action(ledger, view, clock())
         if action.events():
             run.record(*action.events())
         if isinstance(action, QueueAnew):
             scheduler.cancel(action.obsolete_jobs)
-            active = {
-                stage: job for stage, job in ledger.jobs.items()
-                if stage in STAGES and stage not in action.stages and view.active(job) and not ledger.done(stage)
-            }  # fmt: skip
+            active = _active(ledger, view, but=action.stages)
             chain.queue(run, scheduler, jobs, active, automatic=request is None, after=image_job())
+        elif isinstance(action, Nothing) and action.under_way:
+            # Its recovery job may have run, or was never queued.
+            chain.queue(run, scheduler, jobs, _active(ledger, view), automatic=request is None)
         return action
+
+
+def _active(ledger: Ledger, view: SchedulerView, *, but: Sequence[str] = ()) -> dict[str, str]:
+    """Stage -> its job that is queued or running; "recovery" -> the recovery job that waits for all of them."""
+    active = {
+        stage: job for stage, job in ledger.jobs.items()
+        if stage in STAGES and stage not in but and view.active(job) and not ledger.done(stage)
+    }  # fmt: skip
+    newest = max((ledger.queue_order[stage] for stage in active), default=0)
+    recovery = ledger.jobs.get(RECOVERY)
+    if recovery and view.job(recovery).state in WAITING and ledger.queue_order[RECOVERY] > newest:
+        active[RECOVERY] = recovery
+    return active
 
 
 def _needs_request(action: Action) -> bool:
@@ -154,7 +194,10 @@ def _needs_request(action: Action) -> bool:
     return isinstance(action, Stop) or bool(action.job_id)
 
 
-def _all_jobs(ledger: Ledger) -> set[str]:
+def _look(scheduler: Scheduler, ledger: Ledger) -> SchedulerView:
+    """What Slurm says of the run's jobs; Unavailable where the controller does not answer."""
     # Of done stages, too: why a job was cancelled shows in the end of the one before it.
-    return jobs_of([ledger]) | set(ledger.jobs.values())
-
+    view = scheduler.look(jobs_of([ledger]) | set(ledger.jobs.values()))
+    if not view.answered:
+        raise Unavailable("Slurm does not answer, so nothing is known of the run's jobs")
+    return view

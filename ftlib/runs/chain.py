@@ -24,7 +24,8 @@ def queue(
 ) -> dict[str, str]:  # fmt: skip
     """Queue the run's stages that are neither done nor `active`, and a recovery job for all; stage -> new job.
 
-    jobs: the stages that share each job, in the order of the chain. active: stage -> the job that will run it.
+    jobs: the stages that share each job, in the order of the chain. active: stage -> the job that will run it, and
+    "recovery" -> the recovery job where one waits for all of them.
     automatic: no person has asked for it now. after: a job that must complete before the first one.
     Where a job is refused, those queued before it stay and wait for the rest; FtError says so.
     """
@@ -39,7 +40,7 @@ def queue(
                 request = Request(new, new_nonce(), after_ok=before)
                 before = queue_job(run, scheduler, ledger, request, automatic=automatic)
                 queued |= dict.fromkeys(new, before)
-        if queued or not ledger.has_recovery_job:
+        if queued or RECOVERY not in active:
             watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
             request = Request((RECOVERY,), new_nonce(), after_not_ok=tuple(dict.fromkeys(watched)))
             queue_job(run, scheduler, ledger, request, automatic=automatic)
@@ -52,26 +53,47 @@ def queue(
 
 
 def adopt(run: RunStore, scheduler: Scheduler) -> list[str]:
-    """Record the jobs that a process queued which was killed before it could record their ids; returns their stages."""
+    """Record the jobs that a process queued which was killed before it could record their ids; returns their stages.
+
+    One whose stage was queued again since then came too late: it is cancelled.
+    """
     ledger = run.ledger()
-    answered = {event.nonce for event in ledger.of(Submitted)}
-    open_intents = {event.nonce for event in ledger.of(Intended)} - answered
-    adopted: list[str] = []
-    for job in scheduler.queue() if open_intents else ():
+    submitted_by = {event.nonce: event for event in ledger.of(Submitted)}
+    answered = {(event.nonce, event.stage) for event in ledger.of(Submitted)}
+    open_intents = [event for event in ledger.of(Intended) if (event.nonce, event.stage) not in answered]
+    unheard = {event.nonce for event in open_intents} - submitted_by.keys()
+    for job in scheduler.queue() if unheard else ():
         comment = comments.parse(job.comment)
-        if comment and comment.run == run.name and comment.nonce in open_intents:
-            submitted = Submitted(stage=comment.stages[0], job_id=job.id, nonce=comment.nonce)
-            _record_submission(run, ledger, comment.stages, submitted)
-            adopted += comment.stages
-    return adopted
+        if comment is None or comment.run != run.name or comment.nonce not in unheard:
+            continue
+        if any(_came_too_late(ledger, intent, job.id) for intent in open_intents if intent.nonce == comment.nonce):
+            scheduler.cancel([job.id])
+        else:
+            submitted_by[comment.nonce] = Submitted(stage=comment.stages[0], job_id=job.id, nonce=comment.nonce)
+    # A process may also be killed between the stages that share a job.
+    adopted = [
+        replace(
+            submitted_by[intent.nonce], stage=intent.stage, writer="",
+            # The request behind it is recorded by itself: this is none.
+            automatic=True,
+            after_attempt=_attempts_before(ledger, intent.stage, submitted_by[intent.nonce].job_id),
+        )
+        for intent in open_intents
+        if intent.nonce in submitted_by and not _came_too_late(ledger, intent, submitted_by[intent.nonce].job_id)
+    ]  # fmt: skip
+    if adopted:
+        run.record(*adopted)
+    return [event.stage for event in adopted]
 
 
 def cancel(run: RunStore, scheduler: Scheduler, jobs: Mapping[str, str], user: str | None) -> None:
-    """Cancel the stages' jobs (stage -> job id), the last first, so that none starts because another ended."""
+    """Cancel the stages' jobs (stage -> job id, empty where it has none), the last first, so that none starts because
+    another ended. It is recorded first: should this process be killed in between, no job starts again."""
     last_first = list(jobs)[::-1]
-    run.record(*(Cancelled(stage=stage, job_id=jobs[stage], user=user) for stage in last_first))
+    stages = [stage for stage in last_first if stage in STAGES]
+    run.record(*(Cancelled(stage=stage, job_id=jobs[stage], user=user) for stage in stages))
     # A job of two stages once.
-    scheduler.cancel(dict.fromkeys(jobs[stage] for stage in last_first))
+    scheduler.cancel(dict.fromkeys(filter(None, (jobs[stage] for stage in last_first))))
 
 
 def queue_job(run: RunStore, scheduler: Scheduler, ledger: Ledger, request: Request, *, automatic: bool) -> str:
@@ -87,6 +109,20 @@ def _record_submission(run: RunStore, ledger: Ledger, stages: Sequence[str], sub
         replace(submitted, stage=stage, after_attempt=ledger.attempt_count(stage)) for stage in stages
     ]  # fmt: skip
     run.record(*rows)
+
+
+def _came_too_late(ledger: Ledger, intent: Intended, job_id: str) -> bool:
+    """Whether the stage was queued again after the intent, and its newest attempt is not that job's."""
+    since = ledger.events.index(intent)
+    again = any(isinstance(event, Submitted) and event.stage == intent.stage for event in ledger.events[since:])
+    attempts = ledger.attempts.get(intent.stage, ())
+    return again and (not attempts or attempts[-1].job_id != job_id)
+
+
+def _attempts_before(ledger: Ledger, stage: str, job_id: str) -> int:
+    """How many attempts the stage had before the first one of that job."""
+    attempts = ledger.attempts.get(stage, ())
+    return next((index for index, attempt in enumerate(attempts) if attempt.job_id == job_id), len(attempts))
 
 
 def new_nonce() -> str:

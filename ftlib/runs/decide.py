@@ -11,12 +11,14 @@ Whoever asks has recorded before why the attempts of `open_ends` ended; whoever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from ftlib.runs import overrides, policy
 from ftlib.runs.diagnosis import Cause
-from ftlib.runs.events import Cancelled, Choice, Decided, Event, Override, Submitted
+from ftlib.runs.events import Cancelled, Choice, Decided, Event, Override, Settled, Submitted
 from ftlib.runs.ledger import IMAGE, STAGES, Ledger, open_stages
 from ftlib.runs.scheduler import CANCELLED, FAILED, Here, SchedulerView
 
@@ -99,6 +101,7 @@ class Nothing(Action):
 
     superseded: bool = False  # a later attempt has taken over: whoever asks must leave
     over: bool = False  # the run was stopped or cancelled, and only its owner can make it continue
+    under_way: bool = False  # the stage's job waits or runs
 
 
 def open_ends(ledger: Ledger, view: SchedulerView) -> list[tuple[str, int]]:
@@ -115,11 +118,20 @@ def open_ends(ledger: Ledger, view: SchedulerView) -> list[tuple[str, int]]:
     return found
 
 
+def with_unknown_ends(ledger: Ledger, view: SchedulerView) -> Ledger:
+    """The ledger for one who only looks: ends of which no cause is recorded yet have an unknown one."""
+    ends = [
+        Settled(stage=stage, attempt=attempt, job_id=ledger.jobs.get(stage, ""), cause="unknown", by="owner")
+        for stage, attempt in open_ends(ledger, view)
+    ]  # fmt: skip
+    return ledger.with_events(*ends) if ends else ledger
+
+
 def _has_ended(ledger: Ledger, view: SchedulerView, stage: str, attempt: int) -> bool:
     """Whether the newest attempt of a stage is over."""
     here = view.here
-    if here and here.stage == stage and here.attempt == attempt:
-        return here.ended
+    if here and here.stage == stage:
+        return here.ended if here.attempt == attempt else attempt < here.attempt
     if here:
         return False
     job = ledger.jobs.get(stage)
@@ -147,7 +159,7 @@ def next_action(ledger: Ledger, view: SchedulerView, now: float) -> Action:
 
 
 def _never_queued(ledger: Ledger, view: SchedulerView, stage: str) -> Action:
-    if ledger.cancelled(stage, ""):
+    if ledger.cancelled(stage, "") or ledger.cancelled_since_request:
         return Nothing(message=f"{stage} was cancelled by its owner", cause="cancelled", stage=stage, over=True)
     return QueueAnew(message=f"{stage} is not queued yet", stage=stage, stages=_missing(ledger, view, stage))
 
@@ -159,10 +171,11 @@ def _under_way(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> Act
         )  # fmt: skip
     if missing := _missing(ledger, view, stage):
         # A submission that was killed, or refused, in the middle of the chain.
-        return QueueAnew(message=f"{missing[0]} is not queued yet", stage=missing[0], stages=missing)
-    if not ledger.has_recovery_job:
-        return QueueAnew(message="the recovery job is not queued yet", stage=stage)
-    return Nothing(message=f"{stage} is {view.job(job).state.lower()}", stage=stage, job_id=job)
+        return QueueAnew(
+            message=f"{missing[0]} is not queued yet", stage=missing[0], stages=missing,
+            obsolete_jobs=_active_jobs(ledger, view, missing, but=job),
+        )  # fmt: skip
+    return Nothing(message=f"{stage} is {view.job(job).state.lower()}", stage=stage, job_id=job, under_way=True)
 
 
 def _after_job(ledger: Ledger, view: SchedulerView, stage: str, job: str, now: float) -> Action:
@@ -172,9 +185,15 @@ def _after_job(ledger: Ledger, view: SchedulerView, stage: str, job: str, now: f
             message="its owner wants it to continue", stage=stage, stages=tuple(open_stages(ledger)),
             obsolete_jobs=_behind(ledger, view, stage, job),
         )  # fmt: skip
-    if ledger.cancelled(stage, job):
+    if ledger.cancelled(stage, job) or ledger.cancelled_since_request:
         return Nothing(
             message=f"{stage} was cancelled by its owner", cause="cancelled", stage=stage, job_id=job, over=True
+        )  # fmt: skip
+    if not _chained(ledger, stage):
+        # A submission ended in the middle of the chain, and what this job had waited for was queued again.
+        return QueueAnew(
+            message=f"{stage} is not queued yet", stage=stage, stages=tuple(open_stages(ledger)),
+            obsolete_jobs=_behind(ledger, view, stage, job),
         )  # fmt: skip
     stops = [decided for decided in ledger.decisions(stage) if decided.choice == "stop"]
     if stops:
@@ -193,7 +212,7 @@ def _after_job(ledger: Ledger, view: SchedulerView, stage: str, job: str, now: f
         return _stillborn(ledger, view, stage, job)
     last_choice = next((one for one in reversed(ledger.decisions(stage)) if one.attempt == attempt), None)
     cause = _cause(ledger, stage, attempt)
-    if last_choice is None and not view.job(job).state and cause in MAY_BE_CANCELLED:
+    if not view.job(job).state and _may_be_cancelled(last_choice, cause):
         return Stop(
             message=f"Slurm no longer knows how the job of {stage} ended, so it may have been cancelled",
             cause=cause, stage=stage, job_id=job, attempt=attempt,
@@ -203,10 +222,17 @@ def _after_job(ledger: Ledger, view: SchedulerView, stage: str, job: str, now: f
         return Stop(message=decision.message, cause=cause, stage=stage, job_id=job, attempt=attempt)
     return QueueAnew(
         message=decision.message, cause=cause, stage=stage, job_id=job, attempt=attempt,
-        # What an epilogue has decided before it recorded then.
-        changes=() if last_choice else decision.changes,
+        changes=decision.changes,
         stages=tuple(open_stages(ledger)), obsolete_jobs=_behind(ledger, view, stage, job),
     )  # fmt: skip
+
+
+def _may_be_cancelled(last_choice: Decided | None, cause: str) -> bool:
+    """Whether a job may have been cancelled of which Slurm knows nothing any more."""
+    if last_choice is None:
+        return cause in MAY_BE_CANCELLED
+    # A job that was requeued can be cancelled at any time; one that was left has ended right after that.
+    return last_choice.choice == "requeue"
 
 
 def _stillborn(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> Action:
@@ -243,7 +269,7 @@ def _inside(ledger: Ledger, view: SchedulerView, here: Here, now: float) -> Acti
         return _nothing(here, "a later job has taken over", superseded=True)
     if ledger.done(stage):
         return _nothing(here, f"{stage} is done")
-    if ledger.cancelled(stage, job) or view.job(job).state in CANCELLED:
+    if ledger.cancelled(stage, job) or ledger.cancelled_since_request or view.job(job).state in CANCELLED:
         return Stop(
             message=f"{stage} was cancelled by its owner", cause="cancelled", code=EXIT_CANCELLED, stage=stage,
             job_id=job, attempt=here.attempt,
@@ -296,23 +322,24 @@ def _decision(ledger: Ledger, stage: str, attempt: int, now: float) -> _Decision
     said = policy.decide(ends, micro_batch=micro_batch)
     if not said.requeue:
         return _Decision(requeue=False, message=said.words)
+    after = f"{stage}-{attempt}"
+    if any(override.after == after for override in ledger.of(Override)):
+        # Whoever decided this before has recorded what it changes.
+        return _Decision(requeue=True, message=said.words, backoff_s=said.backoff_s)
     settled = ledger.settled(stage)[attempt]
+    change = partial(Override, who="ftlib", why=settled.line, after=after)
     changes = []
     if said.halve_micro_batch and micro_batch:
-        changes.append(_override(overrides.MICRO_BATCH, ledger.smaller_micro_batch(micro_batch), settled.line))
+        changes.append(change(field=overrides.MICRO_BATCH, value=ledger.smaller_micro_batch(micro_batch)))
     if said.exclude_node and settled.node:
-        changes.append(_override(overrides.EXCLUDE + settled.node, True, settled.line, until=now + EXCLUSION_S))
+        changes.append(change(field=overrides.EXCLUDE + settled.node, value=True, until=now + EXCLUSION_S))
     if said.memory_factor != 1:
         memory = _more_memory(ledger, current, stage, said.memory_factor)
         if memory is None:
             return _Decision(requeue=False, message=f"{policy.KINDS['host memory'].plain}, and a node has no more")
         if memory:
-            changes.append(_override(overrides.MEMORY + stage, memory, settled.line))
+            changes.append(change(field=overrides.MEMORY + stage, value=memory))
     return _Decision(requeue=True, message=said.words, backoff_s=said.backoff_s, changes=tuple(changes))
-
-
-def _override(field: str, value: object, why: str, until: float | None = None) -> Override:
-    return Override(field=field, value=value, who="ftlib", why=why, until=until)
 
 
 def _more_memory(ledger: Ledger, current: overrides.Overrides, stage: str, factor: float) -> int | None:
@@ -330,19 +357,35 @@ def _more_memory(ledger: Ledger, current: overrides.Overrides, stage: str, facto
 
 
 def _missing(ledger: Ledger, view: SchedulerView, first: str) -> tuple[str, ...]:
-    """Stages from `first` on that are not done, have no job that can still run them, and were not cancelled."""
-    missing = []
-    for stage in open_stages(ledger, STAGES[STAGES.index(first) :]):
-        job = ledger.jobs.get(stage)
-        if job is None and not ledger.cancelled(stage, ""):
-            missing.append(stage)
-    return tuple(missing)
+    """Stages from `first` on that are not done, and have no job that waits for the one before."""
+    stages = open_stages(ledger, STAGES[STAGES.index(first) :])
+    for index, stage in enumerate(stages):
+        if not _chained(ledger, stage):
+            # What waits for it would wait for nothing.
+            return tuple(name for name in stages[index:] if not ledger.cancelled(name, ""))
+    return ()
+
+
+def _chained(ledger: Ledger, stage: str) -> bool:
+    """Whether the stage's job was queued after the job of the stage before it, or shares it."""
+    if stage not in ledger.jobs:
+        return False
+    before = [name for name in STAGES[: STAGES.index(stage)] if name in ledger.jobs]
+    if not before or ledger.jobs[before[-1]] == ledger.jobs[stage]:
+        return True
+    return ledger.queue_order[before[-1]] < ledger.queue_order[stage]
 
 
 def _behind(ledger: Ledger, view: SchedulerView, stage: str, ended: str) -> tuple[str, ...]:
     """Jobs of later stages, which wait for the one that has ended."""
-    later = (ledger.jobs.get(name) for name in STAGES[STAGES.index(stage) + 1 :] if not ledger.done(name))
-    return tuple(dict.fromkeys(job for job in later if job and job != ended and view.active(job)))
+    later = [name for name in STAGES[STAGES.index(stage) + 1 :] if not ledger.done(name)]
+    return _active_jobs(ledger, view, later, but=ended)
+
+
+def _active_jobs(ledger: Ledger, view: SchedulerView, stages: Sequence[str], *, but: str) -> tuple[str, ...]:
+    """The jobs of `stages` that are queued or running, each once."""
+    jobs = (ledger.jobs.get(name) for name in stages)
+    return tuple(dict.fromkeys(job for job in jobs if job and job != but and view.active(job)))
 
 
 def _by_dependency(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> bool:

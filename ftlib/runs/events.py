@@ -182,8 +182,9 @@ class Override(Event):
 
     field: str
     value: Any
-    who: str  # a user's name, or "epilogue", "recovery job"
+    who: str  # a user's name, or "ftlib"
     why: str
+    after: str = ""  # STAGE-ATTEMPT whose end led to it, which must not lead to it twice; empty where a person did
     until: float | None = None  # the override ends then, in seconds since 1970; None: it stays
 
 

@@ -20,6 +20,7 @@ from ftlib.runs.events import (
     CheckpointSaved,
     Decided,
     Event,
+    Intended,
     Moved,
     Override,
     Progress,
@@ -93,6 +94,29 @@ class Ledger:
         return [event.stage for event in self.of(Submitted)][-1:] == [RECOVERY]
 
     @cached_property
+    def queue_order(self) -> dict[str, int]:
+        """Stage ("recovery", "image") -> where in `events` its last submission is. Of two jobs in a chain, the one that
+        waits for the other was queued after it."""
+        order: dict[str, int] = {}
+        for index, event in enumerate(self.events):
+            if isinstance(event, Submitted):
+                order[event.stage] = index
+            elif isinstance(event, Moved):
+                order = {}
+        return order
+
+    @cached_property
+    def cancelled_since_request(self) -> bool:
+        """Whether the owner has cancelled anything of the run since last asking for it to run."""
+        cancelled = False
+        for event in self.events:
+            if isinstance(event, Cancelled):
+                cancelled = True
+            elif isinstance(event, ResumeRequested) or (isinstance(event, Submitted) and not event.automatic):
+                cancelled = False
+        return cancelled
+
+    @cached_property
     def home(self) -> Path | None:
         """Where a resume found the run after it had been moved or copied; None where that never happened."""
         moves = self.of(Moved)
@@ -117,9 +141,17 @@ class Ledger:
         return cancelled
 
     def superseded(self, stage: str, job_id: str) -> bool:
-        """Whether a job was queued for the stage after `job_id`. A job can start before its submission is recorded."""
-        jobs = [event.job_id for event in self.of(Submitted, stage)]
-        return job_id in jobs and jobs[-1] != job_id
+        """Whether another job was queued for the stage instead of `job_id`.
+
+        A job can start before its submission is recorded. But where every intent to queue one is answered by another
+        job, it came too late: sbatch had been tried again.
+        """
+        submitted = self.of(Submitted, stage)
+        if any(event.job_id == job_id for event in submitted):
+            return submitted[-1].job_id != job_id
+        intended = {event.nonce for event in self.of(Intended, stage)}
+        # Tasks of an array are intended in their sweep's record.
+        return bool(intended) and intended <= {event.nonce for event in submitted}
 
     def resume_pending(self, stage: str) -> bool:
         """Whether the owner has asked the run to continue since the stage was last queued."""

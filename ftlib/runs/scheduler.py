@@ -28,18 +28,18 @@ Accounting = Literal["answered", "disabled", "failed"]
 
 # Slurm's states of a job that has not ended; a job in any other state cannot start again by itself.
 WAITING = (
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT", "PREEMPTED",
+    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT",
 )  # fmt: skip
 AT_WORK = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING")
 CANCELLED = ("CANCELLED", "REVOKED")
 # Ends after which Slurm cancels what depends on the job with afterok.
-FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 
 
 @dataclass(frozen=True)
 class Here:
-    """Where the one who asks stands, if inside a job: in its prologue (the attempt begins) or epilogue (it has ended).
-    """
+    """Where the one who asks stands, if inside a job: in its prologue (the attempt is about to begin, and its number
+    not taken yet) or in its epilogue (it has ended)."""
 
     job_id: str
     stage: str

@@ -1,0 +1,189 @@
+"""What must hold in every history, whatever is injected."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.simulate.slurm import Job
+from ftlib.errors import FtError
+from ftlib.runs import decide
+from ftlib.runs.decide import MOST_STILLBORN, Nothing, QueueAnew, Stop
+from ftlib.runs.events import Override, ResumeRequested, Settled, Submitted
+from ftlib.runs.ledger import RECOVERY, STAGES, Ledger
+from ftlib.runs.scheduler import Job as SeenJob
+from ftlib.runs.scheduler import SchedulerView
+
+if TYPE_CHECKING:
+    from benchmarks.simulate.world import Truth, World
+
+policy = decide.policy  # type: ignore[attr-defined]
+policy.KINDS.setdefault("unknown", policy.Kind("nothing tells why it ended", "", 10))
+# Which changes follow from which causes.
+CAUSE_OF_CHANGE = {"train.micro_batch": "GPU memory", "exclude": "bad GPU", "memory_mib": "host memory"}
+# What a process may end with besides our own errors: the disk is full.
+EXPECTED = (FtError, OSError)
+
+
+class Watch:
+    """Looks on while a history happens, and judges it in the end."""
+
+    def __init__(self, world: World) -> None:
+        self._world: World = world
+        world.on_commit = self._committed
+        world.on_srun = self._begun
+        world.slurm.on_state = self._changed
+
+    # -- while it happens ------------------------------------------------------------------------------------------
+
+    def _committed(self, truth: Truth, step: int) -> None:
+        """An attempt is about to commit."""
+        for number in range(truth.number + 1, len(self._world.files.attempts[truth.stage]) + 1):
+            later = self._world.truths.get((truth.stage, number))
+            if later is not None and later.restored_at is not None:
+                self._world.violate(
+                    "never two attempts that can commit",
+                    f"attempt {truth.number} of {truth.stage} commits step {step} after attempt {number} has restored "
+                    f"step {later.restored}",
+                )  # fmt: skip
+
+    def _begun(self, truth: Truth) -> None:
+        """An attempt is about to work."""
+        world, stage = self._world, truth.stage
+        if world.cancelled_at is not None:
+            world.violate("a cancelled run never restarts", f"attempt {truth.number} of {stage} begins")
+        ledger = world.files.now_ledger()
+        self._within_budgets(ledger, stage, truth.number)
+        now = ledger.overrides(world.kernel.now)
+        if truth.node in now.excluded and len(now.excluded) < len(world.scenario.site.nodes):
+            since = max(one.time for one in now.history if one.field == f"exclude.{truth.node}")
+            # A job of a later stage that was queued before keeps the nodes it was given.
+            if since < truth.job.queued - 5 and not truth.job.changes_refused:
+                world.violate("overrides survive", f"attempt {truth.number} of {stage} begins on {truth.node}")
+
+    def _within_budgets(self, ledger: Ledger, stage: str, number: int) -> None:
+        """`number`: of the attempt that begins; those before it have ended."""
+        first = 1
+        for event in ledger.events:
+            if isinstance(event, Submitted) and event.stage == stage and not event.automatic:
+                first = event.after_attempt + 1
+            elif isinstance(event, ResumeRequested):
+                first = event.after_attempts.get(stage, 0) + 1
+        causes: dict[int, str] = {}
+        for event in ledger.of(Settled, stage):
+            causes.setdefault(event.attempt, event.cause)
+        counts = Counter(causes[one] for one in range(first, number) if one in causes)
+        for cause, count in counts.items():
+            budget = policy.KINDS[cause].budget
+            if budget is not None and count > budget:
+                self._world.violate(
+                    "no budget is exceeded", f"attempt {number} of {stage} begins after {count} ends by {cause}"
+                )  # fmt: skip
+
+    def _changed(self, job: Job) -> None:
+        """The state of a job has changed."""
+        world = self._world
+        if job.state not in ("PENDING", "RUNNING") or job.stages == (RECOVERY,):
+            return
+        if job.state == "PENDING" and job.starts == 0 and world.cancelled_at is not None and not job.late:
+            world.violate("a cancelled run never restarts", f"job {job.id} is queued")
+        for other in world.slurm.jobs.values():
+            if other is job or other.stages == (RECOVERY,) or other.state not in ("PENDING", "RUNNING"):
+                continue
+            if job.late or other.late:
+                continue  # nobody can prevent that; such a job must leave as soon as it starts
+            shared = [stage for stage in job.stages if stage in other.stages and not world.files.done(stage)]
+            if shared and not (other.completing and not other.back_to_queue):
+                world.violate(
+                    "never two jobs for one stage", f"{other.id} and {job.id} are queued for {shared[0]}"
+                )  # fmt: skip
+
+    # -- in the end ------------------------------------------------------------------------------------------------
+
+    def end(self) -> str:
+        """Judge a history in which nothing more will happen; how it ended."""
+        self._processes()
+        self._causes()
+        self._changes()
+        return self._ended()
+
+    def _processes(self) -> None:
+        for process in self._world.kernel.processes:
+            if process.failure is not None and not isinstance(process.failure, EXPECTED):
+                self._world.violate(
+                    "no process fails", f"{process.name}: {type(process.failure).__name__}: {process.failure}"
+                )  # fmt: skip
+
+    def _causes(self) -> None:
+        seen: set[tuple[str, int]] = set()
+        ledger = self._world.files.now_ledger()
+        for event in ledger.of(Settled):
+            truth = self._world.truths.get((event.stage, event.attempt))
+            if truth is None or (event.stage, event.attempt) in seen:
+                continue
+            seen.add((event.stage, event.attempt))
+            if event.cause == "cancelled" and ledger.cancelled(event.stage, truth.job.id):
+                continue  # the owner said so, though the command may have been killed before it reached Slurm
+            if event.cause != "unknown" and event.cause not in truth.causes and not truth.log_is_wrong:
+                self._world.violate(
+                    "never a wrong cause",
+                    f"attempt {event.attempt} of {event.stage}: {event.cause} (by {event.by}), but it was "
+                    f"{', '.join(sorted(truth.causes)) or 'nothing'}",
+                )  # fmt: skip
+
+    def _changes(self) -> None:
+        """Each end changes something once."""
+        ledger = self._world.files.now_ledger()
+        # Two who decide about the same end at the same time record the same change.
+        distinct = {(event.field, str(event.value), event.after) for event in ledger.of(Override)}
+        changes = Counter(field.split(".")[0] for field, _, _ in distinct)
+        for prefix, cause in CAUSE_OF_CHANGE.items():
+            made = changes[prefix.split(".")[0]]
+            ends = sum(
+                event.cause == cause for stage in STAGES for event in ledger.settled(stage).values()
+            )  # fmt: skip
+            if made > ends:
+                self._world.violate("overrides survive", f"{made} changes of {prefix} after {ends} ends by {cause}")
+
+    def _ended(self) -> str:
+        world = self._world
+        for job in world.slurm.jobs.values():
+            if not job.over:
+                world.violate("every history ends", f"job {job.id} ({'+'.join(job.stages)}) is {job.shown} forever")
+                return "endless"
+        action = self.action()
+        if isinstance(action, Nothing) and not action.stage:
+            return "completed"
+        if isinstance(action, Stop) or (isinstance(action, Nothing) and action.over):
+            if action.cause == "cancelled":
+                return "cancelled"
+            if not action.message:
+                world.violate("every history ends", "failed without a reason")
+            return "failed"
+        ledger = world.files.now_ledger()
+        if any(decided.choice == "stop" for stage in STAGES for decided in ledger.decisions(stage)):
+            return "failed"  # though a process on a lost node has finished its stage since
+        if not world.owner_satisfied or world.recovery_hit:
+            return "abandoned"
+        world.violate("every history ends", f"nobody goes on: {type(action).__name__}: {action.message}")
+        return "stranded"
+
+    def action(self) -> Any:
+        """What is due in the end, as `make status` would derive it."""
+        world = self._world
+        ledger = world.files.now_ledger()
+        view = self._view(ledger)
+        return decide.next_action(decide.with_unknown_ends(ledger, view), view, world.kernel.now)
+
+    def _view(self, ledger: Ledger) -> SchedulerView:
+        slurm = self._world.slurm
+        jobs = {}
+        for job_id in ledger.jobs.values():
+            job = slurm.jobs.get(job_id)
+            known = job is not None and (slurm.known(job_id) or slurm.site.accounting == "answered")
+            jobs[job_id] = SeenJob(job.shown if job is not None and known else "", id=job_id)
+        accounting: Any = "disabled" if slurm.site.accounting == "disabled" else "answered"
+        return SchedulerView(jobs=jobs, accounting=accounting)
+
+
+__all__ = ["MOST_STILLBORN", "QueueAnew", "Watch"]
