@@ -20,28 +20,29 @@ FT_STEP=$((${FT_STEP:--1} + 1))
 # Lives share appended logs, one a rank: where this life's part begins.
 ft_sizes="$(cd "$FT_RUN/slurm/$FT_STAGE" && stat -c %n:%s "${FT_JOB}"_*_log.out 2>/dev/null | tr '\n' ' ')"
 
-# The first number that nobody has taken: one file a life, created by one writer.
+# The first number that nobody has taken: one file an attempt, created by one writer, and only by a job that may begin. A
+# stopped or late job must not take a number, for the attempt that has the one before would leave.
 FT_LIFE=1
-until (
-    set -C
-    printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" "$ft_sizes" \
-        >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE"
-) 2>/dev/null; do
+while :; do
+    [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ] || { FT_LIFE=$((FT_LIFE + 1)); continue; }
+    if [ "$FT_LIFE" -gt 1 ]; then
+        # Where nothing is printed the record cannot be read: the attempt begins, and finds out for itself.
+        read -r ft_do ft_number <<END
+$("$FT_PYTHON" -m ftlib.slurm.attempt begin "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB")
+END
+        [ "$ft_do" != exit ] || exit "$ft_number"
+    fi
+    (
+        set -C
+        printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" "$ft_sizes" \
+            >"$FT_RUN/lives/$FT_STAGE-$FT_LIFE"
+    ) 2>/dev/null && break
     if [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ]; then
         echo "ftlib: $FT_RUN/lives cannot be written (moved, full, or not mounted on $(uname -n))"
         exit 1
     fi
-    FT_LIFE=$((FT_LIFE + 1))
 done
 export FT_LIFE
-
-if [ "$FT_LIFE" -gt 1 ]; then
-    # Where nothing is printed the record cannot be read or written: the attempt begins, and finds out for itself.
-    read -r ft_do ft_number <<END
-$("$FT_PYTHON" -m ftlib.slurm.attempt begin "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB")
-END
-    [ "$ft_do" != exit ] || exit "$ft_number"
-fi
 
 # Nothing that the stage needs is here: the outcome says so, and the epilogue acts by it.
 if [ -n "$FT_REFUSED" ]; then

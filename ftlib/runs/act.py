@@ -82,11 +82,13 @@ def requeue(
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
         if controller.requeue(job_id, incomplete_only=True):
             # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (Slurm 22.05).
-            # Changes are accepted only of one that goes back to the queue.
-            if controller.update(job_id, {"StartTime": "now", **changes}):
-                return REQUEUED
-            report(f"the job was not requeued, or not changed: {changes}")
-            return "refused"
+            # A change is accepted only of one that goes back to the queue; this one changes nothing.
+            if not controller.update(job_id, {"Requeue": "1"}):
+                report("the job was cancelled, or its time limit is over: it was not requeued")
+                return "refused"
+            if changes and not controller.update(job_id, changes):
+                report(f"the requeued job was not changed: {changes}")
+            return REQUEUED
         if controller.state(job_id) == "CANCELLED":
             return "CANCELLED"
         report(f"the requeue was not accepted; trying again in {wait_s} s")

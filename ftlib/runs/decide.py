@@ -20,7 +20,7 @@ from ftlib.runs import overrides, policy
 from ftlib.runs.diagnosis import Cause
 from ftlib.runs.events import Cancelled, Choice, Decided, Event, Override, Settled, Submitted
 from ftlib.runs.ledger import IMAGE, STAGES, Ledger, open_stages
-from ftlib.runs.scheduler import CANCELLED, FAILED, Here, SchedulerView
+from ftlib.runs.scheduler import AT_WORK, CANCELLED, FAILED, Here, SchedulerView
 
 # Jobs of one stage in a row that ended before an attempt could begin, before the run is stopped.
 MOST_STILLBORN = 3
@@ -167,7 +167,7 @@ def _never_queued(ledger: Ledger, view: SchedulerView, stage: str) -> Action:
 def _under_way(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> Action:
     if ledger.cancelled(stage, job):
         return Nothing(
-            message=f"{stage} was cancelled and is still ending", cause="cancelled", stage=stage, job_id=job
+            message=f"{stage} was cancelled and is still saving", cause="cancelled", stage=stage, job_id=job
         )  # fmt: skip
     if missing := _missing(ledger, view, stage):
         # A submission that was killed, or refused, in the middle of the chain.
@@ -180,6 +180,12 @@ def _under_way(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> Act
 
 def _after_job(ledger: Ledger, view: SchedulerView, stage: str, job: str, now: float) -> Action:
     """The stage's job is over and the stage is not done."""
+    if at_work := _later_at_work(ledger, view, stage, job):
+        # Its job was cancelled, or it is another's: two attempts of one stage must never be at work.
+        return Nothing(
+            message=f"{at_work} was cancelled and is still saving", cause="cancelled", stage=at_work,
+            job_id=ledger.jobs[at_work],
+        )  # fmt: skip
     if ledger.resume_pending(stage):
         return QueueAnew(
             message="its owner wants it to continue", stage=stage, stages=tuple(open_stages(ledger)),
@@ -277,10 +283,10 @@ def _inside(ledger: Ledger, view: SchedulerView, here: Here, now: float) -> Acti
     last = here.attempt if here.ended else here.attempt - 1
     if last not in ledger.attempts_since_request(stage, up_to=last):
         return _nothing(here, f"attempt {here.attempt} of {stage} begins")
-    decision, cause = _decision(ledger, stage, last, now), _cause(ledger, stage, last)
+    decision, cause = _decision(ledger, stage, last, now, here), _cause(ledger, stage, last)
     if not decision.requeue:
-        outcome = ledger.outcome(stage, last)
-        code = outcome.code if outcome and outcome.code not in (0, EXIT_INTERRUPTED) else 1
+        outcome, settled = ledger.outcome(stage, last), ledger.settled(stage)[last]
+        code = outcome.code if outcome and outcome.code not in (0, EXIT_INTERRUPTED) else settled.code or 1
         return Stop(message=decision.message, cause=cause, code=code, stage=stage, job_id=job, attempt=last)
     if not here.ended:
         return _nothing(here, f"attempt {here.attempt} of {stage} begins")
@@ -311,12 +317,13 @@ class _Decision:
     changes: tuple[Override, ...] = ()
 
 
-def _decision(ledger: Ledger, stage: str, attempt: int, now: float) -> _Decision:
+def _decision(ledger: Ledger, stage: str, attempt: int, now: float, here: Here | None = None) -> _Decision:
     """What the policy says after an attempt, given all that ended since the owner last asked for the stage."""
-    ends = [
-        policy.Life(cast(Cause, settled.cause), ledger.progressed(stage, number))
-        for number, settled in ledger.attempts_since_request(stage, up_to=attempt).items()
-    ]
+    settled_ends = ledger.attempts_since_request(stage, up_to=attempt)
+    causes = {number: cast(Cause, settled.cause) for number, settled in settled_ends.items()}
+    # Who only looks at the run settles nothing.
+    causes.setdefault(attempt, "unknown")
+    ends = [policy.Life(cause, ledger.progressed(stage, number)) for number, cause in sorted(causes.items())]
     current = overrides.fold(ledger.events, now)
     micro_batch = (current.micro_batch or ledger.micro_batch) if stage == "train" else None
     said = policy.decide(ends, micro_batch=micro_batch)
@@ -326,7 +333,9 @@ def _decision(ledger: Ledger, stage: str, attempt: int, now: float) -> _Decision
     if any(override.after == after for override in ledger.of(Override)):
         # Whoever decided this before has recorded what it changes.
         return _Decision(requeue=True, message=said.words, backoff_s=said.backoff_s)
-    settled = ledger.settled(stage)[attempt]
+    settled = ledger.settled(stage).get(attempt)
+    if settled is None:
+        return _Decision(requeue=True, message=said.words, backoff_s=said.backoff_s)
     change = partial(Override, who="ftlib", why=settled.line, after=after)
     changes = []
     if said.halve_micro_batch and micro_batch:
@@ -334,7 +343,7 @@ def _decision(ledger: Ledger, stage: str, attempt: int, now: float) -> _Decision
     if said.exclude_node and settled.node:
         changes.append(change(field=overrides.EXCLUDE + settled.node, value=True, until=now + EXCLUSION_S))
     if said.memory_factor != 1:
-        memory = _more_memory(ledger, current, stage, said.memory_factor)
+        memory = _more_memory(ledger, current, stage, said.memory_factor, here)
         if memory is None:
             return _Decision(requeue=False, message=f"{policy.KINDS['host memory'].plain}, and a node has no more")
         if memory:
@@ -342,10 +351,13 @@ def _decision(ledger: Ledger, stage: str, attempt: int, now: float) -> _Decision
     return _Decision(requeue=True, message=said.words, backoff_s=said.backoff_s, changes=tuple(changes))
 
 
-def _more_memory(ledger: Ledger, current: overrides.Overrides, stage: str, factor: float) -> int | None:
+def _more_memory(
+    ledger: Ledger, current: overrides.Overrides, stage: str, factor: float, here: Here | None
+) -> int | None:
     """MiB to request on each node; 0 where it is not known what was requested, None where a node has no more."""
     submitted = ledger.submissions.get(stage)
     requested = current.memory_mib.get(stage) or (submitted.mem_mib if submitted else None)
+    requested = requested or (here.mem_mib if here else None)
     if not requested:
         return 0
     most = submitted.node_mem_mib if submitted and submitted.node_mem_mib else int(requested * factor)
@@ -386,6 +398,14 @@ def _active_jobs(ledger: Ledger, view: SchedulerView, stages: Sequence[str], *, 
     """The jobs of `stages` that are queued or running, each once."""
     jobs = (ledger.jobs.get(name) for name in stages)
     return tuple(dict.fromkeys(job for job in jobs if job and job != but and view.active(job)))
+
+
+def _later_at_work(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> str | None:
+    """The first later stage whose job runs, though the stage before it is not done: it is about to end."""
+    for later in open_stages(ledger, STAGES[STAGES.index(stage) + 1 :]):
+        if (its_job := ledger.jobs.get(later)) and its_job != job and view.job(its_job).state in AT_WORK:
+            return later
+    return None
 
 
 def _by_dependency(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> bool:

@@ -83,6 +83,7 @@ KINDS: dict[Cause, Kind] = {
     "unknown": Kind(
         "nothing tells why it ended",
         f"see the end of the log (make logs RUN={{run}}), ask the site about the job and its nodes, then {_AGAIN}", 10,
+        foreign=True,
     ),
 }  # fmt: skip
 

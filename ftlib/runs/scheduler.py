@@ -46,6 +46,7 @@ class Here:
     attempt: int
     ended: bool
     may_requeue: bool = True  # the site allows requeueing
+    mem_mib: int | None = None  # memory that its job has on each node, in MiB; None where that is not known
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,11 @@ def main(words: list[str]) -> None:
         return
     code, job, log = words[4:7]
     may_requeue = os.environ.get("FT_REQUEUE", "1") == "1"
-    here = Here(job_id=job, stage=stage, attempt=attempt, ended=True, may_requeue=may_requeue)
+    memory = os.environ.get("SLURM_MEM_PER_NODE", "")
+    here = Here(
+        job_id=job, stage=stage, attempt=attempt, ended=True, may_requeue=may_requeue,
+        mem_mib=int(memory) if memory.isdigit() else None,
+    )  # fmt: skip
     print(end(run, here, code=int(code), log=Path(log)))
 
 
