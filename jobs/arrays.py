@@ -18,7 +18,7 @@ from ftlib.runs import attempts, comments, events
 from ftlib.runs.comments import AND
 from ftlib.runs.events import Intended, Submitted
 from ftlib.runs.ledger import ARRAYS, IMAGE
-from ftlib.slurm import batch, container
+from ftlib.slurm import batch, container, retry
 from ftlib.sweepdir import SweepDir
 from jobs.chain import STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
@@ -67,6 +67,7 @@ class Arrays:
         self.sweep, self.profile, self.fed, self.at_once, self.cache = sweep, profile, fed, at_once, cache
         self.image: str | None = None  # the job that builds the image, where it is not there yet
         self.active: dict[str, set[str]] = {}  # stage -> arrays, or jobs, that are queued or running
+        self.patience_s = retry.SUBMIT_S  # how long a busy controller is asked to take each array
         self.middle: list[str] = []  # tasks whose end means that there is room again
 
     def queue(self, needs: list[Need]) -> FtError | None:
@@ -143,7 +144,7 @@ class Arrays:
     ) -> str:  # fmt: skip
         name = AND.join(stages)
         array = self.executor(chunk, stages, nonce, indices, after, prepared=prepared).queue(
-            f"{name} of {len(indices)} points"
+            f"{name} of {len(indices)} points", patience_s=self.patience_s
         )
         self.fed.queued[name] += len(indices)
         self.fed.arrays[name] += 1

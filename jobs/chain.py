@@ -7,7 +7,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ftlib.runs import attempts, comments
 from ftlib.runs.comments import AND, GUARD
 from ftlib.runs.events import Cancelled, CheckpointSaved, Intended, Submitted
 from ftlib.runs.ledger import IMAGE, RECOVERY
-from ftlib.slurm import batch, client, container
+from ftlib.slurm import batch, client, container, retry
 
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
@@ -46,13 +46,17 @@ class ModuleExecutor(SlurmExecutor):
         """The sbatch script, to the letter."""
         return self._make_submission_file_text(self._submitit_command_str, "dry-run")
 
-    def queue(self, what: str) -> str:
-        """Call sbatch; returns the job's id."""
+    def queue(self, what: str, *, patience_s: float = retry.SUBMIT_S, before: Collection[str] = ()) -> str:
+        """Call sbatch, again for `patience_s` where the controller is busy; returns the job's id.
+
+        before: ids of other jobs that have the same comment.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
+
+        def sbatch() -> str:
             return str(self._submit_command(self._submitit_command_str).job_id)
-        except Exception as error:
-            raise client.Refused(what, error) from None
+
+        return retry.submit(sbatch, what, self.parameters["comment"], patience_s=patience_s, before=before)
 
 
 def executor(
@@ -112,7 +116,7 @@ def queue(run: RunDir, profile: ClusterProfile, active: dict[str, str], *, by_gu
                 queued |= dict.fromkeys(new, before)
         if queued or not _guarded(run):
             watched = [*(job for stage, job in active.items() if stage in STAGES), *queued.values()]
-            _queue_guard(run, profile, plan, list(dict.fromkeys(watched)))
+            _queue_guard(run, profile, plan, list(dict.fromkeys(watched)), patience_s=_patience_s(by_guard=by_guard))
     except client.Refused as error:
         words = f"Queued before it: {', '.join(queued) or 'nothing'}; make resume RUN={run.name} queues what is missing"
         raise FtError(f"{error}. {words}") from None
@@ -129,7 +133,12 @@ def queue_job(
     made = executor(profile, plan, stages, run.provenance(), run=run.path, comment=comment, after=after)
     for stage in stages:  # Slurm makes no folders for logs
         (run.slurm / stage).mkdir(parents=True, exist_ok=True)
-    return _submitted(run, stages, made.queue(f"{name} of {run.name}"), nonce, by_guard=by_guard)
+    job = made.queue(f"{name} of {run.name}", patience_s=_patience_s(by_guard=by_guard))
+    return _submitted(run, stages, job, nonce, by_guard=by_guard)
+
+
+def _patience_s(*, by_guard: bool) -> float:
+    return retry.RECOVERY_S if by_guard else retry.SUBMIT_S
 
 
 def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
@@ -144,7 +153,8 @@ def queue_image(run: RunDir, profile: ClusterProfile, *, by_guard: bool) -> str 
     """The job that builds the run's image, in front of the chain; None where it is there, or none is used."""
     from jobs import image
 
-    job = image.job_before(profile, Path(run.provenance()["checkout"]))
+    patience_s = _patience_s(by_guard=by_guard)
+    job = image.job_before(profile, Path(run.provenance()["checkout"]), patience_s=patience_s)
     return _submitted(run, [IMAGE], job, "", by_guard=by_guard) if job else None
 
 
@@ -154,7 +164,9 @@ def _guarded(run: RunDir) -> bool:
     return stages[-1:] == [RECOVERY]
 
 
-def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str]) -> None:
+def _queue_guard(
+    run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: list[str], *, patience_s: float
+) -> None:
     nonce = _intend(run, [RECOVERY])
     variables = batch.environment(profile, plan, STAGES[0], run=run.path, cache=Path(run.provenance()["cache"]))
     made = ModuleExecutor(
@@ -167,7 +179,8 @@ def _queue_guard(run: RunDir, profile: ClusterProfile, plan: RunPlan, watched: l
         dependency="?".join(f"afternotok:{job}" for job in watched),
     )  # fmt: skip
     made.update_parameters(**words)
-    _submitted(run, [RECOVERY], made.queue(f"{GUARD} of {run.name}"), nonce, by_guard=False)
+    job = made.queue(f"{GUARD} of {run.name}", patience_s=patience_s)
+    _submitted(run, [RECOVERY], job, nonce, by_guard=False)
 
 
 def _intend(run: RunDir, stages: Sequence[str]) -> str:

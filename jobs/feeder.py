@@ -11,17 +11,17 @@ import sys
 import time
 from pathlib import Path
 
-from ftlib import state
+from ftlib import claim, state
 from ftlib.errors import FtError, InputError
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
 from ftlib.runs import comments, events
 from ftlib.runs.events import Cancelled, Intended, Submitted
 from ftlib.runs.ledger import ARRAYS, Ledger
-from ftlib.slurm import batch, client
+from ftlib.slurm import batch, client, retry
 from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
-from jobs import guard, image
+from jobs import image
 from jobs.arrays import Arrays, Fed, record
 from jobs.chain import ModuleExecutor
 from jobs.points import Need, active, fitting, need_of, share_datasets, threaded
@@ -37,7 +37,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     profile = kept.profile
     assert profile.scheduler
     client.use(profile.scheduler.slurm_conf)
-    queue = client.jobs()
+    patience_s = retry.RECOVERY_S if by == "feeder" else 0.0
+    queue = retry.patiently(client.jobs, patience_s=patience_s)
     _adopt(sweep, queue)
     runs = sweep.members()
     view = {job.id: job for job in queue}
@@ -58,7 +59,9 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
     if answer.trouble:
         print(f"ftlib: {answer.trouble}", file=sys.stderr)
     feeding = Arrays(sweep, profile, fed, kept.spec.at_once, kept.cache)
-    feeding.image = image.job_before(profile, sweep.runs.parent) if now else None
+    feeding.patience_s = retry.RECOVERY_S if by == "feeder" else retry.SUBMIT_S
+    if now:
+        feeding.image = image.job_before(profile, sweep.runs.parent, patience_s=feeding.patience_s)
     for known in ledgers:
         for stage, job in known.jobs.items():
             if active(view, job):
@@ -68,7 +71,8 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
         mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
-        client.cancel(job for need in mine for job in need.behind)
+        behind = [job for need in mine for job in need.behind]
+        retry.patiently(lambda: client.cancel(behind), patience_s=patience_s)
         refused = feeding.queue(share_datasets(sweep, mine, view))
     _queue_feeder(feeding, queue, RunPlan.model_validate(runs[0].plan()))
     if refused:
@@ -79,10 +83,9 @@ def feed(sweep: SweepDir, *, by: str) -> Fed:
 def _claimed(need: Need, known: Ledger, held: contextlib.ExitStack, *, by: str) -> bool:
     """Whether the point is ours to queue: nobody else is at it, or was since its ledger was the one `known`."""
     run = RunDir(need.run)
-    if by == "feeder":
-        guard.wait_for_the_login_node(run.path)
+    wait_s, silent_s = (claim.SILENT_S, claim.SILENT_S) if by == "feeder" else (0.0, None)
     try:
-        held.enter_context(run.claim())
+        held.enter_context(run.claim(wait_s=wait_s, silent_s=silent_s))
     except InputError:
         return False
     return run.ledger().of(Submitted) == known.of(Submitted)
@@ -110,7 +113,8 @@ def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
 def _queue_feeder(fed: Arrays, queue: list[client.Job], plan: RunPlan) -> None:
     """A job that runs when an array had bad ends, or when there is room for the rest; the last one goes."""
     comment = comments.shared(fed.sweep.name, FEEDER)
-    client.cancel(job.id for job in queue if job.comment == comment and state.SLURM_STATES.get(job.state) == "queued")
+    feeders = [job for job in queue if job.comment == comment]
+    client.cancel(job.id for job in feeders if state.SLURM_STATES.get(job.state) == "queued")
     arrays = sorted(set().union(*fed.active.values()))
     words = [f"afternotok:{array}" for array in arrays]
     if fed.fed.waiting:
@@ -127,7 +131,7 @@ def _queue_feeder(fed: Arrays, queue: list[client.Job], plan: RunPlan) -> None:
     if not words:
         parameters["additional_parameters"]["begin"] = f"now+{LOOK_AGAIN_MIN}minutes"
     made.update_parameters(**parameters)
-    made.queue("the feeder")
+    made.queue("the feeder", patience_s=fed.patience_s, before=[job.id for job in feeders])
 
 
 def cancel(sweep: SweepDir) -> int:
@@ -157,9 +161,8 @@ def cancel(sweep: SweepDir) -> int:
 def main(folder: str) -> int:
     """What the feeder's job runs; prints what it did."""
     sweep = SweepDir(Path(folder))
-    guard.wait_for_the_login_node(sweep.path)
     try:
-        with sweep.claim():
+        with sweep.claim(wait_s=claim.SILENT_S, silent_s=claim.SILENT_S):
             print(feed(sweep, by="feeder").words(), flush=True)
     except FtError as error:
         print(f"ftlib: {error}. make sweep again queues what is missing", flush=True)

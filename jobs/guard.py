@@ -7,28 +7,30 @@ epilogue has stopped, and never revives what its owner has cancelled.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from ftlib import state
+from ftlib import claim, state
+from ftlib.errors import FtError, Unavailable
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import events
 from ftlib.runs.events import Cancelled, Decided, Submitted
 from ftlib.runs.ledger import IMAGE, Ledger
-from ftlib.slurm import client, policy, queue, settle
+from ftlib.slurm import client, policy, queue, retry, settle
 from ftlib.slurm.client import Job
 
 # Jobs of one stage that ended before a life could begin, before we stop.
 MOST_STILLBORN = 3
-# Longer than any submit takes.
-CLAIM_S = 300
 FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 
 def run(folder: str) -> None:
     """What the guard's job runs: `python -m jobs.guard RUN`."""
-    print(decide(RunDir(Path(folder))), flush=True)
+    try:
+        print(decide(RunDir(Path(folder))), flush=True)
+    except FtError as error:
+        print(f"ftlib: {error}. make resume RUN={Path(folder).name} queues what is missing", flush=True)
+        sys.exit(error.exit_code)
 
 
 def decide(run: RunDir) -> str:
@@ -39,16 +41,28 @@ def decide(run: RunDir) -> str:
     profile = stored_profile(run)
     client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
     jobs = run.ledger().jobs
-    if words := why_not(run, queue.ask(list(jobs.values())).jobs):
+    view = retry.patiently(lambda: _view(run, jobs), patience_s=retry.RECOVERY_S)
+    if words := why_not(run, view):
         return words
-    wait_for_the_login_node(run.path)
-    with run.claim():
+    with run.claim(wait_s=claim.SILENT_S, silent_s=claim.SILENT_S):
         # The jobs behind it are gone with it, or will be in a moment: all are queued anew.
         missing = [name for name in STAGES if not run.stage_done(name)]
         ended = jobs[missing[0]]
-        client.cancel(dict.fromkeys(jobs[name] for name in missing[1:] if jobs.get(name, ended) != ended))
+        behind = list(dict.fromkeys(jobs[name] for name in missing[1:] if jobs.get(name, ended) != ended))
+        retry.patiently(lambda: client.cancel(behind), patience_s=retry.RECOVERY_S)
         queued = chain.queue(run, profile, {}, by_guard=True)
     return "queued anew: " + ", ".join(f"{name} {job}" for name, job in queued.items())
+
+
+def _view(run: RunDir, jobs: Mapping[str, str]) -> dict[str, Job]:
+    """What Slurm says of the run's jobs. Unavailable where it does not tell how the stage's job ended."""
+    answer = queue.ask(list(jobs.values()))
+    stage = next((name for name in STAGES if not run.stage_done(name)), None)
+    ended = answer.jobs.get(jobs.get(stage or "", ""), Job("")).state
+    # What Slurm cancelled because an earlier job failed, and what its owner cancelled, look the same.
+    if ended == queue.UNKNOWN or (ended == "CANCELLED" and answer.unknown(jobs.values())):
+        raise Unavailable(f"how {stage} ended cannot be learned: {answer.trouble}")
+    return answer.jobs
 
 
 def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
@@ -71,20 +85,6 @@ def why_not(run: RunDir, view: Mapping[str, Job]) -> str | None:
     if state.SLURM_STATES.get(slurm) in state.ACTIVE:
         return f"{stage} is {slurm}: nothing to do"
     return _stop_reason(run, known, stage, jobs[stage])
-
-
-def wait_for_the_login_node(folder: Path) -> None:
-    """A submit or resume holds its claim for seconds. One that was killed there leaves it, and we cannot see that."""
-    file = folder / "writer"
-    for _ in range(CLAIM_S):
-        try:
-            old = time.time() - file.stat().st_mtime > CLAIM_S
-        except FileNotFoundError:
-            return
-        if old:
-            file.unlink(missing_ok=True)
-            return
-        time.sleep(1)
 
 
 def _stop_reason(run: RunDir, known: Ledger, stage: str, job: str) -> str | None:

@@ -25,7 +25,7 @@ from ftlib import atomic, recipe, state
 from ftlib.errors import DONE, FtError, InputError
 from ftlib.profile import ClusterProfile
 from ftlib.runs import comments
-from ftlib.slurm import batch, client, container
+from ftlib.slurm import batch, client, container, retry
 from ftlib.spec import file_digest
 from jobs import logs
 from jobs import wish as wishes
@@ -79,8 +79,11 @@ def ready(profile: ClusterProfile) -> tuple[dict[str, str], bool]:
     return image, there
 
 
-def job_before(profile: ClusterProfile, checkout: Path) -> str | None:
-    """The job that builds the image, queued now or found; None where the image is there, or none is used."""
+def job_before(profile: ClusterProfile, checkout: Path, *, patience_s: float = retry.SUBMIT_S) -> str | None:
+    """The job that builds the image, queued now or found; None where the image is there, or none is used.
+
+    patience_s: how long a busy controller is asked for it.
+    """
     image = container.image(profile, checkout)
     if image is None or Path(image["path"]).exists() or (profile.container and profile.container.image):
         return None  # a site's own image that is gone is not ours to build: the job says so
@@ -88,8 +91,9 @@ def job_before(profile: ClusterProfile, checkout: Path) -> str | None:
     client.use(profile.scheduler.slurm_conf)
     target = Path(image["path"])
     comment = comments.shared("image", target.name)
-    for job in client.jobs():
-        if job.comment == comment and state.SLURM_STATES.get(job.state) in state.ACTIVE:
+    of_image = [job for job in client.jobs() if job.comment == comment]
+    for job in of_image:
+        if state.SLURM_STATES.get(job.state) in state.ACTIVE:
             return job.id
     made = SlurmExecutor(target.parent / "slurm", python=shlex.quote(profile.python or sys.executable))
     setup = batch.enter(profile, {"PYTHONNOUSERSITE": "1"}, checkout)
@@ -97,10 +101,12 @@ def job_before(profile: ClusterProfile, checkout: Path) -> str | None:
         profile, name="ftlib.image", setup=setup, comment=comment, time_min=BUILD_MIN, mem_gib=BUILD_MEM_GIB, cpus=4
     )
     made.update_parameters(**words)
-    try:
+
+    def sbatch() -> str:
         return str(made.submit(build, profile, checkout, image).job_id)
-    except Exception as error:
-        raise client.Refused("the image's build", error) from None
+
+    before = [job.id for job in of_image]
+    return retry.submit(sbatch, "the image's build", comment, patience_s=patience_s, before=before)
 
 
 def build(profile: ClusterProfile, checkout: Path, image: dict[str, str]) -> None:

@@ -13,7 +13,8 @@ from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile, Partition, control_character
 
-GUARD_MIN = 10
+# It needs seconds, but it waits for a busy controller, and for a submit that is at work (retry.py, ftlib/claim.py).
+GUARD_MIN = 30
 TEMPLATES = "slurm_templates"
 # sbatch hands the login shell's whole environment to the job. These of it would put other libraries in front of the
 # locked ones, or (SLURM_EXPORT_ENV, which sbatch sets under SBATCH_EXPORT=NONE) have srun start the tasks without any
@@ -108,8 +109,8 @@ def small_parameters(
     extra = {"mem": f"{min(mem_gib, int(partition.mem_gib_per_node))}G", "requeue": True}
     return _job(
         profile, partition, extra, profile.resolved_qos(gpu=False), job_name=name, setup=setup, comment=comment,
-        dependency=dependency, partition=partition.name, time=time_min, nodes=1, ntasks_per_node=1,
-        cpus_per_task=min(cpus, partition.cpus_per_node),
+        dependency=dependency, partition=partition.name, time=min(time_min, partition.max_time_min), nodes=1,
+        ntasks_per_node=1, cpus_per_task=min(cpus, partition.cpus_per_node),
     )  # fmt: skip
 
 

@@ -21,10 +21,16 @@ class AccountingDisabled(Unavailable):
 
 
 class Refused(FtError):
-    """sbatch would not queue `what`; its own words end the error that submitit raised."""
+    """sbatch would not queue `what`. Its `reason` ends the error that submitit raised; empty where sbatch gave none."""
 
     def __init__(self, what: str, error: Exception) -> None:
-        super().__init__(f"sbatch refused {what}: {str(error).strip().splitlines()[-1].rpartition('error: ')[2]}")
+        lines = str(error).strip().splitlines()
+        self.reason = lines[-1].rpartition("error: ")[2] if lines else ""
+        super().__init__(f"sbatch refused {what}: {self.reason or 'it ended without a reason'}")
+
+
+class NoSuchCommand(Unavailable):
+    """This machine has no such Slurm command."""
 
 
 def use(slurm_conf: str | None) -> None:
@@ -43,7 +49,7 @@ def call(*command: str, timeout_s: float = TIMEOUT_S) -> str:
         said = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=said)
     except FileNotFoundError:
-        raise Unavailable(f"{command[0]}: there is no such command here. Is this a login node?") from None
+        raise NoSuchCommand(f"{command[0]}: there is no such command here. Is this a login node?") from None
     except subprocess.TimeoutExpired:
         raise Unavailable(f"{command[0]} did not answer in {timeout_s} s; is the scheduler busy? Try again") from None
     if done.returncode:
