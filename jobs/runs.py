@@ -21,7 +21,7 @@ from ftlib.runs.overrides import MICRO_BATCH
 from ftlib.slurm import client
 from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
-from jobs.look import kept_answer, look, see, writer
+from jobs.look import kept_answer, see_one, writer
 from jobs.wish import CHECKOUT, RUNS, stored_profile
 
 
@@ -53,7 +53,7 @@ def start(run: RunDir, profile: ClusterProfile) -> int:
 
 def _active(run: RunDir) -> dict[str, str]:
     """The stages that are queued or running, and their jobs."""
-    return {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
+    return {name: s.job_id for name, s in see_one(run).stages.items() if s.state in ACTIVE and s.job_id}
 
 
 def _see_surely(run: RunDir) -> Seen:
@@ -61,7 +61,7 @@ def _see_surely(run: RunDir) -> Seen:
 
     Unavailable where the state of a stage cannot be learned: acting on a guess would be worse than waiting.
     """
-    (seen,) = see([run])
+    seen = see_one(run)
     jobs = {stage.job_id for stage in seen.stages.values() if stage.job_id and stage.state != "completed"}
     if unknown := seen.answer.unknown(sorted(jobs)):
         which = f"how job {', '.join(unknown)} ended cannot be learned"
