@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import processes
-from ftlib import events
 from ftlib.rundir import RunDir
+from ftlib.runs.events import Resumed
 from tests import cluster
 from tests.cluster import SCRIPT, Slurm
 from tests.test_chain import SHORT, finished, log, steps, until
@@ -76,7 +76,7 @@ def test_a_run_is_cancelled_resumed_and_completed(bare: Slurm, checkout: Path) -
     assert done.returncode == 0, done.stderr
     found = finished(checkout, run)
     assert found["state"] == "completed", log(run)
-    assert any(event["event"] == "resumed" and event["step"] > 0 for event in events.read(run.events))
+    assert any(event.step > 0 for event in run.ledger().of(Resumed))
 
 
 def test_the_recovery_job_queues_anew_after_a_killed_batch_shell(bare: Slurm, checkout: Path) -> None:

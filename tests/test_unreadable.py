@@ -42,17 +42,12 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
-def event_without_a_stage(path: Path) -> None:
-    path.write_text('{"time": "2026-01-01T00:00:00+00:00", "event": "submitted"}\n')
-
-
 DAMAGES = [
     (name, damage)
     for name in ("spec.json", "plan.json", "provenance.json")
     for damage in (garbage, a_list, not_utf8, a_folder, empty, lose)
 ]
 DAMAGES += [("outcomes/train-1", not_utf8), ("outcomes/train-1", a_folder), ("events/x.jsonl", a_folder)]
-DAMAGES += [("events/x.jsonl", event_without_a_stage)]
 
 
 def whole_and_damaged(site: Site, name: str, damage: Callable[[Path], None]) -> tuple[RunDir, RunDir]:
@@ -71,9 +66,7 @@ def test_status_shows_a_damaged_run_in_one_row_beside_all_others(
     assert rows[whole.name]["state"] == "queued" and rows[whole.name]["notes"] == []
     row = rows[damaged.name]
     assert row["state"] == "unreadable" and row["stages"] == {}
-    # An event is in some file of its folder.
-    where = str(damaged.path) if damage is event_without_a_stage else str(damaged.path / name)
-    assert where in row["words"] and "restore it from a backup" in row["words"]
+    assert str(damaged.path / name) in row["words"] and "restore it from a backup" in row["words"]
     flat = "".join(shown(capsys, "status").split())
     assert "".join(row["words"].split()) in flat and f"{whole.name}queued" in flat
 
@@ -86,12 +79,6 @@ def test_a_command_about_a_damaged_run_says_so(
     _, damaged = whole_and_damaged(site, name, a_folder)
     assert cli.main([command, "--run", damaged.name]) == 64
     assert str(damaged.path / name) in capsys.readouterr().err
-
-
-def test_why_names_a_damaged_plan(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    _, damaged = whole_and_damaged(site, "adjustments.json", garbage)
-    assert cli.main(["why", "--run", damaged.name]) == 64
-    assert "adjustments.json" in capsys.readouterr().err
 
 
 @pytest.fixture
