@@ -16,7 +16,6 @@ from ftlib.profile import ClusterProfile
 from ftlib.report.status import Seen
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import act, earlier
-from ftlib.runs import chain as run_chain
 from ftlib.runs.decide import Action, Nothing, QueueAnew
 from ftlib.runs.events import Moved, Override
 from ftlib.runs.ledger import Ledger
@@ -24,7 +23,7 @@ from ftlib.runs.overrides import MICRO_BATCH
 from ftlib.slurm.investigate import investigator
 from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
-from jobs.look import kept_answer, look, see, writer
+from jobs.look import kept_answer, see_one, writer
 from jobs.wish import CHECKOUT, RUNS, stored_profile
 
 
@@ -91,15 +90,10 @@ def _nothing_queued(run: RunDir, action: Action) -> int:
     elif action.cause == "cancelled":
         raise FtError(f"{run.name}: {action.message}. Try again in a moment")
     else:
-        (seen,) = see([run])
+        seen = see_one(run)
         doing = ", ".join(f"{name} {stage.state}" for name, stage in seen.stages.items())
         print(f"{run.name} is on its way: {doing}.")
     return DONE
-
-
-def _active(run: RunDir) -> dict[str, str]:
-    """The stages that are queued or running, and their jobs."""
-    return {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
 
 
 def _see_surely(run: RunDir) -> Seen:
@@ -107,7 +101,7 @@ def _see_surely(run: RunDir) -> Seen:
 
     Unavailable where the state of a stage cannot be learned: acting on a guess would be worse than waiting.
     """
-    (seen,) = see([run])
+    seen = see_one(run)
     jobs = {stage.job_id for stage in seen.stages.values() if stage.job_id and stage.state != "completed"}
     if unknown := seen.answer.unknown(sorted(jobs)):
         which = f"how job {', '.join(unknown)} ended cannot be learned"
@@ -157,16 +151,12 @@ def cancel(options: argparse.Namespace) -> int:
         return DONE
     from jobs import chain
 
-    if not (active := _active(run)):
+    stages = act.cancel(run, chain.site_of(run, profile), user=getpass.getuser())
+    if not stages:
         print(f"{run.name}: nothing is queued or running.")
         return DONE
-    prepare = run.ledger().submissions.get("prepare")
-    # Other points of its sweep wait for a dataset's one job, too.
-    shared = ("prepare",) if prepare and prepare.prepared_by is not None else ()
-    jobs = {stage: job for stage, job in active.items() if stage not in shared}
-    run_chain.cancel(run, chain.site_of(run, profile), jobs, user=getpass.getuser())
     kept_answer(profile.scheduler.slurm_conf).unlink(missing_ok=True)
-    print(f"{run.name}: cancelled {', '.join(active)}. make resume RUN={run.name} would go on.")
+    print(f"{run.name}: cancelled {', '.join(stages)}. make resume RUN={run.name} resumes it.")
     return DONE
 
 

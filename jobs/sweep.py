@@ -88,7 +88,7 @@ def report(options: argparse.Namespace) -> int:
 
     place = sweepdir.find(RUNS, options.sweep)
     members = place.members()
-    undone = [run for run in members if not run.evaluation_file.exists()]
+    undone = [run for run in members if not os.path.exists(run.evaluation_file)]
     try:
         found = look(undone)
     except Unavailable as error:

@@ -62,7 +62,11 @@ def read(folder: Path, stage: str | None = None) -> list[Outcome]:
     for name in _names(folder):
         stage_of_file, _, attempt = name.rpartition("-")
         if attempt.isdigit() and stage in (None, stage_of_file) and name[0] != ".":
-            code, _, message = (folder / name).read_text(encoding="utf-8").strip().partition(" ")
+            try:
+                text = (folder / name).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{folder / name}: {error}") from None
+            code, _, message = text.strip().partition(" ")
             if code.isdigit():
                 outcomes.append(Outcome(stage_of_file, int(attempt), int(code), message))
     return sorted(outcomes, key=lambda outcome: outcome.attempt)
