@@ -95,7 +95,8 @@ def test_only_prepare_may_reach_the_hub() -> None:
 
 SCONTROL = """#!/bin/bash
 [ "$1" = listpids ] && exit 1  # no step is seen
-[ "$3" = -o ] && exit 1  # what the job says of itself; without an answer the outcome decides
+# What the controller says of the job, where the cause is looked for.
+[ "$3" = -o ] && { [ -n "$TOLD" ] && echo "JobId=7 JobState=$STATE $TOLD"; exit; }
 echo "$@" >>"$CALLS"
 if [ "$1" = show ]; then echo "JobId=7 JobState=$STATE"; exit 0; fi
 n=$(($(cat "$CALLS.n" 2>/dev/null || echo 0) + 1)); echo $n >"$CALLS.n"
@@ -217,7 +218,12 @@ def test_a_site_that_forbids_requeueing_is_obeyed(shell) -> None:  # type: ignor
 
 
 def test_interruptions_before_a_word_could_be_said_are_requeued_but_not_for_ever(shell) -> None:  # type: ignore[no-untyped-def]
-    assert [shell("(exit 143)")[0] for _ in range(11)] == [75] * 9 + [143] * 2
+    preempted = "StartTime=1 EndTime=9999999999 PreemptTime=1700000000"
+    assert [shell("(exit 143)", TOLD=preempted)[0] for _ in range(11)] == [75] * 9 + [143] * 2
+
+
+def test_interruptions_by_nobody_knows_whom_are_tried_again_twice(shell) -> None:  # type: ignore[no-untyped-def]
+    assert [shell("(exit 143)")[0] for _ in range(3)] == [75, 75, 143]
 
 
 def test_no_outcome_is_never_done_and_a_kill_is_tried_again_twice(shell) -> None:  # type: ignore[no-untyped-def]
