@@ -107,7 +107,8 @@ class RunDir:
 
     def _json(self, path: Path) -> dict[str, Any]:
         with reading(path):
-            value = json.loads(path.read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8") as file:
+                value = json.load(file)
             if not isinstance(value, dict):
                 raise ValueError("it holds no JSON object")
         return value

@@ -83,7 +83,7 @@ class Ledger:
                 last = {}
         return last
 
-    @property
+    @cached_property
     def jobs(self) -> dict[str, str]:
         """Stage ("recovery", "image") -> the job it was last queued under."""
         return {stage: submission.job_id for stage, submission in self.submissions.items()}
@@ -250,10 +250,11 @@ def _is_request(event: Event, stage: str) -> bool:
 
 def read(run: Path) -> Ledger:
     """The ledger of the run folder `run`; empty where nothing was recorded yet."""
+    folder = str(run)  # to make a Path of each name takes long where runs are thousands
     by_stage: dict[str, list[Outcome]] = {}
-    for outcome in outcomes.read(run / "outcomes"):
+    for outcome in outcomes.read(f"{folder}/outcomes"):
         by_stage.setdefault(outcome.stage, []).append(outcome)
-    recorded = events.read(run / "events")
+    recorded = events.read(f"{folder}/events")
     micro_batch, rows_of_a_rank = None, None
     # Thousands of runs are read for one look at them: the plan only where its figures decide something.
     if any(isinstance(event, Settled) and event.cause == "GPU memory" for event in recorded):
@@ -261,8 +262,8 @@ def read(run: Path) -> Ledger:
     return Ledger(
         micro_batch=micro_batch,
         rows_of_a_rank=rows_of_a_rank,
-        events=(*earlier.adjustments(run, recorded), *recorded),
-        attempts=attempts.read(run / "lives"),
+        events=(*earlier.adjustments(folder, recorded), *recorded),
+        attempts=attempts.read(f"{folder}/lives"),
         outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
     )
 
