@@ -22,7 +22,7 @@ from ftlib.plan import numerics
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import RunDir
 from ftlib.runs.events import CheckpointSaved, Override
-from ftlib.slurm import requests
+from ftlib.slurm import evidence, requests
 from jobs import chain, changes, placement, runs
 from jobs import wish as wishes
 from tests.wishes import CHECKOUT
@@ -322,6 +322,10 @@ def test_what_a_job_was_submitted_with_is_recorded_for_the_job_and_its_owner(pla
         requests.write(run.path, where.profile, where.plan, stages)
         requests.keep(run.path, stages, job)
     assert run.stage_plan("train")["partition"] == run.stage_plan("evaluate")["partition"] == "hpg-rtx6000"
+    # So does who finds out why the job ended: when its limit was, how many ranks it had.
+    assert evidence.gather(run.path, run.ledger(), "train", 1, slurm=False, job_id="7").warning_s == 120
+    (run.slurm / "train" / "7_request.json").write_text('{"stage": {"warning_s": 345, "time_min": 600}}')
+    assert evidence.gather(run.path, run.ledger(), "train", 1, slurm=False, job_id="7").warning_s == 345
     kept = json.loads((run.slurm / "export" / "8_request.json").read_text())
     assert kept["stages_of_job"] == ["export", "evaluate"] and kept["account"] == "lab"
     assert kept["job"]["time_min"] == sum(where.plan.stages[stage].time_min for stage in ("export", "evaluate"))
