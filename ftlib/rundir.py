@@ -144,13 +144,23 @@ def reading(file: Path) -> Iterator[None]:
         raise Unreadable(f"{file}: is damaged ({error}). {mend}") from None
 
 
-def snapshot(runs: Path, code: dict[str, Path]) -> Path:
-    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+def code_digest(code: dict[str, Path]) -> str:
+    """A digest of the content of `code` folders, in hex; a snapshot has the same as what it was made of."""
     digest = hashlib.sha256()
     for place, source in sorted(code.items()):
-        for file in sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        for file in sorted(path for path in source.rglob("*") if path.is_file() and _belongs(path.relative_to(source))):
             digest.update(f"{place}/{file.relative_to(source)} {file_digest(file)}\n".encode())
-    target = runs / ".code" / digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def _belongs(file: Path) -> bool:
+    """Whether a snapshot holds the file (see `_copy`)."""
+    return not any(part == "__pycache__" or part.startswith(".") for part in file.parts) and file.suffix != ".pyc"
+
+
+def snapshot(runs: Path, code: dict[str, Path]) -> Path:
+    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+    target = runs / ".code" / code_digest(code)[:16]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = atomic.temporary_beside(target)

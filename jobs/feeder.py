@@ -22,10 +22,10 @@ from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client, retry
 from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
-from jobs import image
+from jobs import image, placement
 from jobs.arrays import Arrays, Fed, record
 from jobs.chain import ModuleExecutor
-from jobs.points import Asker, Need, active, fitting, need_of, share_datasets, threaded
+from jobs.points import Asker, Need, active, fitting, need_of, placed, share_datasets, threaded
 
 FEEDER = "feeder"
 # When nothing of the sweep is queued, nothing can call the feeder: it looks again after so long.
@@ -57,6 +57,10 @@ def feed(sweep: SweepDir, *, by: Asker) -> Fed:
             needs.append(found)
         else:
             fed.told.setdefault(found, []).append(run.name)
+    seen = {run.path: known for run, known in zip(runs, ledgers, strict=True)}
+    needs, not_placed = placed(needs, seen)
+    for why, names in not_placed.items():
+        fed.told.setdefault(why, []).extend(names)
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
@@ -71,14 +75,13 @@ def feed(sweep: SweepDir, *, by: Asker) -> Fed:
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
     with contextlib.ExitStack() as held:
-        seen = {run.path: known for run, known in zip(runs, ledgers, strict=True)}
         mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
         behind = [job for need in mine for job in need.behind]
         retry.patiently(lambda: client.cancel(behind), patience_s=patience_s)
         refused = feeding.queue(share_datasets(sweep, mine, view))
-    if (plan := _any_plan(runs)) is not None:
+    if (plan := _any_plan(needs, runs)) is not None:
         _queue_feeder(feeding, queue, plan)
     if refused:
         raise refused
@@ -104,11 +107,13 @@ def _readable(runs: list[RunDir], fed: Fed) -> tuple[list[RunDir], list[Ledger]]
     return [run for run, _ in known], [ledger for _, ledger in known]
 
 
-def _any_plan(runs: list[RunDir]) -> RunPlan | None:
-    """The plan of the first run that has one which can be read: the sweep controller's job takes its threads."""
+def _any_plan(needs: list[Need], runs: list[RunDir]) -> RunPlan | None:
+    """The plan of the first run that can be placed: the sweep controller's job takes its threads."""
+    if needs:
+        return needs[0].plan
     for run in runs:
-        with contextlib.suppress(Unreadable):
-            return RunPlan.model_validate(run.plan())
+        with contextlib.suppress(InputError):
+            return placement.of(run).plan
     return None
 
 

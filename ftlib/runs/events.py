@@ -224,11 +224,16 @@ def submit_writer() -> str:
     return f"submit-{socket.gethostname()}-{os.getpid()}"
 
 
+def now() -> str:
+    """This moment, as an event's row has it: ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+
+
 def append(folder: Path, writer: str, *events: Event) -> None:
     """Add events of one moment to the writer's own file in `folder`, and flush them to storage."""
     folder.mkdir(exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
-    text = "".join(f"{json.dumps(to_row(event, now), ensure_ascii=False)}\n" for event in events)
+    moment = now()
+    text = "".join(f"{json.dumps(to_row(event, moment), ensure_ascii=False)}\n" for event in events)
     with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()

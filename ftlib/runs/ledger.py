@@ -4,14 +4,13 @@ that more than one reader asks. It is a value: nothing here writes, and nothing 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, cast
 
-from ftlib.runs import attempts, earlier, events
+from ftlib.runs import attempts, earlier, events, numbers
 from ftlib.runs import outcome as outcomes
 from ftlib.runs import overrides as override_events
 from ftlib.runs.attempts import Attempt
@@ -258,7 +257,7 @@ def read(run: Path) -> Ledger:
     micro_batch, rows_of_a_rank = None, None
     # Thousands of runs are read for one look at them: the plan only where its figures decide something.
     if any(isinstance(event, Settled) and event.cause == "GPU memory" for event in recorded):
-        micro_batch, rows_of_a_rank = _planned_batch(run)
+        micro_batch, rows_of_a_rank = numbers.batch(run, override_events.fold(recorded, now=0.0).nodes)
     return Ledger(
         micro_batch=micro_batch,
         rows_of_a_rank=rows_of_a_rank,
@@ -266,17 +265,6 @@ def read(run: Path) -> Ledger:
         attempts=attempts.read(f"{folder}/lives"),
         outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
     )
-
-
-def _planned_batch(run: Path) -> tuple[int | None, int | None]:
-    """Rows of a micro-batch, and of a rank's whole step, as planned; None each where no plan can be read."""
-    for name in ("numerics.json", "plan.json"):  # a run of the first release has them in its plan
-        try:
-            planned = json.loads((run / name).read_text(encoding="utf-8"))
-            return int(planned["micro_batch"]), int(planned["micro_batch"]) * int(planned["accumulation"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None, None
 
 
 def jobs_of(ledgers: Iterable[Ledger]) -> set[str]:
