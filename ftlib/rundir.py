@@ -58,6 +58,20 @@ class RunDir(RunFolder):
             return spec
         return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": commit})})
 
+    def gone(self) -> str:
+        """Empty while the folder in which an attempt began is there; else what to tell who moved or deleted it.
+
+        A file server that does not answer has not deleted it.
+        """
+        try:
+            os.stat(self.lives)
+        except (FileNotFoundError, NotADirectoryError):
+            again = f"If it was moved, make resume RUN={self.name} continues it where it is now"
+            return f"{self.path} is not there any more: it was moved or deleted. Nothing more is saved. {again}"
+        except OSError:
+            pass
+        return ""
+
     def check_spec(self) -> None:
         """Unreadable where spec.json is damaged; one of another version is not."""
         self._json(self.spec_file)
