@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.simulate.slurm import Job
 from ftlib.errors import FtError
-from ftlib.runs import decide
+from ftlib.runs import decide, policy
 from ftlib.runs.decide import MOST_STILLBORN, Nothing, QueueAnew, Stop
+from ftlib.runs.diagnosis import Cause
 from ftlib.runs.events import Override, ResumeRequested, Settled, Submitted
 from ftlib.runs.ledger import RECOVERY, STAGES, Ledger
 from ftlib.runs.scheduler import Job as SeenJob
@@ -17,8 +18,6 @@ from ftlib.runs.scheduler import SchedulerView
 if TYPE_CHECKING:
     from benchmarks.simulate.world import Truth, World
 
-policy = decide.policy  # type: ignore[attr-defined]
-policy.KINDS.setdefault("unknown", policy.Kind("nothing tells why it ended", "", 10))
 # Which changes follow from which causes.
 CAUSE_OF_CHANGE = {"train.micro_batch": "GPU memory", "exclude": "bad GPU", "memory_mib": "host memory"}
 # What a process may end with besides our own errors: the disk is full.
@@ -74,7 +73,7 @@ class Watch:
             causes.setdefault(event.attempt, event.cause)
         counts = Counter(causes[one] for one in range(first, number) if one in causes)
         for cause, count in counts.items():
-            budget = policy.KINDS[cause].budget
+            budget = policy.KINDS[cast(Cause, cause)].budget
             if budget is not None and count > budget:
                 self._world.violate(
                     "no budget is exceeded", f"attempt {number} of {stage} begins after {count} ends by {cause}"
@@ -124,7 +123,7 @@ class Watch:
             seen.add((event.stage, event.attempt))
             if event.cause == "cancelled" and ledger.cancelled(event.stage, truth.job.id):
                 continue  # the owner said so, though the command may have been killed before it reached Slurm
-            if event.cause != "unknown" and event.cause not in truth.causes and not truth.log_is_wrong:
+            if event.cause != "unknown" and event.cause not in truth.causes:
                 self._world.violate(
                     "never a wrong cause",
                     f"attempt {event.attempt} of {event.stage}: {event.cause} (by {event.by}), but it was "

@@ -54,8 +54,7 @@ class Truth:
     exit_code: int | None = None  # srun's
     restored_at: float | None = None  # it has read the newest checkpoint
     restored: int = 0
-    log: list[str] = field(default_factory=list)
-    log_is_wrong: bool = False  # what its log shows is of another end
+    log_begin: int = 0  # lines of its job's log that earlier attempts wrote
     fate: str = ""  # a cause of which it will die
 
 
@@ -83,6 +82,8 @@ class World:
         )  # fmt: skip
         self.slurm: Slurm = Slurm(self.kernel, scenario.site, lambda job: batch.script(self, job))
         self.slurm.on_hit = self.hit
+        self.slurm.on_notice = lambda job, line: self.log(job.stages[0], job.id).append(line)
+        self._logs: dict[tuple[str, str], list[str]] = {}
         self.sbatch: Sbatch = Sbatch()
         self.truths: dict[tuple[str, int], Truth] = {}
         self.fates: list[str] = []  # causes of which the next attempts die
@@ -96,11 +97,11 @@ class World:
 
     # -- what processes need ---------------------------------------------------------------------------------------
 
-    def store(self, *, silent_s: float | None = None) -> Store:
+    def store(self) -> Store:
         """The run folder for the current process."""
         process = self.kernel.me
         skew_s = self.scenario.skew_s(process.machine)
-        return Store(self.files, writer=process.name.replace(" ", "-"), skew_s=skew_s, silent_s=silent_s)
+        return Store(self.files, writer=process.name.replace(" ", "-"), skew_s=skew_s)
 
     def scheduler(self) -> SimulatedScheduler:
         """Slurm's commands for the current process. Requests are derived from the overrides of this moment."""
@@ -128,6 +129,10 @@ class World:
         for truth in self.truths.values():
             if truth.job is job and truth.start == job.starts:
                 truth.causes.add(cause)
+
+    def log(self, stage: str, job_id: str) -> list[str]:
+        """The lines of the log of a job (of several stages: of one of them). All its attempts append to it."""
+        return self._logs.setdefault((stage, job_id), [])
 
     def newest(self, stage: str) -> Truth | None:
         """The truth of a stage's newest attempt."""
