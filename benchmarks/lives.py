@@ -77,8 +77,8 @@ def sha(folder: Path) -> str:
 
 def environment(run: RunDir, life: int) -> dict[str, str]:
     """A training job's environment, as its batch script would set it."""
-    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
-    profile = wishes.load_profile("local", {})
+    plan = RunPlan.model_validate(run.plan()).model_copy(update={"threads": run.numerics().threads})
+    cache, profile = Path(run.provenance()["cache"]), wishes.load_profile("local", {})
     variables = batch.environment(profile, plan, "train", run=run.path, cache=cache)
     return {**os.environ, **variables, "FT_LIFE": str(life)}
 

@@ -2,6 +2,7 @@
 
 FtError                 1   something went wrong that is nobody's input
 ├── InputError         64   the user's input is wrong: spec, data, names, files
+│   └── Unreadable     64   a file of a run folder is damaged, or may not be read
 ├── Unavailable        69   a service we need does not answer (the scheduler)
 ├── Interrupted        75   saved on request: run me again
 └── BadGpu             76   a GPU of this node is missing or faulty: run me again on another node
@@ -27,6 +28,10 @@ class InputError(FtError):
     """The user's input is wrong; every problem found is in `messages`."""
 
     exit_code = INPUT_WRONG
+
+
+class Unreadable(InputError):
+    """A file of a run folder is damaged, or may not be read; the message names it and what to do."""
 
 
 class Unavailable(FtError):

@@ -201,6 +201,17 @@ def load(folder: Path, name: str, changes: dict[str, Any], own: Path | None = No
     return profile
 
 
+def changed(profile: ClusterProfile, changes: dict[str, Any]) -> ClusterProfile:
+    """`profile` with each dotted field of `changes` put in, checked like one that is loaded.
+    Raises InputError with every problem at once."""
+    if not changes:
+        return profile
+    where = f"cluster {profile.name}"
+    found = validate(ClusterProfile, override(profile.model_dump(mode="json"), changes), where)
+    _check(found)
+    return found
+
+
 def measured_here(profile: ClusterProfile) -> ClusterProfile:
     """`profile` with this machine's CPUs, memory and GPUs in place of its partitions' figures."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ftlib import atomic
 from ftlib.claim import claim
-from ftlib.errors import InputError, nearest
+from ftlib.errors import InputError, Unreadable, nearest
 from ftlib.plan import numerics
 from ftlib.plan.numerics import Numerics
 from ftlib.runs import events, ledger, outcome
@@ -60,6 +61,10 @@ class RunDir:
             return spec
         return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": commit})})
 
+    def check_spec(self) -> None:
+        """Unreadable where spec.json is damaged; one of another version is not."""
+        self._json(self.spec_file)
+
     def requested(self) -> RunSpec:
         """The settings as they were submitted."""
         return read(RunSpec, self.spec_file)
@@ -101,11 +106,11 @@ class RunDir:
         return self._json(self.prepared_file)
 
     def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}). Was the stage that writes it completed?") from None
-        assert isinstance(value, dict)
+        with reading(path):
+            with open(path, encoding="utf-8") as file:
+                value = json.load(file)
+            if not isinstance(value, dict):
+                raise ValueError("it holds no JSON object")
         return value
 
     def stage_done(self, stage: str) -> bool:
@@ -122,13 +127,40 @@ class RunDir:
         return [RunDir(self.path.parent / name) for name in names]
 
 
-def snapshot(runs: Path, code: dict[str, Path]) -> Path:
-    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a damaged file makes of its readers into Unreadable. `file`: the one that is read, or their folder."""
+    mend = "Repair it, restore it from a backup, or move the run's folder away; other runs are not touched by it"
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or file}: cannot be read ({error.strerror or error})"
+        if isinstance(error, FileNotFoundError):
+            what += ". Was the stage that writes it completed, or the run's folder moved or deleted?"
+        raise Unreadable(f"{what} {mend}" if what.endswith("?") else f"{what}. {mend}") from None
+    except KeyError as error:
+        raise Unreadable(f"{file}: is damaged (it lacks {error}). {mend}") from None
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise Unreadable(f"{file}: is damaged ({error}). {mend}") from None
+
+
+def code_digest(code: dict[str, Path]) -> str:
+    """A digest of the content of `code` folders, in hex; a snapshot has the same as what it was made of."""
     digest = hashlib.sha256()
     for place, source in sorted(code.items()):
-        for file in sorted(path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
+        for file in sorted(path for path in source.rglob("*") if path.is_file() and _belongs(path.relative_to(source))):
             digest.update(f"{place}/{file.relative_to(source)} {file_digest(file)}\n".encode())
-    target = runs / ".code" / digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def _belongs(file: Path) -> bool:
+    """Whether a snapshot holds the file (see `_copy`)."""
+    return not any(part == "__pycache__" or part.startswith(".") for part in file.parts) and file.suffix != ".pyc"
+
+
+def snapshot(runs: Path, code: dict[str, Path]) -> Path:
+    """A copy of the `code` folders that many runs share: runs/.code/<digest>, made where it is not there yet."""
+    target = runs / ".code" / code_digest(code)[:16]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = atomic.temporary_beside(target)
@@ -175,7 +207,7 @@ def find(runs: Path, name: str) -> RunDir:
         raise InputError(
             f"RUN: {name!r} is no name of a run: letters, digits, '.', '_' and '-' only, as 'make status' prints them")
     run = RunDir(runs / name)
-    if not run.spec_file.exists():
+    if _made_at(run.path) is None:
         known = [run.name for run in every(runs)]
         listed = f" Runs here: {', '.join(known[-10:])}." if known else f" There are no runs in {runs} yet."
         raise InputError(f"RUN: there is no run {name!r}.{listed}{nearest(name, known)}")
@@ -186,7 +218,28 @@ def every(runs: Path) -> list[RunDir]:
     """All runs, oldest first."""
     found = []
     for name in os.listdir(runs) if runs.is_dir() else ():
-        with contextlib.suppress(OSError):
-            if NAME.fullmatch(name):
-                found.append((os.stat(f"{runs}/{name}/spec.json").st_mtime, name))
+        if NAME.fullmatch(name) and (made_at := _made_at(f"{runs}/{name}")) is not None:
+            found.append((made_at, name))
     return [RunDir(runs / name) for _, name in sorted(found)]
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder is a run's, damaged or not."""
+    return _made_at(path) is not None
+
+
+def _made_at(path: Path | str) -> float | None:
+    """When the run was made, in seconds since 1970; None where the folder is no run's.
+
+    One that may not be looked into, or has lost its spec.json, is a run all the same: it shall not vanish in silence.
+    """
+    try:
+        return os.stat(f"{path}/spec.json").st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        file = f"{path}/provenance.json"
+    except OSError:
+        file = str(path)
+    try:
+        return os.stat(file).st_mtime
+    except OSError:
+        return None

@@ -42,7 +42,10 @@ def elsewhere(run: RunDir, known: Ledger, provenance: dict[str, Any]) -> tuple[P
         original = provenance["run"]
         words = f"a copy of run {original} under another name; jobs and checkpoints are that run's"
     else:
-        original = known.home or Path(provenance["checkout"]) / "runs" / run.name
+        home = str(known.home or f"{provenance['checkout']}/runs/{run.name}")
+        if home == str(run.path):
+            return "here", ""
+        original = Path(home)
         if original == run.path or original.resolve() == run.path.resolve():
             return "here", ""
         if not (original / "spec.json").exists():
@@ -59,10 +62,11 @@ def stages(known: Ledger, scheduler: Mapping[str, tuple[str, ...]] | None, *,
     requests = (event for event in known.events if isinstance(event, (Submitted, Cancelled)))
     last_request = {event.stage: event for event in requests}
     cancelled_jobs = {(event.stage, event.job_id) for event in known.of(Cancelled)}
+    jobs = known.jobs
     found: dict[str, StageState] = {}
     broken = False  # an earlier stage failed or was cancelled
     for stage in STAGES:
-        lives, job = known.attempt_count(stage), known.jobs.get(stage)
+        lives, job = known.attempt_count(stage), jobs.get(stage)
         ends = known.outcomes.get(stage)
         last = ends[-1] if ends else None
         words = last.message if last else ""
@@ -103,10 +107,9 @@ def stages(known: Ledger, scheduler: Mapping[str, tuple[str, ...]] | None, *,
 
 def _is_ours(comment: str, submission: Submitted) -> bool:
     """Whether a job's comment is that of the job that was queued."""
-    if not submission.nonce or submission.prepared_by is not None:  # the comment tells another run's job
+    if not submission.nonce or submission.prepared_by is not None:  # it is another run's job
         return True
-    parsed = comments.parse(comment)
-    return parsed is not None and parsed.nonce == submission.nonce
+    return comments.ends_with(comment, submission.nonce)
 
 
 def _ended(last: Outcome | None, attempts: int) -> bool:

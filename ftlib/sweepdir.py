@@ -1,6 +1,7 @@
 """SweepDir: where a sweep is kept, runs/sweeps/<sweep>-<recipe>-<hash>/. Its points are runs like any other."""
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from ftlib import atomic
 from ftlib.claim import claim
 from ftlib.errors import InputError, nearest
 from ftlib.profile import ClusterProfile
-from ftlib.rundir import NAME, RunDir
+from ftlib.rundir import NAME, RunDir, is_run
 from ftlib.runs import outcome
 from ftlib.spec import Model, read
 from ftlib.sweep import Point, SweepSpec
@@ -54,7 +55,7 @@ class SweepDir:
 
     def members(self) -> list[RunDir]:
         """The points' runs that are there, in the sweep's order."""
-        return [run for name in self.read().points if (run := RunDir(self.runs / name)).spec_file.exists()]
+        return [RunDir(self.runs / name) for name in self.read().points if is_run(self.runs / name)]
 
     def claim(self, *, wait_s: float = 0.0, silent_s: float | None = None) -> contextlib.AbstractContextManager[None]:
         """Be the only process that queues points of this sweep; see ftlib.claim."""
@@ -63,14 +64,34 @@ class SweepDir:
 
 def every(runs: Path) -> list[SweepDir]:
     """All sweeps, oldest first."""
-    found = [path.parent for path in (runs / FOLDER).glob("*/sweep.json") if NAME.fullmatch(path.parent.name)]
-    return [SweepDir(path) for path in sorted(found, key=lambda path: (path / "sweep.json").stat().st_mtime)]
+    found = [path for path in (runs / FOLDER).glob("*") if NAME.fullmatch(path.name)]
+    made_at = {path: at for path in found if (at := _made_at(path)) is not None}
+    return [SweepDir(path) for path in sorted(made_at, key=lambda path: made_at[path])]
+
+
+def _made_at(path: Path) -> float | None:
+    """When the sweep was last submitted, in seconds since 1970; None where the folder is no sweep's. One that may not
+    be looked into is a sweep all the same."""
+    try:
+        return os.stat(path / "sweep.json").st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return 0.0
+
+
+def _was_asked(sweep: SweepDir, said: str) -> bool:
+    """Whether the sweep was made of that sweep file; not of any where it cannot be read."""
+    try:
+        return sweep.read().said.get("SWEEP") == said
+    except InputError:
+        return False
 
 
 def find(runs: Path, said: str) -> SweepDir:
     """The sweep of that name, or the only one of that sweep file; InputError lists what there is."""
     known = {sweep.name: sweep for sweep in every(runs)}
-    of_file = [name for name, sweep in known.items() if sweep.read().said.get("SWEEP") == said]
+    of_file = [name for name, sweep in known.items() if _was_asked(sweep, said)]
     if said in known or len(of_file) == 1:
         return known[said if said in known else of_file[0]]
     if of_file:

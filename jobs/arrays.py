@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +17,12 @@ from ftlib.runs import attempts, comments, events
 from ftlib.runs.comments import AND
 from ftlib.runs.events import Intended, Submitted
 from ftlib.runs.ledger import ARRAYS, IMAGE
-from ftlib.slurm import batch, container, retry
+from ftlib.slurm import batch, container, requests, retry
 from ftlib.sweepdir import SweepDir
 from jobs.chain import STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
+
+NOTHING_KNOWN: dict[str, requests.Memory] = {}
 
 
 @dataclass
@@ -46,14 +47,19 @@ class Fed:
 
 def record(
     run: RunDir, jobs: dict[str, str], nonces: dict[str, str], *, automatic: bool = False,
-    prepared_by: str | None = None,
+    prepared_by: str | None = None, memory: Mapping[str, requests.Memory] = NOTHING_KNOWN,
 ) -> None:  # fmt: skip
-    """Write into the run's own events under which jobs, whose comments hold which nonces, its stages are queued."""
+    """Write into the run's own events under which jobs, whose comments hold which nonces, its stages are queued.
+
+    memory: what the job of a stage requests.
+    """
     known = attempts.read(run.lives)
     submitted = (
         Submitted(
             stage=stage, job_id=job, nonce=nonces[stage], after_attempt=len(known.get(stage, ())), automatic=automatic,
             prepared_by=prepared_by if stage == "prepare" else None,
+            mem_mib=memory.get(stage, requests.UNKNOWN).requested_mib,
+            node_mem_mib=memory.get(stage, requests.UNKNOWN).node_mib,
         )
         for stage, job in jobs.items()
     )  # fmt: skip
@@ -109,12 +115,15 @@ class Arrays:
         """A link per task, by its index, and the folders of its logs, which Slurm does not make."""
         folder = self.sweep.arrays / nonce
         folder.mkdir(parents=True)
+        profile = chunk.profile
+        requested = {stages: chunk.asked(stages) for stages in chunk.all_jobs}
 
         def lay_out(index: int) -> None:
             need = chunk.needs[index]
             os.symlink(f"../../../../{need.run.name}", f"{folder}/{index}")
-            for stage in need.stages:
-                os.makedirs(f"{need.run}/slurm/{stage}", exist_ok=True)
+            for stages, request in requested.items():
+                if stages[0] in need.stages:
+                    requests.write(need.run, profile, need.plan, stages, request)
 
         threaded(lay_out, chunk.needs)
         events.append(self.sweep.events, events.submit_writer(), Intended(stage=ARRAYS, nonce=nonce))
@@ -158,11 +167,8 @@ class Arrays:
     ) -> ModuleExecutor:  # fmt: skip
         """submitit's executor of one array, whose tasks run `stages` one after the other."""
         needs, folder = [chunk.needs[index] for index in indices], self.sweep.arrays / nonce
-        automatic, now = [RunDir(need.run) for need in needs if need.automatic], time.time()
-        bad = {node for run in automatic for node in run.ledger().overrides(now).excluded}
-        exclude = ",".join(filter(None, [self.profile.exclude, *sorted(bad)])) or None
-        profile, plan = self.profile.model_copy(update={"exclude": exclude}), needs[0].plan
-        name, first, asked = AND.join(stages), stages[0], chunk.asked(profile, stages)
+        profile, plan = chunk.profile, needs[0].plan
+        name, first, asked = AND.join(stages), stages[0], chunk.asked(stages)
         variables = batch.environment(profile, plan, first, run=None, cache=self.cache)
         words = batch.parameters(
             profile, asked, name=f"{self.sweep.name}.{name}", shared=len(stages) > 1,
@@ -185,6 +191,10 @@ class Arrays:
     def _write_down(
         self, chunk: Chunk, nonce: str, arrays: dict[str, str], prepares: dict[Path, str], nonces: dict[Path, str]
     ) -> None:
+        memory = {
+            stage: requests.memory(chunk.profile, chunk.asked(stages)) for stages in chunk.all_jobs for stage in stages
+        }
+
         def note(index: int) -> None:
             need = chunk.needs[index]
             by = need.prepared_by
@@ -196,7 +206,8 @@ class Arrays:
             if jobs:
                 if self.image:
                     jobs[IMAGE], of[IMAGE] = self.image, ""
-                record(RunDir(need.run), jobs, of, automatic=need.automatic, prepared_by=by.name if by else None)
+                shared = by.name if by else None
+                record(RunDir(need.run), jobs, of, automatic=need.automatic, prepared_by=shared, memory=memory)
 
         threaded(note, chunk.needs)
         events.append(self.sweep.events, events.submit_writer(), Submitted(stage=ARRAYS, job_id="", nonce=nonce))

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from submitit.slurm.slurm import SlurmExecutor
 
 from ftlib.errors import Unavailable
-from ftlib.plan.plan import RunPlan, StagePlan
+from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import comments
 from ftlib.runs.comments import AND, GUARD
-from ftlib.runs.events import CheckpointSaved, Submitted
+from ftlib.runs.events import Submitted
 from ftlib.runs.ledger import IMAGE, RECOVERY
 from ftlib.runs.scheduler import Job, Request, SchedulerView
-from ftlib.slurm import batch, client, container, retry
+from ftlib.slurm import batch, client, container, requests, retry
 from ftlib.slurm import queue as slurm_queue
+from jobs import placement
+from jobs.placement import Placement
 
 STAGE_MODULE = 'jobs.stage "$FT_RUN" "$FT_STAGE"'
 
@@ -99,18 +99,21 @@ class SlurmSite:
     """`ftlib.runs.scheduler.Scheduler` for one run: its jobs, as its plan and the site's profile ask for them."""
 
     def __init__(
-        self, run: RunDir, profile: ClusterProfile, plan: RunPlan, *, patience_s: float = retry.SUBMIT_S,
-        patient: bool = False,
+        self, run: RunDir, where: Callable[[], Placement], *, slurm_conf: str | None,
+        patience_s: float = retry.SUBMIT_S, patient: bool = False,
     ) -> None:  # fmt: skip
-        """patience_s: how long a busy controller is asked to take each job. patient: as long for every other answer,
-        because nobody waits for this one."""
+        """where: answers where the run's jobs go at the moment of each submission. patience_s: how long a busy
+        controller is asked to take each job. patient: as long for every other answer, because nobody waits for it."""
         self.patience_s: float = patience_s
         self.answer_s: float = patience_s if patient else 0.0
-        excluded = [profile.exclude, *sorted(run.ledger().overrides(time.time()).excluded)]
         self.run: RunDir = run
-        self.profile: ClusterProfile = profile.model_copy(update={"exclude": ",".join(filter(None, excluded)) or None})
-        self.plan: RunPlan = _warned_in_time(run, plan)
-        client.use(profile.scheduler.slurm_conf if profile.scheduler else None)
+        self._where: Callable[[], Placement] = where
+        client.use(slurm_conf)
+
+    @property
+    def jobs(self) -> tuple[tuple[str, ...], ...]:
+        """The stages of each job of the chain."""
+        return self._where().plan.jobs
 
     def submit(self, request: Request) -> Submitted:
         """Queue a stage's job, or the recovery job."""
@@ -120,17 +123,18 @@ class SlurmSite:
                 f"the recovery job of {self.run.name}", patience_s=self.patience_s
             )
             return Submitted(stage=RECOVERY, job_id=job, nonce=request.nonce)
-        asked = batch.request(self.profile, self.plan, request.stages)
+        where = self._where()
         made = executor(
-            self.profile, self.plan, request.stages, self.run.provenance(), run=self.run.path,
+            where.profile, where.plan, request.stages, self.run.provenance(), run=self.run.path,
             comment=comments.write(self.run.name, request.stages, request.nonce), after=request.after_ok,
         )  # fmt: skip
-        for stage in request.stages:  # Slurm makes no folders for logs
-            (self.run.slurm / stage).mkdir(parents=True, exist_ok=True)
+        requests.write(self.run.path, where.profile, where.plan, request.stages)
+        job = made.queue(f"{name} of {self.run.name}", patience_s=self.patience_s)
+        requests.keep(self.run.path, request.stages, job)
+        memory = requests.memory(where.profile, batch.request(where.profile, where.plan, request.stages))
         return Submitted(
-            stage=request.stages[0], nonce=request.nonce,
-            job_id=made.queue(f"{name} of {self.run.name}", patience_s=self.patience_s),
-            mem_mib=asked.mem_gib * 1024, node_mem_mib=_node_mem_mib(self.profile, asked),
+            stage=request.stages[0], nonce=request.nonce, job_id=job, mem_mib=memory.requested_mib,
+            node_mem_mib=memory.node_mib,
         )  # fmt: skip
 
     def queue(self) -> list[Job]:
@@ -156,20 +160,20 @@ class SlurmSite:
         from jobs import image
 
         checkout = Path(self.run.provenance()["checkout"])
-        job = image.job_before(self.profile, checkout, patience_s=self.patience_s)
+        job = image.job_before(self._where().profile, checkout, patience_s=self.patience_s)
         if job:
             self.run.record(Submitted(stage=IMAGE, job_id=job))
         return job
 
     def _recovery_executor(self, request: Request) -> ModuleExecutor:
-        cache = Path(self.run.provenance()["cache"])
-        variables = batch.environment(self.profile, self.plan, STAGES[0], run=self.run.path, cache=cache)
+        where, cache = self._where(), Path(self.run.provenance()["cache"])
+        variables = batch.environment(where.profile, where.plan, STAGES[0], run=self.run.path, cache=cache)
         made = ModuleExecutor(
             self.run.slurm / GUARD, python=shlex.quote(variables["FT_PYTHON"]),
             module=f"jobs.guard {shlex.quote(str(self.run.path))}",
         )  # fmt: skip
         parameters = batch.small_parameters(
-            self.profile, name=f"{self.run.name}.{GUARD}", setup=batch.enter(self.profile, variables, self.run.code),
+            where.profile, name=f"{self.run.name}.{GUARD}", setup=batch.enter(where.profile, variables, self.run.code),
             comment=comments.write(self.run.name, [RECOVERY], request.nonce),
             # Any of them; when all complete, the dependency can never be met and Slurm removes the recovery job.
             dependency="?".join(f"afternotok:{job}" for job in request.after_not_ok),
@@ -178,20 +182,10 @@ class SlurmSite:
         return made
 
 
-def site_of(run: RunDir, profile: ClusterProfile, *, patient: bool = False) -> SlurmSite:
+def site_of(run: RunDir, *, patient: bool = False) -> SlurmSite:
     """The scheduler of a run, for what is submitted now; `patient`: nobody waits for it."""
-    patience_s = retry.RECOVERY_S if patient else retry.SUBMIT_S
-    return SlurmSite(run, profile, RunPlan.model_validate(run.plan()), patience_s=patience_s, patient=patient)
-
-
-def _node_mem_mib(profile: ClusterProfile, asked: StagePlan) -> int:
-    """Memory that a job may use on a node of its partition, in MiB."""
-    return int(1024 * profile.partition(gpu=asked.gpus_per_node > 0).mem_gib_per_node)
-
-
-def _warned_in_time(run: RunDir, plan: RunPlan) -> RunPlan:
-    """The plan, with a warning before the time limit that the slowest save of earlier attempts would need."""
-    saves = [event.seconds for event in run.ledger().of(CheckpointSaved)]
-    train = plan.stages["train"]
-    longer = train.model_copy(update={"warning_s": max(train.warning_s, 60 + math.ceil(1.5 * max(saves, default=0)))})
-    return plan.model_copy(update={"stages": {**plan.stages, "train": longer}})
+    scheduler = placement.owners_profile(run).scheduler
+    return SlurmSite(
+        run, placement.Placer(run).now, slurm_conf=scheduler.slurm_conf if scheduler else None,
+        patience_s=retry.RECOVERY_S if patient else retry.SUBMIT_S, patient=patient,
+    )  # fmt: skip

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from ftlib import claim, state
-from ftlib.errors import FtError, InputError
+from ftlib.errors import FtError, InputError, Unreadable
 from ftlib.plan.plan import RunPlan
-from ftlib.rundir import RunDir
+from ftlib.rundir import RunDir, reading
 from ftlib.runs import comments, events
 from ftlib.runs.decide import Action
 from ftlib.runs.events import Cancelled, Intended, Submitted
@@ -22,10 +22,10 @@ from ftlib.runs.ledger import ARRAYS, Ledger
 from ftlib.slurm import batch, client, retry
 from ftlib.slurm import queue as slurm_queue
 from ftlib.sweepdir import SweepDir
-from jobs import image
+from jobs import image, placement
 from jobs.arrays import Arrays, Fed, record
 from jobs.chain import ModuleExecutor
-from jobs.points import Asker, Need, active, fitting, need_of, share_datasets, threaded
+from jobs.points import Asker, Need, active, fitting, need_of, placed, share_datasets, threaded
 
 FEEDER = "feeder"
 # When nothing of the sweep is queued, nothing can call the feeder: it looks again after so long.
@@ -44,16 +44,23 @@ def feed(sweep: SweepDir, *, by: Asker) -> Fed:
     runs = sweep.members()
     view = {job.id: job for job in queue}
     used = sum(active(view, job.id) for job in queue)
-    ledgers = threaded(RunDir.ledger, runs)
+    fed, needs, decided = Fed(), list[Need](), dict[Path, Action]()
+    runs, ledgers = _readable(runs, fed)
     answer = slurm_queue.combine(sorted({job for known in ledgers for job in known.jobs.values()}), view, time.time())
     view, seen_by_slurm = answer.jobs, answer.view()
-    fed, needs, decided = Fed(), list[Need](), dict[Path, Action]()
     for run, known in zip(runs, ledgers, strict=True):
-        found = need_of(run, known, seen_by_slurm, by=by, decided=decided)
+        try:
+            found = need_of(run, known, seen_by_slurm, by=by, decided=decided)
+        except Unreadable as error:
+            found = str(error)
         if isinstance(found, Need):
             needs.append(found)
         else:
             fed.told.setdefault(found, []).append(run.name)
+    seen = {run.path: known for run, known in zip(runs, ledgers, strict=True)}
+    needs, not_placed = placed(needs, seen)
+    for why, names in not_placed.items():
+        fed.told.setdefault(why, []).extend(names)
     most = profile.scheduler.max_jobs
     now = fitting(needs, float("inf") if most is None else most - used - 1)  # one for the feeder
     fed.waiting = len(needs) - len(now)
@@ -68,17 +75,46 @@ def feed(sweep: SweepDir, *, by: Asker) -> Fed:
             if active(view, job):
                 feeding.active.setdefault(stage, set()).add(job.partition("_")[0])
     with contextlib.ExitStack() as held:
-        seen = {run.path: known for run, known in zip(runs, ledgers, strict=True)}
         mine = [need for need in now if _claimed(need, seen[need.run], held, by=by)]
         if len(mine) < len(now):
             fed.told["another process is queueing it"] = [n.run.name for n in now if n not in mine]
         behind = [job for need in mine for job in need.behind]
         retry.patiently(lambda: client.cancel(behind), patience_s=patience_s)
         refused = feeding.queue(share_datasets(sweep, mine, view))
-    _queue_feeder(feeding, queue, RunPlan.model_validate(runs[0].plan()))
+    if (plan := _any_plan(needs, runs)) is not None:
+        _queue_feeder(feeding, queue, plan)
     if refused:
         raise refused
     return fed
+
+
+def _readable(runs: list[RunDir], fed: Fed) -> tuple[list[RunDir], list[Ledger]]:
+    """The runs whose folders can be read, with their ledgers; the others are written down in `fed`."""
+
+    def read(run: RunDir) -> Ledger | Unreadable:
+        try:
+            with reading(run.path):
+                return run.ledger()
+        except Unreadable as error:
+            return error
+
+    known: list[tuple[RunDir, Ledger]] = []
+    for run, ledger in zip(runs, threaded(read, runs), strict=True):
+        if isinstance(ledger, Unreadable):
+            fed.told.setdefault(str(ledger), []).append(run.name)
+        else:
+            known.append((run, ledger))
+    return [run for run, _ in known], [ledger for _, ledger in known]
+
+
+def _any_plan(needs: list[Need], runs: list[RunDir]) -> RunPlan | None:
+    """The plan of the first run that can be placed: the sweep controller's job takes its threads."""
+    if needs:
+        return needs[0].plan
+    for run in runs:
+        with contextlib.suppress(InputError):
+            return placement.of(run).plan
+    return None
 
 
 def _claimed(need: Need, known: Ledger, held: contextlib.ExitStack, *, by: Asker) -> bool:
@@ -151,7 +187,12 @@ def cancel(sweep: SweepDir) -> int:
     arrays: set[str] = set()
 
     def note(run: RunDir) -> bool:
-        jobs = {stage: job for stage, job in run.ledger().jobs.items() if job in mine}
+        try:
+            with reading(run.path):
+                jobs = {stage: job for stage, job in run.ledger().jobs.items() if job in mine}
+        except Unreadable as error:
+            print(f"ftlib: {error}. Its jobs go with their arrays", file=sys.stderr)
+            return False
         arrays.update(job.partition("_")[0] for job in jobs.values())
         user = os.environ.get("USER")
         if jobs:

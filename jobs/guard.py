@@ -37,11 +37,10 @@ def main(folder: str) -> int:
 def recover(run: RunDir) -> Action:
     """Do what is due about the run."""
     from jobs import chain
-    from jobs.wish import stored_profile
 
-    site = chain.site_of(run, stored_profile(run), patient=True)
+    site = chain.site_of(run, patient=True)
     investigate = investigator(run.path)
-    return act.recover(run, site, site.plan.jobs, investigate, image_job=site.queue_image)
+    return act.recover(run, site, site.jobs, investigate, image_job=site.queue_image)
 
 
 def patiently(call: Callable[[], Action]) -> Action:

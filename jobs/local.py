@@ -15,15 +15,14 @@ from submitit.local.local import LocalExecutor, LocalJob
 
 from ftlib.errors import DONE, RUN_AGAIN
 from ftlib.plan.plan import RunPlan
-from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import act, outcome
 from ftlib.runs.decide import Requeue, Stop
 from ftlib.runs.events import Cancelled, Started, Submitted
 from ftlib.runs.scheduler import Here
-from ftlib.slurm import batch, client, container
+from ftlib.slurm import batch, client, container, requests
 from ftlib.slurm.investigate import investigator
-from jobs import logs
+from jobs import logs, placement
 from jobs import stage as stage_module
 
 POLL_S = 0.1
@@ -32,9 +31,17 @@ KILLED = 137
 YEAR_MIN = 525_600
 
 
-def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = STAGES) -> int:
-    """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`."""
-    plan, cache = RunPlan.model_validate(run.plan()), Path(run.provenance()["cache"])
+def run_stages(run: RunDir, stages: tuple[str, ...] = STAGES, planned: RunPlan | None = None) -> int:
+    """Run what is missing; returns the exit code of the whole. Must be called under `run.claim()`.
+
+    planned: a plan of the caller's own, with stages that no run has.
+    """
+    if planned is None:
+        where = placement.of(run)
+        profile, plan = where.profile, where.plan
+    else:
+        profile, plan = placement.owners_profile(run), planned
+    cache = Path(run.provenance()["cache"])
     client.use(None)  # inside an interactive job its SLURM_* would make ranks of our one process
     # Ctrl-C, or SIGTERM: the first asks the stage to save, the second kills it.
     caught: list[int] = []
@@ -44,6 +51,8 @@ def run_stages(run: RunDir, profile: ClusterProfile, stages: tuple[str, ...] = S
         for number, stage in enumerate(stages, 1):
             done = run.stage_done(stage)
             print(f"[{number}/{len(stages)}] {stage}{': done before' if done else ''}", flush=True)
+            if not done:
+                requests.write(run.path, profile, plan, [stage])
             variables = batch.environment(profile, plan, stage, run=run.path, cache=cache)
             python = container.worker(profile, plan, stage, run.provenance())
             if not done and (code := _stage(run, stage, python, variables, caught, stages == STAGES)) != DONE:

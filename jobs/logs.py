@@ -21,7 +21,7 @@ from ftlib.runs.events import Submitted
 from ftlib.runs.ledger import Ledger
 from ftlib.slurm import queue
 from ftlib.state import ACTIVE
-from jobs.look import see
+from jobs.look import see_one
 from jobs.wish import RUNS
 
 EVERY_S = 0.5
@@ -83,7 +83,8 @@ def _follow(run: RunDir, wanted: tuple[str, ...]) -> None:
 
 def newest(run: RunDir, wanted: tuple[str, ...]) -> Part | None:
     """The part of the life that began last, of the stages `wanted`; None before any log is there."""
-    known = run.ledger()
+    with rundir.reading(run.path):
+        known = run.ledger()
     attempts = [attempt for stage in wanted for attempt in known.attempts.get(stage, ())]
     begun = [attempt for attempt in attempts if attempt.began]  # else it is being written
     if begun:
@@ -120,7 +121,7 @@ def _show(part: Part, start: int, *, heading: bool = True) -> int:
 
 def _now(run: RunDir, wanted: tuple[str, ...]) -> tuple[bool, str]:
     """Whether more may come in one of the stages, and the state of the last that is not done."""
-    (seen,) = see([run], fresh=False)
+    seen = see_one(run, fresh=False)
     open_stages = [stage for stage in wanted if seen.stages[stage].state != "completed"]
     if not open_stages:
         return False, "completed"

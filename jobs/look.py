@@ -21,13 +21,14 @@ from typing import Any
 from rich.console import RenderableType
 
 from ftlib import claim, modelfiles, recipe, rundir, state, sweepdir
-from ftlib.errors import DONE
+from ftlib.errors import DONE, InputError, Unreadable
 from ftlib.report.board import board
 from ftlib.report.plan import console
-from ftlib.report.status import Row, Seen, SweepRow, row, sweep_row
+from ftlib.report.status import UNREADABLE, Row, Seen, SweepRow, row, sweep_row
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import decide
 from ftlib.runs.events import Moved
+from ftlib.runs.ledger import Ledger
 from ftlib.slurm import client, queue
 from ftlib.slurm.client import Job
 from ftlib.slurm.queue import UNKNOWN, Answer
@@ -39,31 +40,35 @@ REDRAW_S = 2.0
 
 
 def look(runs: Iterable[RunDir]) -> dict[str, dict[str, StageState]]:
-    """Every run's stages, now."""
+    """Every run's stages, now; none of those whose folders are unreadable."""
     return {seen.run.name: seen.stages for seen in see(runs)}
+
+
+def see_one(run: RunDir, *, fresh: bool = True) -> Seen:
+    """`see` of one run. Unreadable where its folder is damaged."""
+    (seen,) = see([run], fresh=fresh)
+    if seen.unreadable:
+        raise Unreadable(seen.unreadable)
+    return seen
 
 
 def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
     """Every run, with one question to each cluster's scheduler.
 
     Without `fresh` an answer as old as the site's least poll interval will do, and one that does not come is no error.
+    A run whose folder is damaged has no stages, and says so in `unreadable`.
     """
     by_cluster: dict[str | None, list[tuple[Seen, dict[str, Any]]]] = defaultdict(list)
     found, me = [], getpass.getuser()
     for run in runs:
-        known, provenance = run.ledger(), run.provenance()
-        place, words = state.elsewhere(run, known, provenance)
-        if place == "copy":  # it will be at home here once it is resumed, and has no jobs of its own
-            known = known.with_events(Moved(to=str(run.path)))
-        notes = [words] if words and not all(map(known.done, STAGES)) else []
-        if (user := provenance.get("user")) and user != me:
-            notes.append(f"it belongs to {user}")
-        found.append(seen := Seen(run, known, place, notes))
+        try:
+            seen, provenance = _read(run, me)
+        except Unreadable as error:
+            found.append(Seen(run, Ledger(), "here", [], unreadable=str(error)))
+            continue
+        found.append(seen)
         site = provenance["profile"].get("scheduler")
-        if site is None:
-            alive = place != "copy" and writer(run) is not None
-            seen.stages = state.stages(known, None, alive=alive)
-        else:
+        if site is not None:
             by_cluster[site.get("slurm_conf")].append((seen, provenance))
     for conf, members in by_cluster.items():
         jobs = {job for seen, _ in members for stage, job in seen.known.jobs.items()
@@ -84,6 +89,25 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
             seen_by_slurm = view if seen.answer is answer else seen.answer.view()
             seen.action = decide.next_action(seen.known, seen_by_slurm, now)
     return found
+
+
+def _read(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:
+    """What a run's folder tells, and its provenance. Unreadable where one of its files is damaged."""
+    with rundir.reading(run.path):
+        known = run.ledger()
+    provenance = run.provenance()
+    with rundir.reading(run.provenance_file):
+        place, words = state.elsewhere(run, known, provenance)
+        if place == "copy":  # it will be at home here once it is resumed, and has no jobs of its own
+            known = known.with_events(Moved(to=str(run.path)))
+        notes = [words] if words and not all(map(known.done, STAGES)) else []
+        if (user := provenance.get("user")) and user != me:
+            notes.append(f"it belongs to {user}")
+        seen = Seen(run, known, place, notes)
+        if provenance["profile"].get("scheduler") is None:
+            alive = place != "copy" and writer(run) is not None
+            seen.stages = state.stages(known, None, alive=alive)
+    return seen, provenance
 
 
 @functools.cache
@@ -161,7 +185,11 @@ def _rows(options: argparse.Namespace) -> tuple[list[Row], list[SweepRow], list[
     by_name = {one.run.name: one for one in seen}
     lines, collapsed = [], set[str]()
     for sweep in sweeps:
-        points = sweep.read().points
+        try:
+            points = sweep.read().points
+        except InputError as error:
+            lines.append(SweepRow(sweep=sweep.name, state=UNREADABLE, words=str(error)))
+            continue
         lines.append(sweep_row(sweep.name, [by_name[run] for run in points if run in by_name], now))
         collapsed |= set() if options.sweep else points.keys()
     return [row(one, now) for one in seen if one.run.name not in collapsed], lines, seen
@@ -195,8 +223,9 @@ def why(options: argparse.Namespace) -> int:
     """Print what happened in each life of a run, and what to do now."""
     from ftlib.report.why import print_why
 
-    (seen,) = see([rundir.find(RUNS, options.run)], fresh=False)
-    print_why(seen, console())
+    seen = see_one(rundir.find(RUNS, options.run), fresh=False)
+    with rundir.reading(seen.run.path):
+        print_why(seen, console())
     return DONE
 
 

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ftlib import atomic, state
+from ftlib.errors import InputError
 from ftlib.plan.plan import RunPlan, StagePlan
 from ftlib.profile import ClusterProfile
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import act, decide
 from ftlib.runs.decide import Action, Nothing, QueueAnew, Stop
-from ftlib.runs.events import Event, ResumeRequested
+from ftlib.runs.events import Event, Override, ResumeRequested
 from ftlib.runs.ledger import Ledger
 from ftlib.runs.scheduler import Job, SchedulerView
 from ftlib.slurm import batch
 from ftlib.slurm.investigate import investigator
 from ftlib.state import ACTIVE, StageState
 from ftlib.sweepdir import SweepDir, share_prepared
+from jobs import placement
+from jobs.placement import Placement
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -50,7 +53,6 @@ class Need:
 
     run: Path
     stages: tuple[str, ...]
-    plan: RunPlan
     dataset: str  # points with the same one share a dataset: the same wish for it, and the same code
     prepare: str | None = None  # the job that is preparing its dataset
     prepared_by: Path | None = None  # the run whose job that is, or will be
@@ -58,6 +60,18 @@ class Need:
     behind: tuple[str, ...] = ()  # its jobs that wait for what has failed: to be cancelled
     automatic: bool = False  # queued again by the feeder, on its own account
     decision: tuple[Event, ...] = ()  # to be recorded of the point before it is queued
+    where: Placement | None = None  # see `placed`
+
+    @property
+    def plan(self) -> RunPlan:
+        """The plan of this submission."""
+        return self.placement.plan
+
+    @property
+    def placement(self) -> Placement:
+        """Where the jobs of this submission go."""
+        assert self.where is not None, "placed() comes first"
+        return self.where
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -78,13 +92,28 @@ class Chunk:
     needs: dict[int, Need]
     jobs: tuple[tuple[str, ...], ...]  # the stages of each array, without prepare
 
-    def asked(self, profile: ClusterProfile, stages: Sequence[str]) -> StagePlan:
+    @property
+    def all_jobs(self) -> tuple[tuple[str, ...], ...]:
+        """The stages of each array, prepare's included where a point prepares its dataset."""
+        prepares = any("prepare" in need.stages for need in self.needs.values())
+        return (*([("prepare",)] if prepares else []), *self.jobs)
+
+    def asked(self, stages: Sequence[str]) -> StagePlan:
         """What the array of some stages asks for: as much as the most demanding of its points."""
         needs = [need for need in self.needs.values() if stages[0] in need.stages]
-        plans = [batch.request(profile, need.plan, stages) for need in needs]
+        plans = [batch.request(need.placement.profile, need.plan, stages) for need in needs]
         return plans[0].model_copy(
             update={name: max(getattr(plan, name) for plan in plans) for name in ("mem_gib", "time_min", "warning_s")}
         )
+
+    @property
+    def profile(self) -> ClusterProfile:
+        """Its points' profile; an array keeps away from every node that one of them must avoid."""
+        placements = [need.placement for need in self.needs.values()]
+        owners = [where.owner_exclude for where in placements if where.owner_exclude]
+        bad = [node for where in placements for node in where.excluded]
+        exclude = ",".join(dict.fromkeys([*owners, *bad])) or None
+        return placements[0].profile.model_copy(update={"exclude": exclude})
 
 
 def need_of(
@@ -130,7 +159,6 @@ def need(
     return Need(
         run=run.path,
         stages=tuple(stage for stage in later if states[stage].state != "completed"),
-        plan=RunPlan.model_validate(run.plan()),
         dataset=f"{run.provenance().get('dataset', run.name)}-{run.code.resolve().name}",
         prepare=waits if before == ["prepare"] else None,
         before=waits if before != ["prepare"] else None,
@@ -164,6 +192,22 @@ def _resume_request(ledger: Ledger) -> ResumeRequested:
     return ResumeRequested(user=getpass.getuser(), after_attempts=attempts)
 
 
+def placed(needs: Sequence[Need], ledgers: Mapping[Path, Ledger]) -> tuple[list[Need], dict[str, list[str]]]:
+    """`needs` with the placement of their jobs now, as their decisions change it; and of those that cannot be placed,
+    why not -> names of runs."""
+    changes = {need.run: [event for event in need.decision if isinstance(event, Override)] for need in needs}
+    where = placement.of_all([RunDir(need.run) for need in needs], changes=changes, ledgers=ledgers)
+    found: list[Need] = []
+    refused: dict[str, list[str]] = {}
+    for need in needs:
+        answer = where[need.run]
+        if isinstance(answer, InputError):
+            refused.setdefault("; ".join(answer.messages), []).append(need.run.name)
+        else:
+            found.append(replace(need, where=answer))
+    return found, refused
+
+
 def fitting(needs: Sequence[Need], free: float) -> list[Need]:
     """The first of `needs` that `free` jobs of room hold, each dataset's prepare job counted once."""
     datasets: set[str] = set()
@@ -182,9 +226,10 @@ def chunks(needs: Iterable[Need], profile: ClusterProfile) -> list[Chunk]:
     groups: dict[Any, list[Need]] = {}
     for need in needs:
         shapes = tuple(_shape(need.plan, stages) for stages in need.jobs)
-        groups.setdefault((need.jobs, (need.before or "").partition("_")[0], shapes), []).append(need)
+        site = need.placement.profile.model_dump_json(exclude={"exclude"})
+        groups.setdefault((need.jobs, (need.before or "").partition("_")[0], shapes, site), []).append(need)
     found = []
-    for (jobs, follows, _), members in groups.items():
+    for (jobs, follows, *_), members in groups.items():
         if follows:
             indexed = {int((need.before or "").partition("_")[2] or 0): need for need in members}
             found.append(Chunk(dict(sorted(indexed.items())), jobs))

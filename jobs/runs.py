@@ -4,57 +4,53 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import signal
-from pathlib import Path
 
-from ftlib import atomic, modelfiles, recipe, rundir, state
+from ftlib import recipe, rundir, state
 from ftlib.errors import DONE, FtError, InputError, Unavailable
-from ftlib.plan import plan, shapes
 from ftlib.profile import ClusterProfile
 from ftlib.report.status import Seen
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs import act, earlier
-from ftlib.runs import chain as run_chain
+from ftlib.runs import act
 from ftlib.runs.decide import Action, Nothing, QueueAnew
-from ftlib.runs.events import Moved, Override
+from ftlib.runs.events import Moved
 from ftlib.runs.ledger import Ledger
-from ftlib.runs.overrides import MICRO_BATCH
 from ftlib.slurm.investigate import investigator
-from ftlib.spec import divisors, validate
 from ftlib.state import ACTIVE
-from jobs.look import kept_answer, look, see, writer
-from jobs.wish import CHECKOUT, RUNS, stored_profile
+from jobs import changes, placement
+from jobs import wish as wishes
+from jobs.look import kept_answer, see_one, writer
+from jobs.wish import RUNS
 
 
 def start(run: RunDir, profile: ClusterProfile) -> int:
     """Queue what is missing, or run it here; says where to look next."""
     if profile.scheduler is None:
-        return _run_here(run, profile)
-    return _queue(run, profile, even_cancelled=True)
+        return _run_here(run)
+    return _queue(run, even_cancelled=True)
 
 
-def _run_here(run: RunDir, profile: ClusterProfile) -> int:
+def _run_here(run: RunDir) -> int:
     from jobs import local
 
     with run.claim():
         _settle_in(run)
-        code = local.run_stages(run, profile)
+        code = local.run_stages(run)
     if code == DONE:
         _say_results(run)
     return code
 
 
-def _queue(run: RunDir, profile: ClusterProfile, *, even_cancelled: bool) -> int:
+def _queue(run: RunDir, *, even_cancelled: bool) -> int:
     """Do what the owner's request asks for, and say what was done."""
     from jobs import chain
 
     _settle_in(run)
-    site = chain.site_of(run, profile)
+    site = chain.site_of(run)
     before, adopted = run.ledger(), list[str]()
     action = act.resume(
-        run, site, site.plan.jobs, investigator(run.path), user=getpass.getuser(),
+        run, site, site.jobs, investigator(run.path), user=getpass.getuser(),
         even_cancelled=even_cancelled, image_job=site.queue_image, on_adopted=adopted.extend,
     )  # fmt: skip
     after = run.ledger()
@@ -91,15 +87,10 @@ def _nothing_queued(run: RunDir, action: Action) -> int:
     elif action.cause == "cancelled":
         raise FtError(f"{run.name}: {action.message}. Try again in a moment")
     else:
-        (seen,) = see([run])
+        seen = see_one(run)
         doing = ", ".join(f"{name} {stage.state}" for name, stage in seen.stages.items())
         print(f"{run.name} is on its way: {doing}.")
     return DONE
-
-
-def _active(run: RunDir) -> dict[str, str]:
-    """The stages that are queued or running, and their jobs."""
-    return {name: s.job_id for name, s in look([run])[run.name].items() if s.state in ACTIVE and s.job_id}
 
 
 def _see_surely(run: RunDir) -> Seen:
@@ -107,7 +98,7 @@ def _see_surely(run: RunDir) -> Seen:
 
     Unavailable where the state of a stage cannot be learned: acting on a guess would be worse than waiting.
     """
-    (seen,) = see([run])
+    seen = see_one(run)
     jobs = {stage.job_id for stage in seen.stages.values() if stage.job_id and stage.state != "completed"}
     if unknown := seen.answer.unknown(sorted(jobs)):
         which = f"how job {', '.join(unknown)} ended cannot be learned"
@@ -121,7 +112,7 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
     if seen.place == "moved" and any(stage.state in ACTIVE for stage in seen.stages.values()):
         raise InputError(f"run {run.name}: {seen.notes[0]}. make cancel RUN={run.name}, then make resume again")
     if profile.scheduler is not None:
-        return _queue(run, profile, even_cancelled=asked)
+        return _queue(run, even_cancelled=asked)
     if state.overall(seen.stages) == "completed":
         print(f"{run.name} is completed.")
         _say_results(run)
@@ -130,7 +121,21 @@ def go_on(run: RunDir, profile: ClusterProfile, *, asked: bool) -> int:
         doing = ", ".join(f"{name} {stage.state}" for name, stage in seen.stages.items())
         print(f"{run.name} is on its way: {doing}.")
         return DONE
-    return _run_here(run, profile)
+    return _run_here(run)
+
+
+def submit_again(run: RunDir, profile: ClusterProfile, settings: str) -> int:
+    """What a second submit of the same settings does: the profile that holds now is for all that it queues.
+
+    settings: SET=, in which a person may name fields of the profile.
+    """
+    if run.ledger().first_open is not None:
+        _, named = recipe.parse_set(settings)
+        wanted = changes.of_second_submit(run, profile, named, wishes.locks())
+        if wanted:
+            with run.claim():
+                changes.record(run, wanted)
+    return go_on(run, placement.owners_profile(run), asked=False)
 
 
 def _settle_in(run: RunDir) -> None:
@@ -148,7 +153,7 @@ def _settle_in(run: RunDir) -> None:
 def cancel(options: argparse.Namespace) -> int:
     """End a run's jobs."""
     run = rundir.find(RUNS, options.run)
-    profile = stored_profile(run)
+    profile = placement.owners_profile(run)
     if profile.scheduler is None:
         process = writer(run)
         if process:
@@ -157,73 +162,34 @@ def cancel(options: argparse.Namespace) -> int:
         return DONE
     from jobs import chain
 
-    if not (active := _active(run)):
+    stages = act.cancel(run, chain.site_of(run), user=getpass.getuser())
+    if not stages:
         print(f"{run.name}: nothing is queued or running.")
         return DONE
-    prepare = run.ledger().submissions.get("prepare")
-    # Other points of its sweep wait for a dataset's one job, too.
-    shared = ("prepare",) if prepare and prepare.prepared_by is not None else ()
-    jobs = {stage: job for stage, job in active.items() if stage not in shared}
-    run_chain.cancel(run, chain.site_of(run, profile), jobs, user=getpass.getuser())
     kept_answer(profile.scheduler.slurm_conf).unlink(missing_ok=True)
-    print(f"{run.name}: cancelled {', '.join(active)}. make resume RUN={run.name} would go on.")
+    print(f"{run.name}: cancelled {', '.join(stages)}. make resume RUN={run.name} resumes it.")
     return DONE
 
 
 def resume(options: argparse.Namespace) -> int:
     """Queue what is missing of a run, under the profile it was submitted with; SET=cluster.… changes that for good."""
     run = rundir.find(RUNS, options.run)
-    wish, changes = recipe.parse_set(options.set)
+    wish, cluster = recipe.parse_set(options.set)
     if wish:
         raise InputError([f"SET: {field}: a run's recipe is fixed; resume changes cluster.… alone" for field in wish])
-    profile = stored_profile(run)
-    if changes:
-        values = recipe.override(profile.model_dump(mode="json"), changes)
-        profile = validate(ClusterProfile, values, f"cluster {profile.name}")
-        atomic.write_json(run.provenance_file, {**run.provenance(), "profile": profile.model_dump(mode="json")})
-    if options.nodes:
-        stages = _see_surely(run).stages
-        resize(run, profile, options.nodes, [name for name, stage in stages.items() if stage.state in ACTIVE])
-    return go_on(run, profile, asked=True)
+    busy = _active(run) if options.nodes else []
+    wanted = changes.of_resume(run, cluster, options.nodes, busy=busy, locks=wishes.locks())
+    if wanted:
+        with run.claim():
+            changes.record(run, wanted)
+        if options.nodes:
+            print(changes.sentence(run))
+    return go_on(run, placement.owners_profile(run), asked=True)
 
 
-def resize(run: RunDir, profile: ClusterProfile, nodes: str, busy: list[str]) -> None:
-    """Plan the run's training for another number of nodes: the same wish, the global batch unchanged.
-
-    InputError where that cannot be; `busy`: stages with a job, which has its size already.
-    """
-    if not nodes.isdigit() or nodes == "0":
-        raise InputError(f"NODES: {nodes!r} is no number of nodes; allowed: 1 and more")
-    if run.stage_done("train"):
-        raise InputError(f"NODES: the training of {run.name} is done; there is nothing to go on with")
-    if busy:
-        raise InputError(
-            f"NODES: {', '.join(busy)} of {run.name} is queued or running with the nodes it has. "
-            f"make cancel RUN={run.name}, and once that has ended make resume RUN={run.name} NODES={nodes}"
-        )
-    spec, provenance, before = run.spec(), run.provenance(), run.plan()
-    files = modelfiles.locate(
-        provenance["model_path"], spec.model.revision, checkout=CHECKOUT, cache=Path(provenance["cache"]), internet=True
-    )
-    share = spec.train.global_batch // (int(nodes) * spec.resources.gpus_per_node)
-    # What fitted until now, as earlier lives may have taught it.
-    fitting = [rows for rows in divisors(max(1, share)) if rows <= before["micro_batch"]]
-    resources = spec.resources.model_copy(update={"nodes": int(nodes)})
-    train = spec.train.model_copy(update={"micro_batch": fitting[-1]})
-    wish = spec.model_copy(update={"resources": resources, "train": train})
-    data = provenance["data_path"]
-    size = Path(data).stat().st_size if data and Path(data).exists() else None
-    made = plan.make(wish, profile, shapes.from_config(files.config, spec.model.name), data_bytes=size)
-    with run.claim():
-        # The new plan's micro-batch is one that fits.
-        why = f"the training goes on with {nodes} node{'s' if nodes != '1' else ''}"
-        run.record(Override(field=MICRO_BATCH, value=None, who=getpass.getuser(), why=why))
-        earlier.forget_micro_batch(run.path)
-        atomic.write_json(run.plan_file, json.loads(made.model_dump_json()))
-    print(
-        f"{run.name} goes on with {nodes} node{'s' if nodes != '1' else ''}: micro-batch {made.micro_batch} x "
-        f"accumulation {made.accumulation} x {made.world_size} GPUs, {spec.train.global_batch} rows a step as before"
-    )
+def _active(run: RunDir) -> list[str]:
+    """The stages that are queued or running."""
+    return [name for name, stage in _see_surely(run).stages.items() if stage.state in ACTIVE]
 
 
 def _say_results(run: RunDir) -> None:

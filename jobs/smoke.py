@@ -17,11 +17,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftlib import atomic, metrics, rundir, state
 from ftlib.errors import DONE, FtError, InputError, Interrupted
+from ftlib.plan import numerics
 from ftlib.plan.amount import TOKENS_PER_PAIR
+from ftlib.plan.plan import RunPlan
 from ftlib.profile import ClusterProfile
 from ftlib.report.plan import minutes
 from ftlib.rundir import RunDir
@@ -31,9 +33,12 @@ from ftlib.runs.events import CheckpointSaved, FirstStep
 from ftlib.runs.scheduler import Request
 from ftlib.slurm import client, queue
 from ftlib.stop import StopFlag
-from jobs import environment, fetch, local, logs, stage, submit
+from jobs import environment, fetch, local, logs, placement, stage, submit
 from jobs import wish as wishes
 from jobs.wish import Wish
+
+if TYPE_CHECKING:
+    from jobs.chain import SlurmSite
 
 STAGE, PREPARE = "smoke", "prepare"
 TRIAL = "trial.json"
@@ -100,23 +105,24 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
     files = wishes.files_of(wish, name)
     stages = files["plan.json"]["stages"]
     stages[STAGE] = stages["train"] | {"time_min": limit_min}
+    of_stages = files[numerics.FILE]["stages"]
+    of_stages[STAGE] = of_stages["train"]
+    planned = RunPlan.model_validate(files["plan.json"])
     rundir.create(runs, name, {**files, TRIAL: trial}, wishes.SNAPSHOT)
     with run.claim():
         # What is downloaded and tokenized needs no GPU: a job of its own does it, in front.
         stages_here = (PREPARE, STAGE) if "whole" in trial else (STAGE,)
         if profile.scheduler is None:
-            return local.run_stages(run, profile, stages_here)
-        from jobs import chain
-
+            return local.run_stages(run, stages_here, planned)
         # A trial that fails is not tried again by itself.
         once = profile.model_copy(update={"scheduler": profile.scheduler.model_copy(update={"requeue": False})})
-        before = chain.site_of(run, once).queue_image()
+        before = _site(run, once, planned).queue_image()
         jobs = {}
         for stage_name in stages_here:
             # A long download may be preempted, and resumes where it stopped.
-            site = profile if stage_name == PREPARE else once
+            site = _site(run, profile if stage_name == PREPARE else once, planned)
             request = Request((stage_name,), run_chain.new_nonce(), after_ok=before)
-            before = run_chain.queue_job(run, chain.site_of(run, site), run.ledger(), request, automatic=False)
+            before = run_chain.queue_job(run, site, run.ledger(), request, automatic=False)
             jobs[stage_name] = before
             where, minutes_most = stages[stage_name]["partition"], stages[stage_name]["time_min"]
             print(
@@ -124,6 +130,15 @@ def _try(wish: Wish, name: str, *, limit_min: int, trial: dict[str, Any]) -> int
                 f"Log: {run.slurm / stage_name}"
             )
     return _follow(run, jobs, profile)
+
+
+def _site(run: RunDir, profile: ClusterProfile, planned: RunPlan) -> SlurmSite:
+    """The scheduler of a trial, whose stages no run has."""
+    from jobs import chain
+
+    where = placement.Placement.first(profile, planned)
+    slurm_conf = profile.scheduler.slurm_conf if profile.scheduler else None
+    return chain.SlurmSite(run, lambda: where, slurm_conf=slurm_conf)
 
 
 def _follow(run: RunDir, jobs: dict[str, str], profile: ClusterProfile) -> int:
@@ -177,8 +192,8 @@ def main(run: RunDir, life: int, stop: StopFlag) -> str:
     from ftlib.train import preflight
 
     trial = json.loads((run.path / TRIAL).read_text(encoding="utf-8"))
-    plan, profile = run.plan(), wishes.stored_profile(run)
-    asked, rank = plan["stages"][STAGE], int(os.environ.get("RANK", "0"))
+    plan, profile = run.plan(), placement.owners_profile(run)
+    asked, rank = run.stage_plan(STAGE), int(os.environ.get("RANK", "0"))
     on_gpu, host, failed = asked["device"] == "cuda", os.uname().nodename, []
 
     def tell(check: preflight.Check) -> bool:
@@ -214,14 +229,14 @@ def _steps(run: RunDir, life: int, stop: StopFlag, tell: Any) -> Any:
     """Data, collectives and the steps themselves; the last check, good or not."""
     from ftlib.train.preflight import Check, collectives
 
-    plan, rank, world = run.plan(), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     name = "data"
     try:
         _await(run.prepared_file)
         if rank == 0:
             rows = run.prepared()["train"]
             tell(Check(name, True, f"{rows['examples']:,} examples in {rows['rows']:,} rows"))
-        on_gpu = plan["stages"][STAGE]["device"] == "cuda"
+        on_gpu = run.numerics().stages[STAGE].device == "cuda"
         met = collectives(on_gpu=on_gpu, name=f"{run.path} {STAGE} {life}") if world > 1 else None
         if met and not tell(met):
             return met

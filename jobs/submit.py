@@ -49,7 +49,7 @@ def submit(options: argparse.Namespace) -> int:
     run = rundir.create(RUNS, name, wishes.files_of(wish, name), wishes.SNAPSHOT)
     if chosen.exists:
         print(f"Identical settings were submitted before: run {name}. (NEW=1 makes another run.)")
-        return runs.go_on(run, wish.profile, asked=False)
+        return runs.submit_again(run, wish.profile, wish.words.get("SET", ""))
     return runs.start(run, wish.profile)
 
 

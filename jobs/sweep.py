@@ -12,15 +12,16 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from ftlib import atomic, naming, rundir, state, sweepdir
+from ftlib import atomic, naming, recipe, rundir, state, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
-from ftlib.rundir import STAGES
+from ftlib.rundir import STAGES, RunDir
 from ftlib.sweep import SweepSpec
 from ftlib.sweepdir import FOLDER, Sweep, SweepDir
-from jobs import fetch, submit
+from jobs import changes, fetch, submit
 from jobs import wish as wishes
+from jobs.placement import Placement
 from jobs.points import Asker, Need, need, share_datasets, threaded
 from jobs.wish import RUNS, Wish
 
@@ -53,6 +54,7 @@ def sweep(options: argparse.Namespace) -> int:
     with place.claim():
         _make_runs(place, points)
         place.write(asked)
+        threaded(lambda name: _under_this_profile(RunDir(RUNS / name), points[name]), known)
         return _go(place, by="sweep")
 
 
@@ -88,7 +90,7 @@ def report(options: argparse.Namespace) -> int:
 
     place = sweepdir.find(RUNS, options.sweep)
     members = place.members()
-    undone = [run for run in members if not run.evaluation_file.exists()]
+    undone = [run for run in members if not os.path.exists(run.evaluation_file)]
     try:
         found = look(undone)
     except Unavailable as error:
@@ -241,6 +243,16 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
     threaded(lambda n: rundir.create(RUNS, n, wishes.files_of(points[n], n, sweep=place.name), code), missing)
 
 
+def _under_this_profile(run: RunDir, point: Wish) -> None:
+    """Let a point that has a run already be queued under the profile that holds now."""
+    _, named = recipe.parse_set(point.words.get("SET", ""))
+    same = run.provenance().get("profile") == point.profile.model_dump(mode="json")
+    if (same and not named) or run.ledger().first_open is None:
+        return
+    with run.claim():
+        changes.record(run, changes.of_second_submit(run, point.profile, named, {}))
+
+
 def _go(place: SweepDir, *, by: Asker) -> int:
     profile = place.read().profile
     if not place.members():
@@ -267,7 +279,7 @@ def _run_here(place: SweepDir, profile: ClusterProfile) -> int:
             print("completed before", flush=True)
             continue
         with run.claim():
-            code = local.run_stages(run, profile)
+            code = local.run_stages(run)
         if code == RUN_AGAIN:
             return code
         if code != DONE:
@@ -289,7 +301,8 @@ def _dry_run(place: SweepDir, spec: SweepSpec, new: dict[str, Wish]) -> int:
     seen: set[str] = set()
     needs = []
     for name, wish in new.items():
-        needs.append(Need(RUNS / name, STAGES[wish.dataset in seen :], wish.plan, wish.dataset))
+        where = Placement.first(wish.profile, wish.plan)
+        needs.append(Need(RUNS / name, STAGES[wish.dataset in seen :], wish.dataset, where=where))
         seen.add(wish.dataset)
     submit.show(arrays.preview(place, first.profile, needs, spec.at_once, first.cache))
     return DONE

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from ftlib import modelfiles, naming, profile, recipe, rundir, sweep
+from ftlib import modelfiles, naming, profile, recipe, sweep
 from ftlib.errors import InputError, unknown
 from ftlib.plan import fits, numerics, plan, shapes
 from ftlib.profile import ClusterProfile
@@ -48,6 +48,7 @@ class Wish:
     data_digest: str
     cache: Path
     init_adapter: Path | None
+    planned_from: dict[str, Any]  # what the plan knows of model and data: the model's config, sizes in bytes
     words: dict[str, str]  # the options as they were said
 
     @property
@@ -183,6 +184,7 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
     cache = site.cache_dir(CHECKOUT)
     path, digest, size = None, "", None
     init_adapter = planned = None
+    download = 0
     with _collected(problems):
         # What only chooses among the rows decides nothing here.
         source = spec.data.model_copy(update={"limit": None, "share": None, "pairs": 1, "seq_len": 16})
@@ -202,7 +204,8 @@ def _wish(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once
         planned = plan.make(spec, site, shape, data_bytes=size, download_bytes=download)
     if problems or planned is None:
         raise InputError(problems)
-    return Wish(spec, site, planned, files, path, digest, cache, init_adapter, said)
+    facts = {"model_config": files.config, "data_bytes": size, "download_bytes": download}
+    return Wish(spec, site, planned, files, path, digest, cache, init_adapter, facts, said)
 
 
 def _without_merging(spec: RunSpec, site: ClusterProfile, said: dict[str, str], once: _Once) -> Wish:
@@ -243,7 +246,7 @@ def files_of(wish: Wish, name: str, *, sweep: str | None = None) -> dict[str, An
         "checkout": str(CHECKOUT), "cache": str(wish.cache), "model_path": wish.model.path,
         "init_adapter": str(wish.init_adapter) if wish.init_adapter else None,
         "data_path": str(wish.data_path) if wish.data_path else None, "data_digest": wish.data_digest,
-        "python": sys.executable, "python_version": platform.python_version(),
+        "planned_from": wish.planned_from, "python": sys.executable, "python_version": platform.python_version(),
         "user": getpass.getuser(), "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "code": code_version(), "image": container.image(wish.profile, CHECKOUT), "locks": locks(),
     }  # fmt: skip
@@ -271,12 +274,3 @@ def code_version() -> dict[str, Any]:
 
     changed = git("status", "--porcelain")
     return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed) if changed is not None else None}
-
-
-def stored_profile(run: rundir.RunDir) -> ClusterProfile:
-    """The profile a run was submitted with; a field that an earlier version had is left out, so that it can go on."""
-    try:
-        return ClusterProfile.model_validate_json(json.dumps(run.provenance()["profile"]), extra="ignore")
-    except ValueError as error:
-        words = str(error).splitlines()
-        raise InputError(f"{run.provenance_file}: its profile cannot be read ({'; '.join(words[1:3])})") from None

@@ -95,7 +95,7 @@ def test_only_prepare_may_reach_the_hub() -> None:
 
 SCONTROL = """#!/bin/bash
 [ "$1" = listpids ] && exit 1  # no step is seen
-if [ "$1" = show ]; then echo "JobId=7 JobState=$STATE"; exit 0; fi
+if [ "$1" = show ]; then echo "JobId=7 JobState=$STATE $TOLD"; exit 0; fi
 # A change that changes nothing: accepted of a job that goes back to the queue.
 [ "$3" = Requeue=1 ] && { [ -z "$NOT_REQUEUED" ]; exit; }
 echo "$@" >>"$CALLS"
@@ -219,6 +219,12 @@ def test_a_site_that_forbids_requeueing_is_obeyed(shell) -> None:  # type: ignor
 
 
 def test_interruptions_before_a_word_could_be_said_are_requeued_but_not_for_ever(shell) -> None:  # type: ignore[no-untyped-def]
+    preempted = "StartTime=1 EndTime=9999999999 PreemptTime=1700000000"
+    assert [shell("(exit 143)", TOLD=preempted)[0] for _ in range(11)] == [75] * 9 + [143] * 2
+
+
+def test_interruptions_by_nobody_knows_whom_are_as_free_as_preemptions(shell) -> None:  # type: ignore[no-untyped-def]
+    """Where there is no accounting they mostly are preemptions."""
     assert [shell("(exit 143)")[0] for _ in range(11)] == [75] * 9 + [143] * 2
 
 

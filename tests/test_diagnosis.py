@@ -179,6 +179,7 @@ REPLAYED = [
     ("scancel-26", 75, "cancelled", "*** JOB"),
     ("scancel-two-ranks", 75, "cancelled", "*** JOB"),
     ("preempted", None, "preemption", "DUE TO PREEMPTION"),
+    ("preempted-26", None, "preemption", "DUE TO PREEMPTION"),
     ("limit-outstayed", None, "time limit", "DUE TO TIME LIMIT"),
     ("requeued", 75, "by hand", "DUE TO JOB REQUEUE"),
     ("requeued-26", 75, "by hand", "DUE TO JOB REQUEUE"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from ftlib.rundir import STAGES, RunDir
-from ftlib.runs.events import Decided
+from ftlib.runs.events import Decided, Override
 from ftlib.runs.ledger import RECOVERY
 from tests.processes import started
 from tests.wishes import CHECKOUT, run_names
@@ -255,6 +256,33 @@ def test_the_guard_goes_on_where_the_site_forbids_requeueing(training: Login) ->
     ends(training)
     assert training.guard().startswith("queued anew: train ")
     assert training.jobs("PENDING") == Counter({"train": 1, "export+evaluate": 1, "guard": 2})
+
+
+def requested(login: Login) -> dict[str, str]:
+    """sbatch's options in the script of the training's newest job."""
+    run = login.run()
+    text = (run.slurm / "train" / f"{run.ledger().jobs['train']}_submission.sh").read_text()
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
+
+
+def test_what_was_learned_and_changed_reaches_the_jobs_of_the_guard_and_of_a_resume(training: Login) -> None:
+    """Memory that grew was lost where requeueing is forbidden; a changed QOS was ignored."""
+    assert (requested(training)["mem"], requested(training)["qos"]) == ("6G", "group")
+    training.life("train", 1, "75 interrupted (time limit), saved at step 40", settled=True)
+    training.run().record(Override(field="memory_mib.train", value=9 * 1024, who="epilogue", why="out of memory"))
+    ends(training)
+    assert training.guard().startswith("queued anew: train ")
+    assert (requested(training)["mem"], requested(training)["qos"]) == ("9G", "group")
+    submitted = training.run().ledger().submissions["train"]
+    assert (submitted.mem_mib, submitted.node_mem_mib) == (9 * 1024, 60 * 1024)
+    ends(training, "CANCELLED")
+    words = ("-m", "jobs", "resume", "--run", training.run().name, "--set")
+    typo = training.python(*words, "cluster.qso=group-b cluster.exclude=n[1-2]")
+    assert typo.returncode == 64 and "Did you mean qos?" in typo.stderr
+    resumed = training.python(*words, "cluster.qos=group-b cluster.exclude=n[1-2]")
+    assert resumed.returncode == 0, resumed.stderr
+    now = requested(training)
+    assert (now["mem"], now["qos"], now["exclude"].strip("'")) == ("9G", "group-b", "n[1-2]")
 
 
 def test_the_guard_is_not_stopped_by_the_claim_of_a_submit_that_was_killed(training: Login) -> None:

@@ -16,8 +16,9 @@ from pydantic import BaseModel
 from ftlib import profile, recipe
 from ftlib.errors import InputError
 from ftlib.profile import ClusterProfile
+from ftlib.rundir import RunDir
 from ftlib.slurm import batch
-from jobs import wish as wishes
+from jobs import placement
 from tests.wishes import CLUSTERS, jobs, planned, site, spec
 
 INJECTED = "x\n#SBATCH --uid=0"
@@ -140,14 +141,9 @@ def test_set_is_refused_with_exit_64_and_a_line_for_each_field() -> None:
 def test_a_stored_profile_is_refused_when_its_run_is_resumed(tmp_path: Path) -> None:
     stored = site("a100").model_dump(mode="json") | {"account": INJECTED}
 
-    class Run:
-        provenance_file = tmp_path / "provenance.json"
-
-        def provenance(self) -> dict[str, Any]:
-            return dict(json.loads(json.dumps({"profile": stored})))
-
+    (tmp_path / "provenance.json").write_text(json.dumps({"profile": stored}))
     with pytest.raises(InputError, match=r"provenance.json: .*account"):
-        wishes.stored_profile(Run())  # type: ignore[arg-type]
+        placement.owners_profile(RunDir(tmp_path))
 
 
 def test_what_reaches_sbatch_besides_the_profile_is_looked_at_too() -> None:

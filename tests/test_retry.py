@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from ftlib import state
 from ftlib.errors import Unavailable
 from ftlib.slurm import client, retry
 from ftlib.slurm.client import Job, Refused
@@ -176,7 +175,7 @@ def test_a_submit_outlasts_a_restart_of_the_controller(login: Login) -> None:
     assert done.stderr.count("Trying ") == 5 and "has queued train of" in done.stderr
     # Each is written down under the id that it has.
     ids = {path.name for path in login.queue.iterdir()}
-    assert set(state.submissions(login.run()).values()) == ids
+    assert set(login.run().ledger().jobs.values()) == ids
 
 
 def test_a_refusal_for_good_says_what_is_queued_and_what_to_do(login: Login) -> None:
@@ -214,7 +213,7 @@ def test_ctrl_c_while_it_waits_leaves_what_the_next_submit_adopts(login: Login) 
 
 
 def guard(login: Login, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"{QUICK}from jobs import guard; guard.run({str(login.run().path)!r})"
+    code = f"{QUICK}from jobs import guard; sys.exit(guard.main({str(login.run().path)!r}))"
     return login.python("-c", code, REASON=REASON, **environment)
 
 
@@ -236,16 +235,16 @@ def test_the_recovery_job_without_accounting(training: Login, sacct: str, again:
     """Disabled it knows nothing, and squeue's word counts; where it fails, how a forgotten job ended is not guessed."""
     training.life("train", 1, "75 interrupted (time limit), saved at step 40", settled=True)
     ends(training)
-    (training.queue / state.submissions(training.run())["train"]).unlink()
+    (training.queue / training.run().ledger().jobs["train"]).unlink()
     tool = training.queue.parent / "bin" / "sacct"
     tool.write_text(f"#!/bin/sh\necho 'Slurm accounting {sacct}' >&2; exit 1\n")
-    code = f"{QUICK}retry.RECOVERY_S = 0.2; from jobs import guard; guard.run({str(training.run().path)!r})"
+    code = f"{QUICK}retry.RECOVERY_S = 0.2; from jobs import guard; sys.exit(guard.main({str(training.run().path)!r}))"
     done = training.python("-c", code)
     assert "Traceback" not in done.stderr
     if again:
         assert done.returncode == 0 and done.stdout.startswith("queued anew: train ")
     else:
-        assert done.returncode == 69 and "how train ended cannot be learned" in done.stdout
+        assert done.returncode == 69 and "ended cannot be learned" in done.stdout
         assert "make resume RUN=" in done.stdout and training.jobs("PENDING")["train"] == 0
 
 

@@ -6,10 +6,10 @@ import json
 import pwd
 
 import pytest
-from ftlib.outcome import Outcome
 
-from ftlib import outcome
 from ftlib.rundir import STAGES
+from ftlib.runs import outcome
+from ftlib.runs.outcome import Outcome
 from ftlib.slurm import queue
 from jobs import cli
 from tests.seen import ARRAYS, Site, only, told, waiting

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from ftlib.rundir import STAGES
 from ftlib.runs import outcome
-from ftlib.runs.events import Decided, Settled
+from ftlib.runs.events import Decided, Override, Settled
 from ftlib.slurm import batch
 from tests.array_shims import Login, quick_python
 from tests.sweeps import JOBS, TASKS, complete, fail, feeder, fresh, place, queued, seeds, strangers, swept
@@ -193,6 +195,31 @@ def test_a_cancelled_sweep_stays_so_until_it_is_resumed(login: Login, file: Call
     resumed = login.jobs("resume", "--sweep", name)
     assert resumed.returncode == 0, resumed.stderr
     assert queued(login)["train"] == 5
+
+
+def test_what_points_have_learned_and_their_owner_has_changed_reaches_their_arrays(
+    login: Login, file: Callable[..., str]
+) -> None:
+    name = file(seeds(4))
+    swept(login, name)
+    assert login.jobs("cancel", "--sweep", name).returncode == 0
+    larger, avoids, elsewhere, _ = place(login).members()
+    for run, field, value in (
+        (larger, "memory_mib.train", 7 * 1024), (avoids, "exclude.n3", True), (elsewhere, "cluster.qos", "group-b"),
+    ):  # fmt: skip
+        run.record(Override(field=field, value=value, who="a test", why="because"))
+    resumed = login.jobs("resume", "--sweep", name)
+    assert resumed.returncode == 0, resumed.stderr
+    queue = login.queue
+    scripts = {queue.arrays[array]["script"] for array in queue.of("train")[1:]}
+    asked = {tuple(sorted(re.findall(r"^#SBATCH --(?:qos|mem|exclude)=\S+$", text, re.MULTILINE))) for text in scripts}
+    assert asked == {
+        ("#SBATCH --exclude=n3", "#SBATCH --mem=7G", "#SBATCH --qos=group"),
+        ("#SBATCH --mem=6G", "#SBATCH --qos=group-b"),
+    }
+    recorded = larger.ledger().submissions["train"]
+    assert (recorded.mem_mib, recorded.node_mem_mib) == (7 * 1024, 60 * 1024)
+    assert json.loads((larger.slurm / "train" / "request.json").read_text())["job"]["mem_gib"] == 7
 
 
 def test_two_datasets_are_two_prepare_jobs_and_no_point_waits_for_a_failed_one_of_another(

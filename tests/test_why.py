@@ -7,6 +7,8 @@ import json
 
 import pytest
 
+from ftlib.runs.diagnosis import Cause
+from ftlib.runs.events import Settled
 from tests.seen import RUNNING, Site, shown, waiting
 
 
@@ -29,3 +31,19 @@ def test_why_shows_the_parts_of_a_restart(site: Site, capsys: pytest.CaptureFixt
         "first new step 31.5 s after the signal: saving 1.5, the queue 20.0, imports 5.0, data and checkpoint 0.5, "
         "model 3.0, optimizer 1.0, first step 0.5"
     ) in text
+
+
+@pytest.mark.parametrize("cause", ["cancelled", "unknown"])
+def test_why_does_not_repeat_what_a_process_only_guessed_of_its_signal(
+    site: Site, capsys: pytest.CaptureFixture[str], cause: Cause
+) -> None:
+    (run,) = site.make()
+    site.say(waiting(**RUNNING))
+    (run.lives / "train-1").write_text("1 n1 1700000000 \n")
+    run.outcomes.mkdir(exist_ok=True)
+    (run.outcomes / "train-1").write_text("75 interrupted (preemption), saved at step 40\n")
+    known = "SIGTERM, and nothing tells by whom"
+    run.record(Settled(stage="train", attempt=1, job_id="1", cause=cause, by="epilogue", message=known))
+    text = shown(capsys, "why", "--run", run.name)
+    assert f"interrupted ({cause}), saved at step 40" in text and known in text
+    assert "preemption" not in text

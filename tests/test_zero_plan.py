@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from ftlib.errors import InputError
-from ftlib.plan import plan, shapes, zero
+from ftlib.plan import numerics, plan, shapes, zero
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
 from ftlib.runs.events import Override
-from jobs import runs
+from jobs import changes, placement
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, site, spec
 
 LLAMA_70B = shapes.from_config(shapes.KNOWN["meta-llama/Llama-2-70b-hf"], "llama")
@@ -130,31 +130,58 @@ def run(tmp_path: Path) -> RunDir:
     halved = Override(field="train.micro_batch", value=2, who="epilogue", why="CUDA out of memory")
     bad = Override(field="exclude.n3", value=True, who="epilogue", why="ECC", until=time.time() + 3600)
     found.record(halved, bad, writer="train-1-epilogue")
-    model = str(CHECKOUT / wish.model.name)
-    found.provenance_file.write_text(json.dumps({"model_path": model, "cache": str(tmp_path), "data_path": None}))
+    provenance = {
+        "model_path": str(CHECKOUT / wish.model.name), "cache": str(tmp_path), "data_path": None,
+        "checkout": str(CHECKOUT), "profile": site("local-slurm").model_dump(mode="json"),
+    }  # fmt: skip
+    found.provenance_file.write_text(json.dumps(provenance))
     return found
 
 
+def resize(run: RunDir, nodes: str, busy: list[str]) -> None:
+    """What `make resume NODES=` records."""
+    changes.record(run, changes.of_resume(run, {}, nodes, busy=busy, locks={}))
+
+
 def test_a_resize_keeps_the_global_batch_and_what_earlier_lives_taught(run: RunDir) -> None:
-    runs.resize(run, site("local-slurm"), "1", [])
-    after = run.plan()
-    assert (after["world_size"], after["micro_batch"], after["accumulation"]) == (1, 2, 4)
-    assert after["stages"]["train"]["nodes"] == 1 and after["zero"]["train_batch_size"] == 8
+    numerics.write(run.path, numerics.stored(run.path))
+    shown = run.plan_file.read_text()
+    resize(run, "1", [])
+    now = run.numerics()
+    assert (now.world_size, now.micro_batch, now.accumulation) == (1, 2, 4)
+    assert now.zero and (now.zero["train_batch_size"], now.zero["gradient_accumulation_steps"]) == (8, 4)
+    placed = placement.of(run)
+    assert placed.plan.stages["train"].nodes == 1 and placed.plan.zero == now.zero
     overrides = run.ledger().overrides(time.time())
-    assert (overrides.micro_batch, overrides.excluded) == (None, ("n3",)) and run.spec().resources.nodes == 2
+    assert (overrides.nodes, overrides.micro_batch, overrides.excluded) == (1, 2, ("n3",))
+    assert run.plan_file.read_text() == shown and run.spec().resources.nodes == 2
+
+
+def test_a_resize_beyond_the_micro_batch_makes_it_smaller(run: RunDir) -> None:
+    numerics.write(run.path, numerics.stored(run.path))
+    resize(run, "8", [])
+    now = run.numerics()
+    assert (now.world_size, now.micro_batch, now.accumulation) == (8, 1, 1)
+    assert [(event.field, event.value) for event in run.ledger().of(Override)][-2:] == [
+        ("resources.nodes", 8), ("train.micro_batch", 1)
+    ]  # fmt: skip
+    # The decision about an attempt that runs out of memory counts with it, too.
+    ledger = run.ledger()
+    assert (ledger.micro_batch, ledger.rows_of_a_rank) == (4, 1)
 
 
 def test_a_resize_of_a_run_of_the_first_release_is_seen_by_its_own_code_too(run: RunDir) -> None:
-    """Which reads micro-batch and accumulation in adjustments.json, and would go on with the old ones."""
+    """Which reads micro-batch and accumulation in adjustments.json and plan.json, and would keep the old ones."""
     shutil.rmtree(run.events)
     file = run.path / "adjustments.json"
     adjusted = {"micro_batch": 2, "accumulation": 2, "exclude": {"n3": time.time() + 3600}}
     notes = ["micro-batch 4 -> 2: CUDA out of memory", "node n3 is left out for 24 h: ECC"]
     file.write_text(json.dumps({**adjusted, "notes": notes}))
-    assert (run.plan()["micro_batch"], run.plan()["accumulation"]) == (2, 2)
-    runs.resize(run, site("local-slurm"), "1", [])
+    assert (run.numerics().micro_batch, run.numerics().accumulation) == (2, 2)
+    resize(run, "1", [])
     assert "micro_batch" not in json.loads(file.read_text()) and "accumulation" not in json.loads(file.read_text())
-    assert (run.plan()["micro_batch"], run.plan()["accumulation"]) == (2, 4)
+    for now in (run.plan(), run.numerics().model_dump()):
+        assert (now["micro_batch"], now["accumulation"]) == (2, 4)
     assert run.ledger().overrides(time.time()).excluded == ("n3",)
 
 
@@ -170,5 +197,5 @@ def test_a_resize_of_a_run_of_the_first_release_is_seen_by_its_own_code_too(run:
 def test_a_resize_that_cannot_be_changes_nothing(run: RunDir, nodes: str, busy: list[str], said: str) -> None:
     before = run.plan_file.read_text(), run.ledger()
     with pytest.raises(InputError, match=said):
-        runs.resize(run, site("local-slurm"), nodes, busy)
+        resize(run, nodes, busy)
     assert before[0] == run.plan_file.read_text() and before[1].events == run.ledger().events

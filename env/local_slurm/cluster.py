@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A real Slurm on this one machine: three nodes, two fake A100 each, accounting, a QOS that preempts.
 
-    cluster.py up       install what is missing, start, wait until a job has run; does nothing where it is healthy
+    cluster.py up       install what is missing, start, wait until a job has run; does nothing where it is healthy.
+                        --no-accounting: as on small clusters, without slurmdbd, accounts, QOS and preemption
     cluster.py down     stop everything, jobs too; --purge removes the folder (else its logs stay to be read)
     cluster.py status   daemons, nodes, queue; exit code 0 if healthy, else 1
 
@@ -25,8 +26,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from daemons import DAEMONS, alive, start, stop_all, wait_for
-from layout import CONF, DIR, ENV, NODES, TEMPLATES, fail, require_root, require_usable_dir, run, succeeds, write_folder
+from daemons import alive, daemons, start, stop_all, wait_for
+from layout import (
+    CONF,
+    DIR,
+    ENV,
+    NODES,
+    TEMPLATES,
+    fail,
+    has_accounting,
+    require_root,
+    require_usable_dir,
+    run,
+    succeeds,
+    write_folder,
+)
 
 PACKAGE_OF = {
     "munged": "munge",
@@ -39,15 +53,19 @@ PACKAGE_OF = {
 }
 
 
+OF_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
+
+
 # ---- packages
 
 
-def missing_packages() -> list[str]:
-    return sorted({package for name, package in PACKAGE_OF.items() if not shutil.which(name, path=ENV["PATH"])})
+def missing_packages(*, accounting: bool) -> list[str]:
+    needed = {name: package for name, package in PACKAGE_OF.items() if accounting or name not in OF_ACCOUNTING}
+    return sorted({package for name, package in needed.items() if not shutil.which(name, path=ENV["PATH"])})
 
 
-def install_packages() -> None:
-    wanted = missing_packages()
+def install_packages(*, accounting: bool) -> None:
+    wanted = missing_packages(accounting=accounting)
     if not wanted:
         return
     if not shutil.which("apt-get"):
@@ -57,7 +75,7 @@ def install_packages() -> None:
     # A source that cannot be refreshed need not matter: the install decides.
     subprocess.run(["apt-get", "-qq", "update"], env=env, stdout=sys.stderr)
     subprocess.run(["apt-get", "-qq", "install", "--no-install-recommends", "-y", *wanted], env=env, stdout=sys.stderr)
-    if still := missing_packages():
+    if still := missing_packages(accounting=accounting):
         fail(69, f"packages missing: {' '.join(still)} (apt-get could not install them; its words are above)")
 
 
@@ -98,23 +116,25 @@ def node_states() -> dict[str, str]:
 
 def ailments() -> list[str]:
     """What is wrong with the cluster; empty where it is healthy."""
-    if dead := [daemon for daemon in DAEMONS if not alive(daemon)]:
+    if dead := [daemon for daemon in daemons() if not alive(daemon)]:
         return [f"{daemon} is not running" for daemon in dead]
     states = node_states()
     good = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
     bad = [f"node {node} is {states.get(node, 'unknown')}" for node in NODES if states.get(node) not in good]
-    if not succeeds("sacctmgr", "-n", "-P", "show", "qos", "format=name"):
+    if has_accounting() and not succeeds("sacctmgr", "-n", "-P", "show", "qos", "format=name"):
         bad.append("accounting does not answer")
     return bad
 
 
 def probe_job() -> bool:
-    """A job on all nodes ran, and accounting knows it."""
+    """A job on all nodes ran, and accounting, where there is one, knows it."""
     try:
         command = ("srun", "-N3", "-n3", "-t1", "sh", "-c", "echo $SLURM_JOB_ID")
         job_id = run(*command, timeout_s=30).split()[0]
     except (subprocess.SubprocessError, IndexError):
         return False
+    if not has_accounting():
+        return True
     for _ in range(50):
         if run("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "state").strip() == "COMPLETED":
             return True
@@ -125,27 +145,15 @@ def probe_job() -> bool:
 # ---- commands
 
 
-def start_all() -> None:
-    write_folder()
-    mariadb = ("--no-defaults", f"--datadir={DIR}/mariadb", "--user=root")
-    # Over the socket, the database's root is this machine's root, without a password.
-    install = ("mariadb-install-db", *mariadb, "--skip-test-db", "--auth-root-authentication-method=socket")
-    (DIR / "log/mariadb-install-db.out").write_text(run(*install))
+def start_all(*, accounting: bool) -> None:
+    write_folder(accounting=accounting)
     files = [f"--{name}={DIR}/{path}" for name, path in (
         ("socket", "run/munge.socket"), ("pid-file", "run/munged.pid"), ("log-file", "log/munged.log"),
         ("key-file", "key/munge.key"), ("seed-file", "key/munge.seed"))]  # fmt: skip
     munged = start("munged", "munged", "--foreground", *files)
-    database = start(
-        "mariadbd", "mariadbd", *mariadb, "--skip-networking", f"--socket={DIR}/run/mariadb.sock",
-        f"--pid-file={DIR}/run/mariadbd.pid", f"--log-error={DIR}/log/mariadbd.log",
-        "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=16M",
-    )  # fmt: skip
     wait_for("munge", (DIR / "run/munge.socket").exists, munged=munged)
-    wait_for("database", (DIR / "run/mariadb.sock").exists, mariadbd=database)
-    # Its configuration has no option of its own: slurmdbd.conf lies beside the slurm.conf that SLURM_CONF names.
-    slurmdbd = start("slurmdbd", "slurmdbd", "-D")
-    wait_for("accounting", lambda: succeeds("sacctmgr", "-n", "show", "cluster"), slurmdbd=slurmdbd)
-    make_accounts()
+    if accounting:
+        start_accounting()
     slurmctld = start("slurmctld", "slurmctld", "-D")
     nodes = {
         f"slurmd_{node}": start(f"slurmd-{node}", "slurmd", "-D", "-N", node, wrapper=node_wrapper(node))
@@ -153,6 +161,23 @@ def start_all() -> None:
     }
     wait_for("nodes", lambda: list(node_states().values()) == ["idle"] * len(NODES), slurmctld=slurmctld, **nodes)
     wait_for("first job", probe_job, slurmctld=slurmctld, **nodes)
+
+
+def start_accounting() -> None:
+    mariadb = ("--no-defaults", f"--datadir={DIR}/mariadb", "--user=root")
+    # Over the socket, the database's root is this machine's root, without a password.
+    install = ("mariadb-install-db", *mariadb, "--skip-test-db", "--auth-root-authentication-method=socket")
+    (DIR / "log/mariadb-install-db.out").write_text(run(*install))
+    database = start(
+        "mariadbd", "mariadbd", *mariadb, "--skip-networking", f"--socket={DIR}/run/mariadb.sock",
+        f"--pid-file={DIR}/run/mariadbd.pid", f"--log-error={DIR}/log/mariadbd.log",
+        "--innodb-flush-log-at-trx-commit=0", "--innodb-log-file-size=16M",
+    )  # fmt: skip
+    wait_for("database", (DIR / "run/mariadb.sock").exists, mariadbd=database)
+    # Its configuration has no option of its own: slurmdbd.conf lies beside the slurm.conf that SLURM_CONF names.
+    slurmdbd = start("slurmdbd", "slurmdbd", "-D")
+    wait_for("accounting", lambda: succeeds("sacctmgr", "-n", "show", "cluster"), slurmdbd=slurmdbd)
+    make_accounts()
 
 
 @contextmanager
@@ -164,23 +189,25 @@ def alone() -> Iterator[None]:
         yield
 
 
-def up() -> int:
+def up(*, accounting: bool) -> int:
     require_root()
     require_usable_dir()
     with alone():
-        install_packages()
+        install_packages(accounting=accounting)
         hint = f"  export SLURM_CONF={CONF}"
         bad = ailments()
+        if not bad and has_accounting() != accounting:
+            bad = ["it is wanted with accounting" if accounting else "it is wanted without accounting"]
         if not bad:
             print(f"cluster: already up\n{hint}")
             return 0
-        if CONF.exists() and any(alive(daemon) for daemon in DAEMONS):
+        if CONF.exists() and any(alive(daemon) for daemon in daemons()):
             print(f"cluster: starting anew ({'; '.join(bad)})", flush=True)
         began = time.monotonic()
         stop_all()
-        start_all()
-        print(f"cluster: up in {time.monotonic() - began:.0f} s: nodes {' '.join(NODES)}, account lab, "
-              f"QOS group (default) and group-b\n{hint}")  # fmt: skip
+        start_all(accounting=accounting)
+        accounts = "account lab, QOS group (default) and group-b" if accounting else "no accounting"
+        print(f"cluster: up in {time.monotonic() - began:.0f} s: nodes {' '.join(NODES)}, {accounts}\n{hint}")
     return 0
 
 
@@ -200,7 +227,7 @@ def status() -> int:
     if not CONF.exists():
         print(f"cluster: not up (no {CONF})")
         return 1
-    print("daemons: " + ", ".join(f"{daemon} {'runs' if alive(daemon) else 'DEAD'}" for daemon in DAEMONS))
+    print("daemons: " + ", ".join(f"{daemon} {'runs' if alive(daemon) else 'DEAD'}" for daemon in daemons()))
     bad = ailments()
     if alive("slurmctld"):
         for command in (("sinfo", "-N", "-o", "%N %P %T %C %m %G"), ("squeue", "-o", "%i %j %u %q %T %M %R")):
@@ -215,14 +242,15 @@ def status() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("up", help="start the cluster, or say that it is up")
+    up_parser = commands.add_parser("up", help="start the cluster, or say that it is up")
+    up_parser.add_argument("--no-accounting", action="store_true", help="as on small clusters: no slurmdbd, no QOS")
     down_parser = commands.add_parser("down", help="stop the cluster and its jobs")
     down_parser.add_argument("--purge", action="store_true", help="remove its folder too")
     commands.add_parser("status", help="print daemons, nodes and queue")
     options = parser.parse_args()
     try:
         if options.command == "up":
-            return up()
+            return up(accounting=not options.no_accounting)
         return down(options.purge) if options.command == "down" else status()
     except subprocess.CalledProcessError as error:
         fail(1, f"{' '.join(error.cmd)} exited {error.returncode}: {error.stderr.strip() or error.stdout.strip()}")

@@ -9,12 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from layout import CONF, DIR, ENV, NODES, fail
+from layout import CONF, DIR, ENV, NODES, fail, has_accounting
 
-DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld", *(f"slurmd-{node}" for node in NODES))
+ACCOUNTING = ("mariadbd", "slurmdbd")
+DAEMONS = ("munged", *ACCOUNTING, "slurmctld", *(f"slurmd-{node}" for node in NODES))
 # Daemons carry this variable, which is how `down` finds them.
 MARK = f"FTLIB_SLURM_MARK={DIR}"
 START_TIMEOUT_S = 60
+
+
+def daemons() -> list[str]:
+    """Those that this cluster has."""
+    return [daemon for daemon in DAEMONS if has_accounting() or daemon not in ACCOUNTING]
 
 
 def our_processes() -> set[int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from ftlib import atomic
-from ftlib.errors import InputError
+from ftlib.errors import InputError, Unreadable
 from ftlib.runs.overrides import Overrides
 from ftlib.spec import Model, RunSpec, divisors
 
@@ -112,7 +112,7 @@ def stored(folder: Path) -> Numerics:
         try:
             return Numerics.model_validate_json(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read ({_first_problem(error)})") from None
+            raise Unreadable(f"{file}: cannot be read ({_first_problem(error)})") from None
     try:
         plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
         spec = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def stored(folder: Path) -> Numerics:
         locks = json.loads(provenance.read_text(encoding="utf-8")).get("locks", {}) if provenance.exists() else {}
         return _of_plan(plan, deterministic=(spec.get("train") or {}).get("deterministic"), versions=locks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
+        raise Unreadable(
             f"{folder}: there is no {FILE}, and its plan.json does not hold the numerics of a run of the first release "
             f"({_first_problem(error)})") from None
 
@@ -131,12 +131,18 @@ def write(folder: Path, numerics: Numerics) -> None:
 
 
 def _of_plan(plan: dict[str, Any], *, deterministic: bool | None, versions: dict[str, str]) -> Numerics:
-    """The numerics in a plan as plain data; `deterministic` as the recipe says it. A plan of the first release has one
-    device for all of its stages, and says in which of them there are GPUs."""
+    """The numerics in a plan as plain data; `deterministic` as the recipe says it.
+
+    A plan of the first release has one device for all of its stages, and GPUs in some. Its export computed on that
+    device but was planned on a CPU node, where it could not: where it goes is left to today's plan.
+    """
     device = plan.get("device")
     devices = {}
     for name, stage in plan["stages"].items():
-        devices[name] = stage["device"] if device is None else (device if stage["gpus_per_node"] else "cpu")
+        if device is None:
+            devices[name] = stage["device"]
+        elif name != "export":
+            devices[name] = device if stage["gpus_per_node"] else "cpu"
     compute_dtype = plan.get("compute_dtype") or ("bfloat16" if device == "cuda" else "float32")
     train = plan["stages"]["train"]
     stages = {

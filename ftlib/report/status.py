@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftlib import metrics
-from ftlib.errors import FtError
+from ftlib.errors import FtError, Unreadable
 from ftlib.report.cost import stage_costs, time_of
-from ftlib.rundir import STAGES, RunDir
+from ftlib.rundir import STAGES, RunDir, reading
 from ftlib.runs.decide import Action, QueueAnew
 from ftlib.runs.events import Resumed, Settled, Started
 from ftlib.runs.ledger import RECOVERY, Ledger
@@ -19,7 +19,12 @@ from ftlib.runs.scheduler import AT_WORK, WAITING
 from ftlib.slurm.queue import Answer, why_waits
 from ftlib.state import ACTIVE, Place, StageState, overall
 
-COLOURS = {"completed": "green", "running": "cyan", "queued": "yellow", "failed": "red", "cancelled": "magenta"}
+# The state of a run, or a sweep, of which a file is damaged or may not be read.
+UNREADABLE = "unreadable"
+COLOURS = {
+    "completed": "green", "running": "cyan", "queued": "yellow", "failed": "red", "cancelled": "magenta",
+    UNREADABLE: "red",
+}  # fmt: skip
 # Clocks of a cluster's machines may differ by this much.
 CLOCKS_S = 300
 # A training that has made no step for so long, and for so many steps' time, is worth a look.
@@ -43,6 +48,7 @@ class Seen:
         """Whether its recovery job is queued or running, and will continue the run."""
         job = self.answer.view().job(self.known.jobs.get(RECOVERY, ""))
         return isinstance(self.action, QueueAnew) and job.state in (*WAITING, *AT_WORK)
+    unreadable: str = ""  # which file of its folder is damaged, and what to do; then nothing else is known
 
 
 @dataclass
@@ -87,6 +93,16 @@ class SweepRow(Spent):
 
 def row(seen: Seen, now: datetime.datetime) -> Row:
     """The row of a run; `now` with a time zone."""
+    try:
+        if seen.unreadable:
+            raise Unreadable(seen.unreadable)
+        with reading(seen.run.path):
+            return _readable_row(seen, now)
+    except Unreadable as error:
+        return Row(run=seen.run.name, state=UNREADABLE, words=str(error), notes=seen.notes)
+
+
+def _readable_row(seen: Seen, now: datetime.datetime) -> Row:
     known, stages, run = seen.known, seen.stages, seen.run
     stage, words = _now(seen, now)
     state = overall(stages)
@@ -96,9 +112,12 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
         stages={name: vars(one) for name, one in stages.items()}, **vars(spent(seen, now)))
     try:
         plan = run.plan()
+        run.check_spec()
         # An estimate of the plan's until the data is packed.
         packed = run.prepared_file.exists()
         steps = run.spec().train.total_steps(run.prepared()["train"]["rows"]) if packed else plan["steps"]
+    except Unreadable:
+        raise
     except FtError as error:
         found.notes += error.messages
         return found
@@ -122,15 +141,24 @@ def row(seen: Seen, now: datetime.datetime) -> Row:
 
 def sweep_row(name: str, members: Sequence[Seen], now: datetime.datetime) -> SweepRow:
     """The row of a sweep's runs."""
-    states = Counter[str](overall(seen.stages) for seen in members)
-    total, words = Spent(), Counter[str]()
+    total, states, words = Spent(), Counter[str](), Counter[str]()
     for seen in members:
-        for key, value in vars(spent(seen, now)).items():
+        try:
+            with reading(seen.run.path):
+                of_run = spent(seen, now)
+            if seen.unreadable:
+                raise Unreadable(seen.unreadable)
+        except Unreadable as error:
+            states[UNREADABLE] += 1
+            words[str(error)] += 1
+            continue
+        states[overall(seen.stages)] += 1
+        for key, value in vars(of_run).items():
             setattr(total, key, getattr(total, key) + value)
         stage, said = _now(seen, now)
         if stage and seen.stages[stage].state in ("queued", "failed"):
             words[said] += 1
-    order = ("running", "queued", "failed", "cancelled", "completed")
+    order = ("running", "queued", UNREADABLE, "failed", "cancelled", "completed")
     return SweepRow(
         sweep=name, state=next((state for state in order if states[state]), "queued"), runs=len(members),
         states={state: states[state] for state in order if states[state]},

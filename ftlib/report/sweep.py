@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ftlib import atomic
+from ftlib.errors import Unreadable
 from ftlib.report.cost import stage_costs
 from ftlib.report.plan import console
-from ftlib.report.status import COLOURS
-from ftlib.rundir import RunDir
+from ftlib.report.status import COLOURS, UNREADABLE
+from ftlib.rundir import RunDir, is_run, reading
 from ftlib.state import StageState, overall
 from ftlib.sweep import METRICS, Point
 from ftlib.sweepdir import Sweep, SweepDir
@@ -47,7 +48,9 @@ class Row:
 def rows(sweep: SweepDir, found: dict[str, dict[str, StageState]]) -> list[Row]:
     """All points, the best first and those without a score last; `found`: stages of the runs that are not evaluated."""
     kept, now = sweep.read(), time.time()
-    made = [_row(RunDir(sweep.runs / name), point, found.get(name), now) for name, point in kept.points.items()]
+    made = [
+        _row_or_damage(RunDir(sweep.runs / name), point, found.get(name), now) for name, point in kept.points.items()
+    ]
     sign = -1 if METRICS[kept.spec.metric] else 1
 
     def order(row: Row) -> tuple[bool, float]:
@@ -57,10 +60,18 @@ def rows(sweep: SweepDir, found: dict[str, dict[str, StageState]]) -> list[Row]:
     return sorted(made, key=order)
 
 
+def _row_or_damage(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: float) -> Row:
+    try:
+        with reading(run.path):
+            return _row(run, point, stages, now)
+    except Unreadable as error:
+        return Row(run.name, point, UNREADABLE, dict.fromkeys(METRICS), 0.0, 0.0, str(error))
+
+
 def _row(run: RunDir, point: Point, stages: dict[str, StageState] | None, now: float) -> Row:
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
     state = overall(stages) if stages else "unknown"
-    if not run.spec_file.exists():
+    if not is_run(run.path):
         return Row(run.name, point, "gone", scores, 0.0, 0.0, "its folder is not there any more; make sweep makes it")
     try:
         tuned = json.loads(run.evaluation_file.read_text(encoding="utf-8"))["tuned"]

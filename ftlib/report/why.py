@@ -1,6 +1,7 @@
 """What happened in each life of a run, and what to do now, in plain words. From the run folder's files alone."""
 
 import datetime
+import re
 import time
 
 from rich.console import Console
@@ -17,6 +18,8 @@ from ftlib.runs.overrides import EXCLUDE, MICRO_BATCH
 from ftlib.slurm.queue import why_waits
 from ftlib.state import ACTIVE, overall
 
+# How an attempt that was told to stop begins its message: what the signal most often means.
+WARNED = re.compile(r"^interrupted \((?:preemption|time limit)\)")
 # The parts of a life's start, as the training tells them in its first step's event.
 PARTS = {
     "imports_s": "imports", "check_s": "data and checkpoint", "load_s": "model", "optimizer_s": "optimizer",
@@ -58,13 +61,20 @@ def _life(seen: Seen, attempt: Attempt) -> tuple[list[str], str]:
     if settled and decided and decided.writer == settled.writer and settled.by == "epilogue":
         message = decided.message
     end = known.outcome(stage, life)
-    ended = end.message if end else ""
+    ended = _corrected(end.message if end else "", settled.cause if settled else "")
     lines.append(f"    {ended or message or seen.stages[stage].state}")
     if settled:
         lines.append(f"    cause: {settled.cause}; {message}")
+        if settled.cause == "unknown" and settled.message != message:
+            lines.append(f"    what is known: {settled.message}")
         if settled.line and settled.line not in ended:
             lines.append(f"    seen in: {settled.line}")
     return lines, settled.cause if settled else ""
+
+
+def _corrected(message: str, cause: str) -> str:
+    """An attempt's own message with the cause as it was settled: a process does not know who sent it a signal."""
+    return WARNED.sub(f"interrupted ({cause})", message) if cause else message
 
 
 def _changes(seen: Seen) -> list[str]:

@@ -140,7 +140,9 @@ def cancel(run: RunStore, scheduler: Scheduler, *, user: str | None) -> list[str
         chain.adopt(run, scheduler)
         ledger = run.ledger()
         view = _look(scheduler, ledger)
-        stages = open_stages(ledger)
+        # Other points of a sweep wait for the job that prepares their common dataset.
+        shared = [stage for stage, submitted in ledger.submissions.items() if submitted.prepared_by is not None]
+        stages = [stage for stage in open_stages(ledger) if stage not in shared]
         jobs = {stage: ledger.jobs.get(stage, "") for stage in (*stages, RECOVERY)}
         if not stages or not any(view.active(job) for job in jobs.values()):
             return []

@@ -48,7 +48,7 @@ class _Files(Sequence[Attempt]):
     """The attempts of a stage, the first one first; a file is read when its attempt is first asked for. Thousands of
     runs are looked at only to count their attempts, and a shared file system opens files slowly."""
 
-    def __init__(self, folder: Path, stage: str, numbers: list[int]) -> None:
+    def __init__(self, folder: Path | str, stage: str, numbers: list[int]) -> None:
         self._folder = folder
         self._stage = stage
         self._numbers = sorted(numbers)
@@ -76,7 +76,7 @@ class _Files(Sequence[Attempt]):
         return self._attempts[number]
 
 
-def read(folder: Path) -> dict[str, Sequence[Attempt]]:
+def read(folder: Path | str) -> dict[str, Sequence[Attempt]]:
     """Stage -> its attempts, the first one first."""
     numbers: dict[str, list[int]] = {}
     try:

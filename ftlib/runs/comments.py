@@ -35,6 +35,11 @@ def shared(what: str, whose: str) -> str:
     return f"ftlib {what} {whose}"
 
 
+def ends_with(text: str, nonce: str) -> bool:
+    """Whether the comment is that of the intent with this nonce."""
+    return text.endswith(f" {nonce}")
+
+
 def parse(text: str) -> Comment | None:
     """What a comment says; None where the job is not one of ours."""
     words = text.split(" ")

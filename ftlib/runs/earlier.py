@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ EXCLUSION_S = 24 * 3600
 _NOTE = re.compile(r"micro-batch \d+ -> (\d+): (.*)|node (\S+) is left out for \d+ h: (.*)", re.DOTALL)
 
 
-def adjustments(run: Path, recorded: Sequence[Event]) -> list[Override]:
+def adjustments(run: Path | str, recorded: Sequence[Event]) -> list[Override]:
     """What the first release had adjusted in the run, as overrides from before anything that was `recorded`: nothing
     else is known of when, and every event of today's comes after it."""
     adjusted = _adjustments(run)
@@ -106,10 +107,13 @@ def forget_micro_batch(run: Path) -> None:
         atomic.write_json(run / ADJUSTMENTS, kept)
 
 
-def _adjustments(run: Path) -> dict[str, Any]:
+def _adjustments(run: Path | str) -> dict[str, Any]:
+    path = f"{run}/{ADJUSTMENTS}"
+    if not os.path.exists(path):
+        return {}
     try:
-        with open(f"{run}/{ADJUSTMENTS}", encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             value = json.load(file)
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

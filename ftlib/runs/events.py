@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import operator
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 FORMAT = 2
 
@@ -223,11 +224,16 @@ def submit_writer() -> str:
     return f"submit-{socket.gethostname()}-{os.getpid()}"
 
 
+def now() -> str:
+    """This moment, as an event's row has it: ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+
+
 def append(folder: Path, writer: str, *events: Event) -> None:
     """Add events of one moment to the writer's own file in `folder`, and flush them to storage."""
     folder.mkdir(exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
-    text = "".join(f"{json.dumps(to_row(event, now), ensure_ascii=False)}\n" for event in events)
+    moment = now()
+    text = "".join(f"{json.dumps(to_row(event, moment), ensure_ascii=False)}\n" for event in events)
     with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -253,7 +259,7 @@ def to_row(event: Event, now: str) -> dict[str, Any]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read(folder: Path) -> list[Event]:
+def read(folder: Path | str) -> list[Event]:
     """All events of a run, oldest first; those of one writer keep their order even where its clock was set back.
 
     A line that a crash cut short, and an event of a kind that this version does not know, are left out.
@@ -264,20 +270,19 @@ def read(folder: Path) -> list[Event]:
             with open(f"{folder}/{name}", encoding="utf-8", errors="replace") as file:
                 lines = file.read().split("\n")
             events += of_writer(name[: -len(".jsonl")], _parsed(lines))
-    return sorted(events, key=lambda event: event.time)
+    return sorted(events, key=operator.attrgetter("time"))
 
 
 def of_writer(writer: str, rows: Iterable[Any]) -> Iterable[Event]:
     """The events in the rows of one writer's file, in order."""
-    from ftlib.runs import earlier
-
     latest = 0.0
     for row in rows:
         if not isinstance(row, dict) or "time" not in row or "event" not in row:
             continue
         try:
-            latest = max(latest, datetime.datetime.fromisoformat(str(row["time"])).timestamp())
-            event = from_row(row, time=latest, writer=writer) if "format" in row else earlier.event(row, latest, writer)
+            latest = max(latest, datetime.datetime.fromisoformat(row["time"]).timestamp())
+            read_row = from_row if "format" in row else _from_earlier_row
+            event = read_row(row, time=latest, writer=writer)
         except (TypeError, ValueError, KeyError):
             continue
         if event is not None:
@@ -286,23 +291,48 @@ def of_writer(writer: str, rows: Iterable[Any]) -> Iterable[Event]:
 
 def from_row(row: Mapping[str, Any], *, time: float, writer: str) -> Event | None:
     """The event of a JSON object; None for a kind of a later version. Fields of a later version are left out."""
-    event_class = KINDS.get(str(row["event"]))
+    event_class = KINDS.get(row["event"])
     if event_class is None:
         return None
-    values = {name: row[name] for name in _field_names(event_class) if name in row}
+    fields = _fields(event_class)
+    values = {name: value for name, value in row.items() if name in fields.stored}
     if "rejected" in values:
         values["rejected"] = tuple(values["rejected"])
-    return event_class(**{**values, "time": time, "writer": writer})
+    values["time"] = time
+    values["writer"] = writer
+    if not fields.necessary.issubset(values):
+        return event_class(**values)
+    # What __init__ would do, but all fields at once: that of a frozen class takes longer than all else of reading. A
+    # field that is left out has its default as an attribute of the class.
+    event = object.__new__(event_class)
+    event.__dict__.update(values)
+    return event
 
 
-_NAMES: dict[type[Event], tuple[str, ...]] = {}
+def _from_earlier_row(row: Mapping[str, Any], *, time: float, writer: str) -> Event | None:
+    from ftlib.runs import earlier  # which makes objects of the classes here
+
+    return earlier.event(row, time, writer)
 
 
-def _field_names(event_class: type[Event]) -> tuple[str, ...]:
-    if event_class not in _NAMES:
-        names = (one.name for one in dataclasses.fields(event_class))
-        _NAMES[event_class] = tuple(name for name in names if name not in ("time", "writer"))
-    return _NAMES[event_class]
+class _Fields(NamedTuple):
+    """Names of a class's fields."""
+
+    stored: frozenset[str]  # in the rows of files
+    necessary: frozenset[str]  # without a plain default
+
+
+_FIELDS: dict[type[Event], _Fields] = {}
+
+
+def _fields(event_class: type[Event]) -> _Fields:
+    if event_class not in _FIELDS:
+        fields = dataclasses.fields(event_class)
+        _FIELDS[event_class] = _Fields(
+            stored=frozenset(one.name for one in fields if one.name not in ("time", "writer")),
+            necessary=frozenset(one.name for one in fields if one.default is dataclasses.MISSING),
+        )
+    return _FIELDS[event_class]
 
 
 def _parsed(lines: list[str]) -> Iterable[Any]:
@@ -318,7 +348,7 @@ def _parsed(lines: list[str]) -> Iterable[Any]:
         return rows
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Path | str) -> list[str]:
     """Names of the files in a folder; none where it does not exist (a copy may leave out what is empty)."""
     try:
         return os.listdir(folder)

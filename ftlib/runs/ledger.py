@@ -4,14 +4,13 @@ that more than one reader asks. It is a value: nothing here writes, and nothing 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar, cast
 
-from ftlib.runs import attempts, earlier, events
+from ftlib.runs import attempts, earlier, events, numbers
 from ftlib.runs import outcome as outcomes
 from ftlib.runs import overrides as override_events
 from ftlib.runs.attempts import Attempt
@@ -83,7 +82,7 @@ class Ledger:
                 last = {}
         return last
 
-    @property
+    @cached_property
     def jobs(self) -> dict[str, str]:
         """Stage ("recovery", "image") -> the job it was last queued under."""
         return {stage: submission.job_id for stage, submission in self.submissions.items()}
@@ -250,32 +249,22 @@ def _is_request(event: Event, stage: str) -> bool:
 
 def read(run: Path) -> Ledger:
     """The ledger of the run folder `run`; empty where nothing was recorded yet."""
+    folder = str(run)  # to make a Path of each name takes long where runs are thousands
     by_stage: dict[str, list[Outcome]] = {}
-    for outcome in outcomes.read(run / "outcomes"):
+    for outcome in outcomes.read(f"{folder}/outcomes"):
         by_stage.setdefault(outcome.stage, []).append(outcome)
-    recorded = events.read(run / "events")
+    recorded = events.read(f"{folder}/events")
     micro_batch, rows_of_a_rank = None, None
     # Thousands of runs are read for one look at them: the plan only where its figures decide something.
     if any(isinstance(event, Settled) and event.cause == "GPU memory" for event in recorded):
-        micro_batch, rows_of_a_rank = _planned_batch(run)
+        micro_batch, rows_of_a_rank = numbers.batch(run, override_events.fold(recorded, now=0.0).nodes)
     return Ledger(
         micro_batch=micro_batch,
         rows_of_a_rank=rows_of_a_rank,
-        events=(*earlier.adjustments(run, recorded), *recorded),
-        attempts=attempts.read(run / "lives"),
+        events=(*earlier.adjustments(folder, recorded), *recorded),
+        attempts=attempts.read(f"{folder}/lives"),
         outcomes={stage: tuple(ends) for stage, ends in by_stage.items()},
     )
-
-
-def _planned_batch(run: Path) -> tuple[int | None, int | None]:
-    """Rows of a micro-batch, and of a rank's whole step, as planned; None each where no plan can be read."""
-    for name in ("numerics.json", "plan.json"):  # a run of the first release has them in its plan
-        try:
-            planned = json.loads((run / name).read_text(encoding="utf-8"))
-            return int(planned["micro_batch"]), int(planned["micro_batch"]) * int(planned["accumulation"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None, None
 
 
 def jobs_of(ledgers: Iterable[Ledger]) -> set[str]:

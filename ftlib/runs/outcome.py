@@ -56,13 +56,19 @@ def _line(outcome: Outcome) -> str:
     return f"{outcome.code} {' '.join(outcome.message.split())}\n"
 
 
-def read(folder: Path, stage: str | None = None) -> list[Outcome]:
+def read(folder: Path | str, stage: str | None = None) -> list[Outcome]:
     """Outcomes of a stage's attempts (of every stage's without one), first attempt first."""
     outcomes = []
     for name in _names(folder):
         stage_of_file, _, attempt = name.rpartition("-")
         if attempt.isdigit() and stage in (None, stage_of_file) and name[0] != ".":
-            code, _, message = (folder / name).read_text(encoding="utf-8").strip().partition(" ")
+            path = f"{folder}/{name}"
+            try:
+                with open(path, encoding="utf-8") as file:
+                    text = file.read()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: {error}") from None
+            code, _, message = text.strip().partition(" ")
             if code.isdigit():
                 outcomes.append(Outcome(stage_of_file, int(attempt), int(code), message))
     return sorted(outcomes, key=lambda outcome: outcome.attempt)
@@ -73,7 +79,7 @@ def done(folder: Path, stage: str) -> bool:
     return any(outcome.code == 0 for outcome in read(folder, stage))
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Path | str) -> list[str]:
     """Names of the files in a folder; none where it does not exist (a copy may leave out what is empty)."""
     try:
         return os.listdir(folder)

@@ -65,8 +65,7 @@ def changes_of(run: RunFolder, action: Action) -> dict[str, str]:
     if any(change.field.startswith(overrides.EXCLUDE) for change in action.changes):
         # Slurm sets the whole list: the owner's nodes and those of earlier attempts would be in it no more.
         profile = run.read_json("provenance.json").get("profile", {})
-        owner = now.cluster.get("exclude", profile.get("exclude"))
-        changes["ExcNodeList"] = ",".join(dict.fromkeys([*filter(None, [owner]), *now.excluded]))
+        changes["ExcNodeList"] = now.exclude_list(profile.get("exclude")) or ""
     if any(change.field.startswith(overrides.MEMORY) for change in action.changes):
         changes["MinMemoryNode"] = str(now.memory_mib[action.stage])
     return changes

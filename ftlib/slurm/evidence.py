@@ -46,7 +46,7 @@ def gather(
     outcome = ledger.outcome(stage, number)
     accounted = accounted_end(job, attempt.began) if slurm else None
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0") if epilogue and slurm else ""
-    planned = _read(run / "plan.json").get("stages", {}).get(stage, {})
+    planned = _submitted_with(run, stage, job)
     return Evidence(
         slurm=slurm,
         epilogue=epilogue,
@@ -64,6 +64,15 @@ def gather(
         ended=time.time() if epilogue else accounted.ended if accounted else None,
         planned_end=_planned_end(planned, attempt, epilogue=epilogue),
     )
+
+
+def _submitted_with(run: Path, stage: str, job: str) -> dict[str, Any]:
+    """What the job requested for the stage (see requests.py); the plan that was shown, where nothing recorded it."""
+    folder = run / "slurm" / stage
+    for file in (folder / f"{job}_request.json", folder / "request.json"):
+        if requested := _read(file).get("stage"):
+            return dict(requested)
+    return dict(_read(run / "plan.json").get("stages", {}).get(stage, {}))
 
 
 def _warning_s(planned: dict[str, Any], *, epilogue: bool) -> float | None:
