@@ -137,3 +137,9 @@ def test_an_attempt_that_ends_before_accounting_has_its_start_was_not_requeued_b
     """Accounting's newest row was of the start before, which our own epilogue had requeued."""
     result = happen(at(1, "storm"), site=Site(accounting_late_s=60.0))
     assert result.end == "failed"
+
+
+def test_a_job_that_reached_slurm_late_leaves_also_where_an_earlier_submission_was_refused() -> None:
+    """The refused one's intent stays open, and the late job was taken for its."""
+    site = Site(queue_wait_s=600.0)
+    happen(on("submit", 1, "refuse"), at(426, "late sbatch"), site=site)

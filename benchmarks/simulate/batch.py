@@ -174,7 +174,7 @@ def recovery(world: World, job: Job) -> int:
         except (FtError, OSError) as error:
             world.kernel.trace(f"recovery: {error}")
             if world.kernel.now - began > RECOVERY_LIMIT_S:
-                world.recovery_hit = True
+                world.recovery_hit = world.recovery_hit or world.outage_since(began)
                 return 1
             world.sleep(wait_s)
             wait_s = min(2 * wait_s, 60.0)

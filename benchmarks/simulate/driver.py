@@ -156,6 +156,8 @@ def _inject(world: World, injection: Injection, process: Process | None) -> None
     kind, slurm = injection.kind, world.slurm
     world.kernel.trace(f"INJECTED {injection}")
     job = _job(world, process)
+    if kind in ("controller", "accounting", "full"):
+        world.outage(injection.seconds)
     if kind in owner.COMMANDS:
         owner.give(world, kind, machine=injection.operation)
     elif kind == "controller":

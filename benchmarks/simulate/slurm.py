@@ -90,7 +90,8 @@ class Job:
     hits: list[tuple[int, str]] = field(default_factory=list)  # which start was hit, and by what
     rows: list[Row] = field(default_factory=list)
     starts: int = 0
-    by_owner: bool = False  # its owner has cancelled it
+    cancelled_start: int | None = None  # which start of it scancel has ended, or 0, whatever happened to it afterwards
+    by_owner: bool = False  # its owner has cancelled it, and nobody has revived it
     by_dependency: bool = False  # Slurm has cancelled it, for what it waits for has failed
     preempted: float | None = None  # scontrol's PreemptTime
 
@@ -155,7 +156,7 @@ class Slurm:
         job = self.jobs.get(job_id)
         if job is None or (job.state not in ("PENDING", "RUNNING") and not job.back_to_queue):
             return
-        job.by_owner = True
+        job.by_owner, job.cancelled_start = True, job.starts
         self.kernel.trace(f"slurm: {job.id} ({'+'.join(job.stages)}) is cancelled")
         job.back_to_queue = False
         if job.state == "PENDING":

@@ -83,6 +83,7 @@ class World:
         self.slurm: Slurm = Slurm(self.kernel, scenario.site, lambda job: batch.script(self, job))
         self.slurm.on_hit = self.hit
         self.slurm.on_notice = lambda job, line: self.log(job.stages[0], job.id).append(line)
+        self._outages_end: float = 0.0
         self._logs: dict[tuple[str, str], list[str]] = {}
         self.sbatch: Sbatch = Sbatch()
         self.truths: dict[tuple[str, int], Truth] = {}
@@ -90,6 +91,7 @@ class World:
         self.violations: list[Violation] = []
         # The owner: what was asked for, and whether the commands got through.
         self.cancelled_at: float | None = None  # the owner has cancelled the run, and has asked for nothing since
+        self.cancel_given: bool = False  # the owner has cancelled something
         self.owner_satisfied: bool = False  # the last command that queues jobs ended well
         self.recovery_hit: bool = False  # a recovery job was killed or lost
         self.on_srun: Callable[[Truth], None] = lambda truth: None
@@ -123,12 +125,21 @@ class World:
     def hit(self, job: Job, cause: str) -> None:
         """Something happens to a job: its present attempt may end of it."""
         if "recovery" in job.stages:
-            self.recovery_hit = True
+            if cause != "time limit" or self.outage_since(job.rows[-1].start):
+                self.recovery_hit = True
             return
         job.hits.append((job.starts, cause))
         for truth in self.truths.values():
             if truth.job is job and truth.start == job.starts:
                 truth.causes.add(cause)
+
+    def outage(self, seconds: float) -> None:
+        """Something that every process needs is away from now on, for so long."""
+        self._outages_end = max(self._outages_end, self.kernel.now + seconds)
+
+    def outage_since(self, moment: float) -> bool:
+        """Whether something was away at that moment or later."""
+        return self._outages_end >= moment
 
     def log(self, stage: str, job_id: str) -> list[str]:
         """The lines of the log of a job (of several stages: of one of them). All its attempts append to it."""
