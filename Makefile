@@ -2,7 +2,7 @@
 #   make plan MODEL=tiny SET="optim.lr=1e-4"   is   python -m jobs plan --model=tiny --set="optim.lr=1e-4"
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env fetch smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos same-as gpu-check lock clean
+.PHONY: help env fetch smoke submit sweep report status logs why verify cancel resume plan layers schema image test-image tiny-base cluster cluster-down setup test test-all lint bench chaos simulate same-as gpu-check lock clean
 
 VENV ?= .venv
 ifneq ($(words $(VENV)),1)
@@ -129,6 +129,9 @@ test-all: $(TRAIN) $(DEV) ## run the tests that are too long for every change, t
 lint: $(DEV) ## ruff and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
+
+simulate: $(DEV) ## random histories of a run in memory, on all cores: ARGS="--histories 100000 --workers 2 --first SEED"
+	@exec $(PY) -m benchmarks.simulate $(value ARGS)
 
 bench: $(TRAIN) ## measure: every file of benchmarks/, or those named in ARGS
 	@for name in $(or $(value ARGS),$(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \

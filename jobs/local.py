@@ -112,6 +112,9 @@ class NoController:
     def state(self, job_id: str) -> str | None:
         return None
 
+    def restarts(self, job_id: str) -> int | None:
+        return None
+
     def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
         return False
 

@@ -20,18 +20,20 @@ FT_STEP=$((${FT_STEP:--1} + 1))
 # Lives share appended logs, one a rank: where this life's part begins.
 ft_sizes="$(cd "$FT_RUN/slurm/$FT_STAGE" && stat -c %n:%s "${FT_JOB}"_*_log.out 2>/dev/null | tr '\n' ' ')"
 
+# What follows in the log is of this start, also where it ends before it has an attempt (see ftlib/slurm/evidence.py).
+echo "ftlib: start $((${SLURM_RESTART_COUNT:-0} + 1)) of job $FT_JOB, on ${SLURMD_NODENAME:-$(uname -n)}"
+
 # The first number that nobody has taken: one file an attempt, created by one writer, and only by a job that may begin. A
 # stopped or late job must not take a number, for the attempt that has the one before would leave.
 FT_LIFE=1
 while :; do
     [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ] || { FT_LIFE=$((FT_LIFE + 1)); continue; }
-    if [ "$FT_LIFE" -gt 1 ]; then
-        # Where nothing is printed the record cannot be read: the attempt begins, and finds out for itself.
-        read -r ft_do ft_number <<END
+    # Before the first attempt, too: a sbatch that timed out may reach the controller after the run was cancelled.
+    # Where nothing is printed the record cannot be read: the attempt begins, and finds out for itself.
+    read -r ft_do ft_number <<END
 $("$FT_PYTHON" -m ftlib.slurm.attempt begin "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB")
 END
-        [ "$ft_do" != exit ] || exit "$ft_number"
-    fi
+    [ "$ft_do" != exit ] || exit "$ft_number"
     (
         set -C
         printf '%s %s %s %s\n' "$FT_JOB" "${SLURMD_NODENAME:-$(uname -n)}" "$(date +%s)" "$ft_sizes" \

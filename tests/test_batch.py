@@ -181,7 +181,7 @@ def test_two_stages_share_a_job_each_with_its_attempt_step_and_log(shell, tmp_pa
     assert shell(work, before=before, after="done\n") == (0, [])
     assert (run / "order").read_text().splitlines() == ["export 1 0", "evaluate 1 1", "evaluate 2 0"]
     logs = {stage: (run / "slurm" / stage / "7_0_log.out").read_text() for stage in ("export", "evaluate")}
-    assert logs["export"] == "log of export\n"
+    assert logs["export"].startswith("ftlib: start 1 of job 7, on ") and logs["export"].endswith("\nlog of export\n")
     assert logs["evaluate"].count("log of evaluate\n") == 2 and "interrupted" not in logs["export"]
 
 

@@ -300,12 +300,18 @@ def test_a_job_of_a_submission_that_another_job_has_answered_came_too_late() -> 
     assert isinstance(early, Nothing) and not early.superseded
 
 
+def test_a_refused_submission_does_not_hide_that_a_job_came_too_late() -> None:
+    refused, intended = Intended(stage="train", nonce="refused"), Intended(stage="train", nonce="n")
+    answered = Submitted(stage="train", job_id="7", nonce="n", after_attempt=1)
+    late = action(ledger(settled("node failure"), refused, intended, answered), inside(2, ended=False, job="8"))
+    assert isinstance(late, Nothing) and late.superseded
+
+
 def test_before_an_attempt_takes_its_number_all_others_have_ended() -> None:
     assert open_ends(ledger(attempts=2), inside(3, ended=False)) == [("train", 1), ("train", 2)]
 
 
 def test_who_only_looks_takes_an_end_without_a_cause_for_unknown() -> None:
-    pytest.importorskip("ftlib.runs.diagnosis", reason="the policy knows no unknown cause yet")
     seen = view(prepare="COMPLETED", train="FAILED")
     known = with_unknown_ends(ledger(saved(1, 10)), seen)
     assert isinstance(next_action(known, seen, NOW), QueueAnew)

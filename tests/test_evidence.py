@@ -107,6 +107,21 @@ def test_the_controller_is_read(run: RunDir, text: str, expected: Controller | N
     assert gathered(run).controller == expected
 
 
+def test_accounting_that_is_late_says_nothing_of_the_newest_attempt() -> None:
+    """Its newest row is of the start before, which our own epilogue had requeued."""
+    text = f"{JOB}|REQUEUED|0:0|1795286700|1795286760"
+    assert evidence.accounted_in(text, 1795286880) is None
+    both = f"{text}\n{JOB}|RUNNING|0:0|1795286880|Unknown"
+    assert evidence.accounted_in(both, 1795286880) == Accounted(state="RUNNING", shell_signal=0)
+
+
+def test_what_a_later_start_of_the_job_wrote_is_not_of_the_attempt() -> None:
+    """That start ended before it had an attempt of its own, and the log is the job's."""
+    own = "ftlib: start 1 of job 7, on n1\n"
+    assert evidence.until_restart(f"{own}ftlib: start 2 of job 7, on n2\nDUE TO PREEMPTION") == own
+    assert evidence.until_restart("first\n" + own) == "first\n" + own
+
+
 def test_where_nobody_answers_the_evidence_is_the_folders_alone(run: RunDir) -> None:
     known = gathered(run)
     assert (known.accounted, known.controller, known.outcome_code) == (None, None, None)

@@ -80,6 +80,9 @@ class _Deaf:
     def state(self, job_id: str) -> str | None:
         return "COMPLETING"
 
+    def restarts(self, job_id: str) -> int | None:
+        return 0
+
     def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
         self.plain += not incomplete_only
         return True
@@ -105,3 +108,38 @@ def test_an_adopted_job_is_no_request_of_the_owner() -> None:
     scenario = Scenario(site=NO_REQUEUE, fitting_micro_batch=0)
     result = happen(on("recovery", 9, "lose answer"), on("recovery", 10, "kill"), scenario=scenario)
     assert result.end in ("failed", "abandoned")
+
+
+def test_a_job_that_reached_slurm_late_does_not_start_a_cancelled_run() -> None:
+    """sbatch timed out, another call took its place, the owner cancelled: the first job asks before attempt 1, too."""
+    site = Site(queue_wait_s=600.0)
+    result = happen(at(0, "late sbatch"), at(50, "cancel"), site=site)
+    assert result.end == "cancelled"
+
+
+def test_an_epilogue_on_a_lost_node_leaves_the_next_start_of_its_job_alone() -> None:
+    """It still tried to requeue the job while that ran again elsewhere."""
+    site = Site(requeue_wait_s=10.0, incomplete_is_always_accepted=False)
+    result = happen(DIES, on("epilogue", 10, "zombie", lasting=600.0), site=site)
+    causes = [line.split(" found out: ")[1] for line in result.trace if " found out: " in line]
+    assert [cause.split(" (")[0] for cause in causes] == ["train-1 ended by collective"]
+
+
+@pytest.mark.parametrize("accounting", ["disabled", "answered"])
+def test_what_ends_a_start_in_its_prologue_is_no_cause_of_the_attempt_before(accounting: str) -> None:
+    """Both write into the log of the job, and the prologue had no attempt yet."""
+    lost, taken = at(4000, "zombie", lasting=4000.0), on("prologue", 10, "preempt")
+    result = happen(lost, taken, site=Site(accounting=accounting))
+    assert result.end == "completed"
+
+
+def test_an_attempt_that_ends_before_accounting_has_its_start_was_not_requeued_by_hand() -> None:
+    """Accounting's newest row was of the start before, which our own epilogue had requeued."""
+    result = happen(at(1, "storm"), site=Site(accounting_late_s=60.0))
+    assert result.end == "failed"
+
+
+def test_a_job_that_reached_slurm_late_leaves_also_where_an_earlier_submission_was_refused() -> None:
+    """The refused one's intent stays open, and the late job was taken for its."""
+    site = Site(queue_wait_s=600.0)
+    happen(on("submit", 1, "refuse"), at(426, "late sbatch"), site=site)

@@ -3,49 +3,52 @@
 from __future__ import annotations
 
 import argparse
-import re
+import multiprocessing
+import os
 import sys
-import time
-from collections import Counter
+from functools import partial
+from pathlib import Path
 
-from benchmarks.simulate import driver
+from benchmarks.simulate import driver, many, planted
+
+
+def search(bug: str, *, first: int, most: int, workers: int) -> int:
+    """Print after how many histories each bug is found; 1 where one is not."""
+    missed = 0
+    names = list(planted.BUGS) if bug == "all" else [bug]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for name, found in zip(names, pool.imap(partial(planted.search, first=first, most=most), names), strict=True):
+            print(f"{name}: {f'history {found[0]:,}: {found[1]}' if found else 'not found'}", flush=True)
+            missed += not found
+    return 1 if missed else 0
 
 
 def main(words: list[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulate", description=__doc__)
     parser.add_argument("--histories", type=int, default=100_000, help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="run this one alone")
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--trace", action="store_true", help="tell it operation by operation")
-    parser.add_argument("--shrink", action="store_true", help="with as few injections as still fail")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each core")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the first history (default: 0)")
+    parser.add_argument(
+        "--state", type=Path, default=many.CHECKOUT / "build" / "simulate.json", help="where it keeps how far it came"
+    )
+    parser.add_argument("--seed", type=int, help="this history alone, operation by operation")
+    parser.add_argument("--shrink", action="store_true", help="with --seed: as few injections as still fail")
+    parser.add_argument(
+        "--planted", metavar="BUG", help="after how many of the histories this bug is found; 'all': each of them"
+    )
     options = parser.parse_args(words)
-    if options.seed is not None:
-        result = driver.run(driver.history_of(options.seed), tracing=options.trace)
-        if options.shrink and result.violations:
-            result = driver.shrink(result)
-        print(result.history.scenario)
-        for injection in result.history.injections:
-            print("  ", injection)
-        print("\n".join(result.trace))
-        print(result.end, *result.violations, sep="\n  ")
-        return 1 if result.violations else 0
-    began = time.monotonic()
-    ends: Counter[str] = Counter()
-    invariants: Counter[str] = Counter()
-    examples: dict[str, int] = {}
-    for seed in range(options.first, options.first + options.histories):
-        result = driver.run(driver.history_of(seed))
-        ends[result.end] += 1
-        for violation in result.violations:
-            name = re.sub(r'\d+(_\d)?', 'N', str(violation))[:110]
-            invariants[name] += 1
-            examples.setdefault(name, seed)
-    took = time.monotonic() - began
-    print(f"{options.histories / took:.0f} histories/s; {dict(ends)}")
-    for name, count in invariants.most_common(40):
-        print(f"  {count:5}  {name}   seed {examples[name]}")
-    return 1 if invariants else 0
+    if options.planted:
+        return search(options.planted, first=options.first, most=options.histories, workers=options.workers)
+    if options.seed is None:
+        return many.run(
+            histories=options.histories, first=options.first, workers=options.workers, state_file=options.state
+        )
+    result = driver.run(driver.history_of(options.seed), tracing=True)
+    if options.shrink and result.violations:
+        result = driver.shrink(result)
+    print(many.describe(result))
+    return 1 if result.violations else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ STEPS = 10
 # How often an attempt looks whether a later one has begun.
 POLL_S = 5.0
 SUPERSEDED = 70
+# Until then a signal ends the program: its handlers do not stand yet.
+HANDLERS_S = 10.0
+UNHANDLED = {"TERM": (143, "Terminated"), "USR2": (140, "User defined signal 2")}
 # Cause -> exit code, outcome's message ("" without an outcome), line of the log.
 FATES = {
     "idle GPU": (75, "interrupted (idle GPU), saved at step 1", ""),
@@ -28,13 +31,15 @@ FATES = {
     "code": (1, "ValueError: no", "ValueError: no"),
     "container": (255, "", "FATAL:   container creation failed"),
     "transient": (1, "OSError: [Errno 116] Stale file handle", "OSError: [Errno 116] Stale file handle"),
-    "killed": (137, "", "srun: error: n1: task 0: Killed"),
+    "killed": (137, "", ""),
 }
 
 
 class _Ended(Exception):
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, report: str = "") -> None:
+        """report: srun's, where the program did not exit by itself."""
         self.code: int = code
+        self.report: str = report
 
 
 def supersede(world: World, truth: Truth) -> None:
@@ -56,10 +61,11 @@ def run(world: World, truth: Truth) -> int:
         _work(world, truth)
         _outcome(world, truth, 0, "done")
     except _Ended as end:
+        _log(world, truth, end.report or _exited(truth, end.code))
         return end.code
     except OSError as error:
         truth.causes.add("disk full")
-        truth.log.append(f"OSError: [Errno 28] {error.strerror}")
+        _log(world, truth, f"OSError: [Errno 28] {error.strerror}", _exited(truth, 1))
         return 1
     return 0
 
@@ -128,22 +134,34 @@ def _wait(world: World, truth: Truth, seconds: float, *, saving: bool = False) -
                 raise _Ended(SUPERSEDED)
             if signal.startswith("DIE "):
                 _die(world, truth, signal.removeprefix("DIE "))
+            if kernel.now - (truth.srun_began or kernel.now) < HANDLERS_S:
+                code, how = UNHANDLED[signal]
+                raise _Ended(code, f"srun: error: {truth.node}: task 0: {how}")
             warned = warned or signal
         if kernel.now >= end or (warned is not None and not saving):
             return warned
         kernel.pause(end - kernel.now, wakeable=True)
 
 
+def _log(world: World, truth: Truth, *lines: str) -> None:
+    world.log(truth.stage, truth.job.id).extend(lines)
+
+
+def _exited(truth: Truth, code: int) -> str:
+    """srun's report of a rank that ended with an error."""
+    return f"srun: error: {truth.node}: task 0: Exited with exit code {code}"
+
+
 def _die(world: World, truth: Truth, cause: str) -> None:
     code, message, line = FATES[cause]
     truth.causes.add(cause)
     if line:
-        truth.log.append(line)
+        _log(world, truth, line)
     if cause == "host memory":
         truth.job.out_of_memory = True
     if message:
         _outcome(world, truth, code, message)
-    raise _Ended(code)
+    raise _Ended(code, f"srun: error: {truth.node}: task 0: Killed" if cause == "killed" else "")
 
 
 def _outcome(world: World, truth: Truth, code: int, message: str) -> None:

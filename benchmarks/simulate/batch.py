@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks.simulate import attempt, witness
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 # How long a shell waits for Slurm to end it after a requeue.
 AFTER_REQUEUE_S = 300.0
-# A recovery job waits so long for another process to give up its claim.
-SILENT_S = 300.0
 
 
 def script(world: World, job: Job) -> int:
@@ -42,19 +41,27 @@ def _stage(world: World, job: Job, stage: str) -> int:
 
     kernel, files = world.kernel, world.files
     node, start = kernel.me.machine, job.starts
-    kernel.operation("count attempts", 0.02)
-    number = len(files.attempts.get(stage, ())) + 1
-    here = Here(job_id=job.id, stage=stage, attempt=number, ended=False, may_requeue=world.scenario.site.may_requeue)
-    if number > 1:
-        answer = _child(world, job, "prologue", f"prologue {stage}-{number}", lambda: _begin(world, here))
+    log_begin = len(world.log(stage, job.id))
+    world.log(stage, job.id).append(f"ftlib: start {start} of job {job.id}, on {node}")
+    here = Here(
+        job_id=job.id, stage=stage, attempt=0, ended=False, may_requeue=world.scenario.site.may_requeue,
+        mem_mib=job.mem_mib,
+    )  # fmt: skip
+    began = False
+    while not began:
+        kernel.operation("count attempts", 0.02)
+        here = replace(here, attempt=len(files.attempts.get(stage, ())) + 1)
+        answer = _child(world, job, "prologue", f"prologue {stage}-{here.attempt}", partial(_begin, world, here))
         if answer.startswith("exit"):
             return int(answer.split()[1])
-    try:
-        number = files.begin_attempt(stage, job.id, node, kernel.now + world.scenario.skew_s(node))
-    except OSError:
-        return 1
-    here = replace(here, attempt=number)
-    truth = Truth(stage, number, job, start, node, kernel.now)
+        try:
+            # Another may have taken that number meanwhile.
+            clock = kernel.now + world.scenario.skew_s(node)
+            began = files.begin_attempt(stage, here.attempt, job.id, node, clock)
+        except OSError:
+            return 1
+    number = here.attempt
+    truth = Truth(stage, number, job, start, node, kernel.now, log_begin=log_begin)
     truth.causes.update(cause for hit, cause in job.hits if hit == start)
     world.truths[stage, number] = truth
     for earlier in range(1, number):
@@ -88,7 +95,7 @@ def _epilogue(world: World, job: Job, here: Here, truth: Truth, code: int) -> in
             return 0
     elif code == 0:
         code = 1
-    ended = Here(here.job_id, here.stage, here.attempt, ended=True, may_requeue=here.may_requeue)
+    ended = replace(here, ended=True)
     answer = _child(
         world, job, "epilogue", f"epilogue {here.stage}-{here.attempt}", lambda: _end(world, ended, truth, code)
     )
@@ -130,7 +137,9 @@ def _end(world: World, here: Here, truth: Truth, code: int) -> str:
     action = act.end_attempt(store, controller, here, investigate, clock=store.clock)
     if isinstance(action, Requeue):
         changes = _changes(world, action)
-        how = act.requeue(controller, here.job_id, changes, report=world.kernel.trace, sleep=world.sleep)
+        how = act.requeue(
+            controller, here.job_id, changes, report=world.kernel.trace, sleep=world.sleep, restarts=truth.start - 1
+        )  # fmt: skip
         if how == act.REQUEUED:
             return "requeued"
         return f"exit {EXIT_CANCELLED if how == 'CANCELLED' else EXIT_INTERRUPTED}"
@@ -155,7 +164,7 @@ def _changes(world: World, action: Action) -> dict[str, str]:
 def recovery(world: World, job: Job) -> int:
     """The recovery job: it acts, and tries again while Slurm or another process keeps it from that."""
     world.kernel.me.role = "recovery"
-    store = world.store(silent_s=SILENT_S)
+    store = world.store()
     began, wait_s = world.kernel.now, 1.0
     while True:
         try:
@@ -165,7 +174,7 @@ def recovery(world: World, job: Job) -> int:
         except (FtError, OSError) as error:
             world.kernel.trace(f"recovery: {error}")
             if world.kernel.now - began > RECOVERY_LIMIT_S:
-                world.recovery_hit = True
+                world.recovery_hit = world.recovery_hit or world.outage_since(began)
                 return 1
             world.sleep(wait_s)
             wait_s = min(2 * wait_s, 60.0)

@@ -127,23 +127,23 @@ class SimulatedScheduler:
         return [Job(job.shown, comment=job.comment, id=job.id) for job in known if job is not None]
 
     def look(self, job_ids: Collection[str]) -> SchedulerView:
-        self._kernel.operation("squeue", CALL_S)
+        """As `SlurmSite.look`: Unavailable where the queue does not answer, or accounting does not of a job that the
+        queue has forgotten."""
+        self._call("squeue")
         jobs = {job_id: Job("") for job_id in sorted(job_ids)}
-        answered = self._slurm.up
-        if answered:
-            for job_id in jobs:
-                if (job := self._slurm.known(job_id)) is not None:
-                    jobs[job_id] = Job(job.shown, comment=job.comment, id=job_id)
+        for job_id in jobs:
+            if (job := self._slurm.known(job_id)) is not None:
+                jobs[job_id] = Job(job.shown, comment=job.comment, id=job_id)
         accounting: Accounting = "answered"
         if any(not job.state for job in jobs.values()):
             self._kernel.operation("sacct", CALL_S)
             if self._slurm.site.accounting == "disabled":
                 accounting = "disabled"
             elif not self._slurm.accounting_up:
-                accounting = "failed"
+                raise Unavailable("sacct: Unable to contact slurmdbd")
             else:
                 jobs.update(self._accounted([job_id for job_id, job in jobs.items() if not job.state]))
-        return SchedulerView(jobs=jobs, answered=answered, accounting=accounting)
+        return SchedulerView(jobs=jobs, accounting=accounting)
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         listed = list(job_ids)
@@ -177,6 +177,12 @@ class SimulatedController:
             return None
         job = self._slurm.known(job_id)
         return None if job is None else job.shown
+
+    def restarts(self, job_id: str) -> int | None:
+        if not self._call("scontrol show job"):
+            return None
+        job = self._slurm.known(job_id)
+        return None if job is None else job.restarts
 
     def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
         how = "Incomplete" if incomplete_only else ""

@@ -83,6 +83,7 @@ def _scenario(dice: random.Random) -> Scenario:
         accounting="disabled" if dice.random() < 0.2 else "answered",
         accounting_late_s=dice.choice((1.0, 1.0, 10.0, 60.0)),
         incomplete_is_always_accepted=dice.random() < 0.8,
+        accounts_memory=dice.random() < 0.3,
         arrays=dice.random() < 0.2,
     )
     machines = (*site.nodes, *owner.LOGIN_NODES)
@@ -155,6 +156,8 @@ def _inject(world: World, injection: Injection, process: Process | None) -> None
     kind, slurm = injection.kind, world.slurm
     world.kernel.trace(f"INJECTED {injection}")
     job = _job(world, process)
+    if kind in ("controller", "accounting", "full"):
+        world.outage(injection.seconds)
     if kind in owner.COMMANDS:
         owner.give(world, kind, machine=injection.operation)
     elif kind == "controller":
@@ -189,7 +192,7 @@ def _inject_in_job(world: World, injection: Injection, job: Job) -> None:
     elif kind == "kill step":
         for step in list(job.steps):
             slurm.on_hit(job, "killed")
-            _log(world, job, "srun: error: n1: task 0: Killed")
+            _log(world, job)
             step.kill()
     elif kind == "die":
         for step in list(job.steps):
@@ -210,7 +213,7 @@ def _killed(world: World, process: Process) -> None:
         return
     if process.role == "attempt":
         world.slurm.on_hit(process.job, "killed")
-        _log(world, process.job, "srun: error: n1: task 0: Killed")
+        _log(world, process.job)
     if process.role == "recovery":
         world.recovery_hit = True
         if process.job is not None:
@@ -219,10 +222,11 @@ def _killed(world: World, process: Process) -> None:
     process.kill()
 
 
-def _log(world: World, job: Job, line: str) -> None:
+def _log(world: World, job: Job) -> None:
+    """srun reports that the task of the job's present attempt was killed."""
     for truth in world.truths.values():
         if truth.job is job and truth.start == job.starts and truth.ended is None:
-            truth.log.append(line)
+            world.log(truth.stage, job.id).append(f"srun: error: {truth.node}: task 0: Killed")
 
 
 def _job(world: World, process: Process | None) -> Job | None:

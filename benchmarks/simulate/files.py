@@ -18,8 +18,8 @@ from ftlib.runs.ledger import Ledger
 from ftlib.runs.outcome import Outcome
 
 READ_S, WRITE_S = 0.02, 0.05
-# A claim of another machine's process that gives no sign of life is taken over after so long.
-SILENT_S = 300.0
+# How often a process that waits for a claim looks at it; the real one does so every second.
+CLAIM_POLL_S = 10.0
 
 
 @dataclass
@@ -94,14 +94,16 @@ class RunFiles:
         file.torn = False
         self.version += 1
 
-    def begin_attempt(self, stage: str, job_id: str, node: str, began: float) -> int:
-        """Create the file of the stage's next attempt; its number."""
-        self.kernel.operation(f"begin an attempt of {stage}", WRITE_S)
-        self.check_space()
+    def begin_attempt(self, stage: str, number: int, job_id: str, node: str, began: float) -> bool:
+        """Create an attempt's file; False where another has taken its number."""
+        self.kernel.operation(f"begin attempt {number} of {stage}", WRITE_S)
         attempts = self.attempts.setdefault(stage, [])
-        attempts.append(Attempt(stage, len(attempts) + 1, job_id, node, int(began)))
+        if len(attempts) >= number:
+            return False
+        self.check_space()
+        attempts.append(Attempt(stage, number, job_id, node, int(began)))
         self.version += 1
-        return len(attempts)
+        return True
 
     def end_attempt(self, outcome: Outcome) -> None:
         """Write an attempt's outcome; it appears whole."""
@@ -148,14 +150,12 @@ class RunFiles:
 class Store:
     """`ftlib.runs.store.RunStore` of one process."""
 
-    def __init__(self, files: RunFiles, *, writer: str, skew_s: float, silent_s: float | None = None) -> None:
-        """skew_s: how far the clock of its machine is ahead. silent_s: take over a claim of a machine that has been
-        silent for so long; without it, only a claim of this machine."""
+    def __init__(self, files: RunFiles, *, writer: str, skew_s: float) -> None:
+        """skew_s: how far the clock of its machine is ahead."""
         self.files: RunFiles = files
         self.name: str = files.name
         self._writer: str = writer
         self._skew_s: float = skew_s
-        self._silent_s: float | None = silent_s
 
     def ledger(self) -> Ledger:
         return self.files.read()
@@ -168,13 +168,17 @@ class Store:
         self.files.append(writer or self._writer, events, self.clock())
 
     @contextlib.contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self, *, wait_s: float = 0.0, silent_s: float | None = None) -> Iterator[None]:
+        """As `ftlib.claim`: of several processes one has it; a stale one is taken over."""
         kernel, files = self.files.kernel, self.files
+        deadline = kernel.now + wait_s
         kernel.operation("claim", WRITE_S)
-        files.check_space()
-        me, standing = kernel.me, files.claim
-        if standing is not None and not self._stale(standing, me):
-            raise InputError(f"run {self.name}: another process is writing it")
+        me = kernel.me
+        while files.check_space() or not self._free(me, silent_s):
+            if kernel.now > deadline:
+                raise InputError(f"run {self.name}: another process is writing it")
+            kernel.operation("wait for the claim", WRITE_S)
+            kernel.pause(CLAIM_POLL_S)
         files.claim = me
         try:
             yield
@@ -183,12 +187,15 @@ class Store:
             if files.claim is me:
                 files.claim = None
 
-    def _stale(self, owner: Process, me: Process) -> bool:
+    def _free(self, me: Process, silent_s: float | None) -> bool:
+        """Whether the process may have the claim."""
+        owner = self.files.claim
+        if owner is None:
+            return True
         if owner.alive:
             return False
-        if owner.machine == me.machine:
-            return True
-        return self._silent_s is not None and self.files.kernel.now - owner.ended > self._silent_s
+        # Of a process on another machine only its silence is known.
+        return owner.machine == me.machine or (silent_s is not None and self.files.kernel.now - owner.ended > silent_s)
 
 
 def _short(event: Event) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.simulate.slurm import Job
 from ftlib.errors import FtError
-from ftlib.runs import decide
+from ftlib.runs import comments, decide, policy
 from ftlib.runs.decide import MOST_STILLBORN, Nothing, QueueAnew, Stop
-from ftlib.runs.events import Override, ResumeRequested, Settled, Submitted
+from ftlib.runs.diagnosis import Cause
+from ftlib.runs.events import Cancelled, Decided, Event, Override, ResumeRequested, Settled, Submitted
 from ftlib.runs.ledger import RECOVERY, STAGES, Ledger
 from ftlib.runs.scheduler import Job as SeenJob
 from ftlib.runs.scheduler import SchedulerView
@@ -17,10 +18,10 @@ from ftlib.runs.scheduler import SchedulerView
 if TYPE_CHECKING:
     from benchmarks.simulate.world import Truth, World
 
-policy = decide.policy  # type: ignore[attr-defined]
-policy.KINDS.setdefault("unknown", policy.Kind("nothing tells why it ended", "", 10))
 # Which changes follow from which causes.
 CAUSE_OF_CHANGE = {"train.micro_batch": "GPU memory", "exclude": "bad GPU", "memory_mib": "host memory"}
+# A prologue has asked no longer than that before its attempt begins, in seconds.
+PROLOGUE_S = 10.0
 # What a process may end with besides our own errors: the disk is full.
 EXPECTED = (FtError, OSError)
 
@@ -53,6 +54,7 @@ class Watch:
         if world.cancelled_at is not None:
             world.violate("a cancelled run never restarts", f"attempt {truth.number} of {stage} begins")
         ledger = world.files.now_ledger()
+        self._may_begin(ledger, truth)
         self._within_budgets(ledger, stage, truth.number)
         now = ledger.overrides(world.kernel.now)
         if truth.node in now.excluded and len(now.excluded) < len(world.scenario.site.nodes):
@@ -61,24 +63,50 @@ class Watch:
             if since < truth.job.queued - 5 and not truth.job.changes_refused:
                 world.violate("overrides survive", f"attempt {truth.number} of {stage} begins on {truth.node}")
 
+    def _may_begin(self, ledger: Ledger, truth: Truth) -> None:
+        """Neither a cancelled job nor one that another has replaced begins an attempt."""
+        stage, job = truth.stage, truth.job
+        asked = self._world.kernel.now - PROLOGUE_S
+        cancelled = any(event.job_id == job.id and event.time < asked for event in ledger.of(Cancelled, stage))
+        # Where its present start is being cancelled, the attempt is ended with it.
+        if cancelled or (job.cancelled_start is not None and job.cancelled_start < truth.start):
+            self._world.violate(
+                "a cancelled run never restarts", f"attempt {truth.number} of {stage} begins in cancelled job {job.id}"
+            )  # fmt: skip
+        submitted = ledger.of(Submitted, stage)
+        comment = comments.parse(job.comment)
+        known = any(event.job_id == job.id or (comment and event.nonce == comment.nonce) for event in submitted)
+        if known and submitted[-1].job_id != job.id:
+            self._world.violate(
+                "never two jobs for one stage",
+                f"attempt {truth.number} of {stage} begins in job {job.id}, in place of which {submitted[-1].job_id} "
+                "was queued",
+            )  # fmt: skip
+
     def _within_budgets(self, ledger: Ledger, stage: str, number: int) -> None:
         """`number`: of the attempt that begins; those before it have ended."""
-        first = 1
-        for event in ledger.events:
-            if isinstance(event, Submitted) and event.stage == stage and not event.automatic:
-                first = event.after_attempt + 1
-            elif isinstance(event, ResumeRequested):
-                first = event.after_attempts.get(stage, 0) + 1
+        first = self._first_since_request(ledger, stage)
         causes: dict[int, str] = {}
         for event in ledger.of(Settled, stage):
             causes.setdefault(event.attempt, event.cause)
         counts = Counter(causes[one] for one in range(first, number) if one in causes)
         for cause, count in counts.items():
-            budget = policy.KINDS[cause].budget
+            budget = policy.KINDS[cast(Cause, cause)].budget
             if budget is not None and count > budget:
                 self._world.violate(
                     "no budget is exceeded", f"attempt {number} of {stage} begins after {count} ends by {cause}"
                 )  # fmt: skip
+
+    def _first_since_request(self, ledger: Ledger, stage: str, before: Event | None = None) -> int:
+        """The first attempt after the owner last asked for the stage to run (before an event)."""
+        first = 1
+        for event in ledger.events[: ledger.events.index(before)] if before else ledger.events:
+            by_owner = event.writer.startswith(("submit", "resume"))
+            if isinstance(event, Submitted) and event.stage == stage and not event.automatic and by_owner:
+                first = event.after_attempt + 1
+            elif isinstance(event, ResumeRequested):
+                first = event.after_attempts.get(stage, 0) + 1
+        return first
 
     def _changed(self, job: Job) -> None:
         """The state of a job has changed."""
@@ -105,6 +133,7 @@ class Watch:
         self._processes()
         self._causes()
         self._changes()
+        self._stops()
         return self._ended()
 
     def _processes(self) -> None:
@@ -124,7 +153,7 @@ class Watch:
             seen.add((event.stage, event.attempt))
             if event.cause == "cancelled" and ledger.cancelled(event.stage, truth.job.id):
                 continue  # the owner said so, though the command may have been killed before it reached Slurm
-            if event.cause != "unknown" and event.cause not in truth.causes and not truth.log_is_wrong:
+            if event.cause != "unknown" and event.cause not in truth.causes:
                 self._world.violate(
                     "never a wrong cause",
                     f"attempt {event.attempt} of {event.stage}: {event.cause} (by {event.by}), but it was "
@@ -145,6 +174,17 @@ class Watch:
             if made > ends:
                 self._world.violate("overrides survive", f"{made} changes of {prefix} after {ends} ends by {cause}")
 
+    def _stops(self) -> None:
+        """What ended before the owner asked for more stops nothing."""
+        ledger = self._world.files.now_ledger()
+        for event in ledger.of(Decided):
+            if event.choice != "stop" or event.cause == "cancelled" or not event.attempt:
+                continue
+            if event.attempt < self._first_since_request(ledger, event.stage, before=event):
+                self._world.violate(
+                    "a request is honored", f"{event.stage} is stopped for its attempt {event.attempt}: {event.message}"
+                )  # fmt: skip
+
     def _ended(self) -> str:
         world = self._world
         for job in world.slurm.jobs.values():
@@ -156,6 +196,8 @@ class Watch:
             return "completed"
         if isinstance(action, Stop) or (isinstance(action, Nothing) and action.over):
             if action.cause == "cancelled":
+                if not world.cancel_given:
+                    world.violate("never a wrong cause", "the run is cancelled, and nobody has cancelled it")
                 return "cancelled"
             if not action.message:
                 world.violate("every history ends", "failed without a reason")

@@ -87,6 +87,7 @@ def give(world: World, command: str, *, machine: int = 0, tries: int = TRIES) ->
         world.kernel.trace(f"{command}: {answer}")
         return answer
 
+    world.cancel_given = world.cancel_given or command in ("cancel", "scancel")
     process = world.kernel.spawn(command, command, LOGIN_NODES[machine % 2], body)
     if command in ("submit", "resume"):
         world.owner_satisfied = False

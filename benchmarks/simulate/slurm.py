@@ -14,6 +14,7 @@ What it does was seen on Slurm 22.05 (tests of the real one are in tests/test_ch
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,11 @@ from benchmarks.simulate.kernel import Kernel, Process
 from ftlib.runs.scheduler import FAILED
 
 RECOVERY_LIMIT_S = 600.0
+# State -> why, in the notice that slurmd writes into the log when it begins to end a job.
+NOTICES = {
+    "CANCELLED": "", "TIMEOUT": " DUE TO TIME LIMIT", "PREEMPTED": " DUE TO PREEMPTION",
+    "REQUEUED": " DUE TO JOB REQUEUE",
+}  # fmt: skip
 # From an event until the scheduler looks at the queue again.
 PASS_S = 5.0
 FAILED_ENDS = (*FAILED, "CANCELLED", "PREEMPTED")
@@ -41,6 +47,7 @@ class Site:
     accounting: str = "answered"  # or "disabled"
     accounting_late_s: float = 1.0
     incomplete_is_always_accepted: bool = True  # `scontrol requeue Incomplete` exits with 0 where it does nothing
+    accounts_memory: bool = False  # a job that ran out of memory is OUT_OF_MEMORY, not FAILED
     arrays: bool = False  # job ids look like those of an array's tasks
 
 
@@ -51,6 +58,7 @@ class Row:
     start: float
     state: str = "RUNNING"
     ended: float | None = None
+    shell_signal: int = 0  # that ended the batch shell
 
 
 @dataclass
@@ -82,9 +90,10 @@ class Job:
     hits: list[tuple[int, str]] = field(default_factory=list)  # which start was hit, and by what
     rows: list[Row] = field(default_factory=list)
     starts: int = 0
-    by_owner: bool = False  # its owner has cancelled it
+    cancelled_start: int | None = None  # which start of it scancel has ended, or 0, whatever happened to it afterwards
+    by_owner: bool = False  # its owner has cancelled it, and nobody has revived it
     by_dependency: bool = False  # Slurm has cancelled it, for what it waits for has failed
-    preempted: bool = False  # scontrol shows a PreemptTime
+    preempted: float | None = None  # scontrol's PreemptTime
 
     @property
     def over(self) -> bool:
@@ -95,6 +104,11 @@ class Job:
     def shown(self) -> str:
         """Its state in squeue and scontrol."""
         return "COMPLETING" if self.completing else self.state
+
+    @property
+    def restarts(self) -> int:
+        """How often it went back to the queue."""
+        return max(0, self.starts - (0 if self.state == "PENDING" else 1))
 
     @property
     def ends(self) -> float:
@@ -115,6 +129,7 @@ class Slurm:
         self.down_nodes: set[str] = set()
         self.on_state: Callable[[Job], None] = lambda job: None  # an observer's
         self.on_hit: Callable[[Job, str], None] = lambda job, cause: None  # an observer's: what happens to a job
+        self.on_notice: Callable[[Job, str], None] = lambda job, line: None  # a line in the log of the batch shell
         self._start: Callable[[Job], int] = start
         self._waiting: list[Callable[[], None]] = []  # what happens when the controller is back
         self._pass_due: bool = False
@@ -141,7 +156,7 @@ class Slurm:
         job = self.jobs.get(job_id)
         if job is None or (job.state not in ("PENDING", "RUNNING") and not job.back_to_queue):
             return
-        job.by_owner = True
+        job.by_owner, job.cancelled_start = True, job.starts
         self.kernel.trace(f"slurm: {job.id} ({'+'.join(job.stages)}) is cancelled")
         job.back_to_queue = False
         if job.state == "PENDING":
@@ -203,7 +218,7 @@ class Slurm:
         if job.state != "RUNNING":
             return
         self.kernel.trace(f"slurm: {job.id} is preempted, {self.site.grace_s:.0f} s of grace")
-        job.preempted = True
+        job.preempted = self.kernel.now
         self.on_hit(job, "preemption")
         start = job.starts
         if self.site.grace_s:
@@ -337,7 +352,7 @@ class Slurm:
         return True
 
     def _begin(self, job: Job, node: str) -> None:
-        job.state, job.node, job.preempted = "RUNNING", node, False
+        job.state, job.node, job.preempted, job.out_of_memory = "RUNNING", node, None, False
         job.starts += 1
         job.rows.append(Row(self.kernel.now))
         self.kernel.trace(f"slurm: {job.id} starts on {node} (start {job.starts})")
@@ -359,7 +374,8 @@ class Slurm:
         if job.starts != start:
             return
         if job.state == "RUNNING":
-            self._row(job, "COMPLETED" if code == 0 else "FAILED")
+            failed = "OUT_OF_MEMORY" if job.out_of_memory and self.site.accounts_memory else "FAILED"
+            self._row(job, "COMPLETED" if code == 0 else failed)
             job.state = job.rows[-1].state
         for step in job.steps:
             step.kill()
@@ -371,7 +387,11 @@ class Slurm:
             return
         self.on_hit(job, "killed")
         job.batch.kill()
+        if job.steps:
+            notice = f"*** STEP {job.id}.0 ON {job.node} FAILED (non-zero exit code or other failure mode) ***"
+            self.on_notice(job, f"slurmstepd: error: {notice}")
         self._end(job, "FAILED")
+        job.rows[-1].shell_signal = 9
 
     def _warning(self, job: Job, start: int) -> None:
         if job.state == "RUNNING" and job.starts == start:
@@ -395,6 +415,10 @@ class Slurm:
         self._row(job, state)
         job.state = state
         job.completing = True
+        if state in NOTICES:
+            moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.kernel.now))
+            notice = f"*** JOB {job.id} ON {job.node} CANCELLED AT {moment}{NOTICES[state]} ***"
+            self.on_notice(job, f"slurmstepd: error: {notice}")
         self._warn(job, "TERM")
         self.on_state(job)
         wait_s = self.site.kill_wait_s if kill_wait_s is None else kill_wait_s

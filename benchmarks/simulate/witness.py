@@ -1,65 +1,105 @@
-"""What can be seen of the end of an attempt, as evidence for the diagnosis: never the truth itself."""
+"""What can be seen of the end of an attempt, as evidence for the real diagnosis: never the truth itself."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from ftlib.runs.act import Investigate
-from ftlib.runs.events import Settled, Settler
+from ftlib.runs.diagnosis import Accounted, Controller, Evidence, cause_of
+from ftlib.runs.events import Cancelled, Settled, Settler
 from ftlib.runs.ledger import Ledger
+from ftlib.slurm import evidence
 
 if TYPE_CHECKING:
+    from benchmarks.simulate.slurm import Job
     from benchmarks.simulate.world import Truth, World
 
-ACCOUNTED = {
-    "NODE_FAIL": "node failure", "PREEMPTED": "preemption", "TIMEOUT": "time limit", "CANCELLED": "cancelled",
-    "OUT_OF_MEMORY": "host memory",
-}  # fmt: skip
-SHOWN = (
-    ("oom_kill", "host memory"), ("CUDA out of memory", "GPU memory"), ("Watchdog", "collective"),
-    ("ValueError", "code"), ("FATAL", "container"), ("Errno 116", "transient"), ("Killed", "killed"),
-    ("Errno 28", "disk full"),
-)  # fmt: skip
+ASK_S = 0.3
 
 
 def investigator(world: World, here: Truth | None = None, *, code: int | None = None) -> Investigate:
-    """Finds out why attempts ended. code: srun's, where the epilogue of the attempt `here` asks."""
+    """Finds out why attempts ended, as `ftlib.slurm.investigate` does.
+
+    here: the attempt whose epilogue asks. code: srun's exit code of it.
+    """
 
     def investigate(ledger: Ledger, stage: str, attempt: int, by: Settler) -> Settled:
         truth = world.truths[stage, attempt]
-        cause = _stand_in(world, ledger, truth, epilogue=truth is here and by == "epilogue")
+        own = by == "epilogue" and truth is here
+        seen = _gather(world, ledger, truth, code=code if own else None, epilogue=own)
+        finding = cause_of(seen)
+        world.kernel.trace(f"found out: {stage}-{attempt} ended by {finding.cause} ({finding.message})")
         return Settled(
-            stage=stage, attempt=attempt, job_id=truth.job.id, cause=cause, by=by, message=cause, node=truth.node,
-            code=code,
+            stage=stage, attempt=attempt, job_id=truth.job.id, cause=finding.cause, by=by, message=finding.message,
+            line=finding.line, node=ledger.attempt(stage, attempt).node, code=code if own else None,
         )  # fmt: skip
 
     return investigate
 
 
-def _stand_in(world: World, ledger: Ledger, truth: Truth, *, epilogue: bool) -> str:
-    slurm, job = world.slurm, truth.job
-    world.kernel.operation("sacct", 0.3)
-    if epilogue and ledger.cancelled(truth.stage, job.id):
-        return "cancelled"
-    state = ""
-    if slurm.accounting_up and slurm.site.accounting == "answered":
-        rows = slurm.accounted(job.id)
-        state = rows[truth.start - 1].state if len(rows) >= truth.start and rows[truth.start - 1].ended else ""
-    if state == "CANCELLED":
-        return "cancelled"
-    outcome = world.files.outcomes.get((truth.stage, truth.number))
-    if outcome is not None and outcome.code == 64:
-        return "disk full" if "No space" in outcome.message else "input"
-    if outcome is not None and outcome.code == 76:
-        return "bad GPU"
-    if outcome is not None and "(idle GPU)" in outcome.message:
-        return "idle GPU"
-    if state in ACCOUNTED:
-        return ACCOUNTED[state]
-    if outcome is not None and outcome.code == 75:
-        if epilogue and slurm.up and job.preempted:
-            return "preemption"
-        near = "time limit" in outcome.message and epilogue and job.ends - world.kernel.now < slurm.site.warning_s
-        return "time limit" if near else "unknown"
-    text = "\n".join(truth.log)
-    return next((cause for word, cause in SHOWN if word in text), "unknown")
+def _gather(world: World, ledger: Ledger, truth: Truth, *, code: int | None, epilogue: bool) -> Evidence:
+    """As `ftlib.slurm.evidence.gather`."""
+    scenario, stage, job = world.scenario, truth.stage, truth.job
+    attempt = ledger.attempt(stage, truth.number)
+    outcome = ledger.outcome(stage, truth.number)
+    accounted = _accounted(world, job, attempt.began)
+    controller = _controller(world, job)
+    clock = world.kernel.now + scenario.skew_s(world.kernel.me.machine)
+    cancelled = (event.time for event in ledger.of(Cancelled, stage) if event.job_id == job.id)
+    shared = epilogue and len(job.stages) > 1
+    return Evidence(
+        epilogue=epilogue,
+        exit_code=code,
+        outcome_code=outcome.code if outcome else None,
+        outcome_message=outcome.message if outcome else "",
+        logs={0: _log(world, truth)},
+        ranks=1,
+        accounted=accounted,
+        controller=controller,
+        restarts=truth.start - 1 if epilogue else None,
+        cancelled_at=next(cancelled, None),
+        warning_s=scenario.site.warning_s,
+        began=attempt.began or None,
+        ended=clock if epilogue else accounted.ended if accounted else None,
+        planned_end=job.rows[truth.start - 1].start + job.limit_s if shared else attempt.began + scenario.limit_s,
+    )
+
+
+def _log(world: World, truth: Truth) -> str:
+    """What the log holds from the attempt's beginning to that of the next one in the same job."""
+    after = world.truths.get((truth.stage, truth.number + 1))
+    end = after.log_begin if after is not None and after.job is truth.job else None
+    return evidence.until_restart("\n".join(world.log(truth.stage, truth.job.id)[truth.log_begin : end]))
+
+
+def _accounted(world: World, job: Job, began: float) -> Accounted | None:
+    """What the real reader makes of sacct's answer."""
+    slurm = world.slurm
+    world.kernel.operation("sacct", ASK_S)
+    if not slurm.accounting_up or slurm.site.accounting != "answered":
+        return None
+    lines = []
+    for row in slurm.accounted(job.id):
+        ended = "Unknown" if row.ended is None else f"{row.ended:.0f}"
+        lines.append(f"{job.id}|{row.state}|0:{row.shell_signal}|{int(row.start)}|{ended}")
+    return evidence.accounted_in("\n".join(lines), began)
+
+
+def _controller(world: World, job: Job) -> Controller | None:
+    """What the real reader makes of `scontrol show job`."""
+    slurm = world.slurm
+    world.kernel.operation("scontrol show job", ASK_S)
+    if not slurm.up or slurm.known(job.id) is None:
+        return None
+    row = job.rows[-1] if job.rows else None
+    waits = job.state == "PENDING" or row is None
+    fields = {
+        "JobState": job.shown,
+        "Reason": "TimeLimit" if job.state == "TIMEOUT" else "None",
+        "StartTime": "Unknown" if waits or row is None else f"{int(row.start)}",
+        "EndTime": "Unknown" if waits or row is None else f"{int(row.ended or job.ends)}",
+        "PreemptTime": "None" if job.preempted is None else f"{int(job.preempted)}",
+        "Restarts": f"{job.restarts}",
+        "ExitCode": f"0:{row.shell_signal if row else 0}",
+    }
+    return evidence.controller_in(fields)

@@ -54,8 +54,7 @@ class Truth:
     exit_code: int | None = None  # srun's
     restored_at: float | None = None  # it has read the newest checkpoint
     restored: int = 0
-    log: list[str] = field(default_factory=list)
-    log_is_wrong: bool = False  # what its log shows is of another end
+    log_begin: int = 0  # lines of its job's log that earlier attempts wrote
     fate: str = ""  # a cause of which it will die
 
 
@@ -83,12 +82,16 @@ class World:
         )  # fmt: skip
         self.slurm: Slurm = Slurm(self.kernel, scenario.site, lambda job: batch.script(self, job))
         self.slurm.on_hit = self.hit
+        self.slurm.on_notice = lambda job, line: self.log(job.stages[0], job.id).append(line)
+        self._outages_end: float = 0.0
+        self._logs: dict[tuple[str, str], list[str]] = {}
         self.sbatch: Sbatch = Sbatch()
         self.truths: dict[tuple[str, int], Truth] = {}
         self.fates: list[str] = []  # causes of which the next attempts die
         self.violations: list[Violation] = []
         # The owner: what was asked for, and whether the commands got through.
         self.cancelled_at: float | None = None  # the owner has cancelled the run, and has asked for nothing since
+        self.cancel_given: bool = False  # the owner has cancelled something
         self.owner_satisfied: bool = False  # the last command that queues jobs ended well
         self.recovery_hit: bool = False  # a recovery job was killed or lost
         self.on_srun: Callable[[Truth], None] = lambda truth: None
@@ -96,11 +99,11 @@ class World:
 
     # -- what processes need ---------------------------------------------------------------------------------------
 
-    def store(self, *, silent_s: float | None = None) -> Store:
+    def store(self) -> Store:
         """The run folder for the current process."""
         process = self.kernel.me
         skew_s = self.scenario.skew_s(process.machine)
-        return Store(self.files, writer=process.name.replace(" ", "-"), skew_s=skew_s, silent_s=silent_s)
+        return Store(self.files, writer=process.name.replace(" ", "-"), skew_s=skew_s)
 
     def scheduler(self) -> SimulatedScheduler:
         """Slurm's commands for the current process. Requests are derived from the overrides of this moment."""
@@ -122,12 +125,25 @@ class World:
     def hit(self, job: Job, cause: str) -> None:
         """Something happens to a job: its present attempt may end of it."""
         if "recovery" in job.stages:
-            self.recovery_hit = True
+            if cause != "time limit" or self.outage_since(job.rows[-1].start):
+                self.recovery_hit = True
             return
         job.hits.append((job.starts, cause))
         for truth in self.truths.values():
             if truth.job is job and truth.start == job.starts:
                 truth.causes.add(cause)
+
+    def outage(self, seconds: float) -> None:
+        """Something that every process needs is away from now on, for so long."""
+        self._outages_end = max(self._outages_end, self.kernel.now + seconds)
+
+    def outage_since(self, moment: float) -> bool:
+        """Whether something was away at that moment or later."""
+        return self._outages_end >= moment
+
+    def log(self, stage: str, job_id: str) -> list[str]:
+        """The lines of the log of a job (of several stages: of one of them). All its attempts append to it."""
+        return self._logs.setdefault((stage, job_id), [])
 
     def newest(self, stage: str) -> Truth | None:
         """The truth of a stage's newest attempt."""

@@ -21,7 +21,7 @@ from ftlib.runs.store import Record, RunStore
 Investigate = Callable[[Ledger, str, int, Settler], Settled]
 # Waiting for a controller that does not accept a requeue: 1, 2, 4, … seconds, the longest this.
 LONGEST_WAIT_S = 256
-REQUEUED = "requeued"
+REQUEUED, SUPERSEDED = "requeued", "superseded"
 # Longer than any submit holds its claim without touching it.
 CLAIM_S = 300.0
 
@@ -68,17 +68,22 @@ def end_attempt(
 
 
 def requeue(
-    controller: Controller, job_id: str, changes: dict[str, str], *, report: Callable[[str], None],
-    sleep: Callable[[float], None] = time.sleep,
+    controller: Controller, job_id: str, changes: dict[str, str], *, restarts: int | None = None,
+    report: Callable[[str], None], sleep: Callable[[float], None] = time.sleep,
 ) -> str:  # fmt: skip
     """Requeue the job that runs this, and change what its next attempt asks for.
 
-    Returns REQUEUED, "CANCELLED" where its owner has cancelled it meanwhile, or "refused" (after eight minutes where
-    the controller does not answer): the recovery job takes over then. Slurm refuses changes while a job runs, and
-    accepts them right after the requeue.
+    restarts: how often the job had been requeued when this start of it began; None where that is not known.
+    Returns REQUEUED, "CANCELLED" where its owner has cancelled it meanwhile, "superseded" where Slurm has requeued it
+    already, or "refused" (after eight minutes where the controller does not answer): the recovery job takes over then.
+    Slurm refuses changes while a job runs, and accepts them right after the requeue.
     """
     wait_s = 1
     while wait_s <= LONGEST_WAIT_S:
+        # Slurm may have given up this node meanwhile: the job's next start, elsewhere, must not be ended.
+        if restarts is not None and restarts < (controller.restarts(job_id) or 0):
+            report("Slurm has requeued the job already")
+            return SUPERSEDED
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
         if controller.requeue(job_id, incomplete_only=True):
             # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (Slurm 22.05).

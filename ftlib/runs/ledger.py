@@ -142,15 +142,21 @@ class Ledger:
     def superseded(self, stage: str, job_id: str) -> bool:
         """Whether another job was queued for the stage instead of `job_id`.
 
-        A job can start before its submission is recorded. But where every intent to queue one is answered by another
-        job, it came too late: sbatch had been tried again.
+        A job can start before its submission is recorded. But where no intent to queue one has been open since the last
+        submission, it came too late: sbatch had been tried again.
         """
         submitted = self.of(Submitted, stage)
         if any(event.job_id == job_id for event in submitted):
             return submitted[-1].job_id != job_id
-        intended = {event.nonce for event in self.of(Intended, stage)}
+        answered = {event.nonce for event in submitted}
+        since = self.queue_order.get(stage, -1)
+        # An intent from before was refused, or its job was given up.
+        pending = any(
+            isinstance(event, Intended) and event.stage == stage and event.nonce not in answered
+            for event in self.events[since + 1 :]
+        )
         # Tasks of an array are intended in their sweep's record.
-        return bool(intended) and intended <= {event.nonce for event in submitted}
+        return bool(self.of(Intended, stage)) and not pending
 
     def resume_pending(self, stage: str) -> bool:
         """Whether the owner has asked the run to continue since the stage was last queued."""

@@ -92,6 +92,9 @@ class Controller(Protocol):
     def state(self, job_id: str) -> str | None:
         """The controller's word for a job's state now; None where it does not answer or has forgotten the job."""
 
+    def restarts(self, job_id: str) -> int | None:
+        """How often the job has gone back to the queue; None where the controller does not answer."""
+
     def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
         """Put a running job back into the queue; whether that was accepted.
 

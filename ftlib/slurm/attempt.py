@@ -1,6 +1,6 @@
 """The two ends of an attempt, on the batch host: what the prologue and the epilogue of a job's script call.
 
-    python -m ftlib.slurm.attempt begin RUN STAGE ATTEMPT JOB             before srun, from the second attempt on
+    python -m ftlib.slurm.attempt begin RUN STAGE ATTEMPT JOB             before srun
         prints "begin", or "exit CODE" where the job must end instead
     python -m ftlib.slurm.attempt end RUN STAGE ATTEMPT CODE JOB LOG      after srun; CODE is its exit code
         prints "requeued" (Slurm ends the shell in a moment), or "exit CODE"
@@ -43,7 +43,11 @@ def end(run: RunFolder, here: Here, *, code: int, log: Path) -> str:
     action = act.end_attempt(run, controller, here, investigate)
     _say(action.message)
     if isinstance(action, Requeue):
-        how = act.requeue(controller, here.job_id, changes_of(run, action), report=_say)
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        how = act.requeue(
+            controller, here.job_id, changes_of(run, action), report=_say,
+            restarts=int(restarts) if restarts.isdigit() else None,
+        )  # fmt: skip
         if how == act.REQUEUED:
             return "requeued"
         return f"exit {EXIT_CANCELLED if how == 'CANCELLED' else EXIT_INTERRUPTED}"

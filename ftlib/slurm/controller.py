@@ -18,6 +18,10 @@ class SlurmController:
         fields = self.fields(job_id)
         return fields.get("JobState") if fields else None
 
+    def restarts(self, job_id: str) -> int | None:
+        restarts = self.fields(job_id).get("Restarts", "")
+        return int(restarts) if restarts.isdigit() else None
+
     def fields(self, job_id: str) -> dict[str, str]:
         """What `scontrol show job` says of a job, field by field; empty where the controller does not answer."""
         try:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ftlib.slurm.controller import SlurmController
 
 # What is read of a log: its end, where the reason stands.
 LOG_TAIL_BYTES = 64 * 1024
+# The prologue's first line in every start of a job.
+_STARTED = re.compile(r"^ftlib: start \d+ of job ", re.MULTILINE)
 # Each call to Slurm; its commands try for about as long by themselves while the controller is away.
 ASK_S = 30
 # The job was submitted with a warning no longer than this part of its time limit (see batch.parameters).
@@ -108,8 +111,16 @@ def read_logs(ledger: Ledger, attempt: Attempt, job: str, folder: Path) -> dict[
     for path in folder.glob(f"{job}_*_log.out"):
         rank = path.name.removeprefix(f"{job}_").removesuffix("_log.out")
         if rank.isdigit():
-            logs[int(rank)] = tail(path, start=attempt.log_starts.get(path.name, 0), stop=stops.get(path.name))
+            text = tail(path, start=attempt.log_starts.get(path.name, 0), stop=stops.get(path.name))
+            logs[int(rank)] = until_restart(text)
     return dict(sorted(logs.items()))
+
+
+def until_restart(text: str) -> str:
+    """An attempt's part of a log, without what a later start of its job wrote that ended before its own attempt began:
+    why that one ended says nothing about this one."""
+    starts = list(_STARTED.finditer(text))
+    return text[: starts[1].start()] if len(starts) > 1 else text
 
 
 def tail(path: Path, start: int = 0, stop: int | None = None) -> str:
@@ -134,11 +145,19 @@ def accounted_end(job: str, began: float) -> Accounted | None:
     Every start of a requeued job has a row, followed by those of its steps; the attempt's is the last that started
     before it. A job that was requeued by hand may have lost its start, and its batch step has it still.
     """
+    return accounted_in(_ask("sacct", "-D", "-n", "-P", "-j", job, "-o", "JobID,State,ExitCode,Start,End"), began)
+
+
+def accounted_in(text: str, began: float) -> Accounted | None:
+    """The same, of sacct's answer: lines of JobID|State|ExitCode|Start|End, times in seconds since 1970."""
     found: tuple[float, Accounted] | None = None
-    for rows in _starts(_ask("sacct", "-D", "-n", "-P", "-j", job, "-o", "JobID,State,ExitCode,Start,End")):
+    for rows in _starts(text):
         _, state, exit_code, _, ended = rows[0]
         started = min((float(row[3]) for row in rows if row[3].isdigit()), default=None)
         if started is None or started > began + CLOCKS_S or (found and found[0] > started):
+            continue
+        # Accounting may be late: the newest row that it has is of an earlier start then.
+        if ended.isdigit() and float(ended) < began - CLOCKS_S:
             continue
         signal = exit_code.partition(":")[2]
         accounted = Accounted(
@@ -167,7 +186,11 @@ def _starts(text: str) -> Iterator[list[list[str]]]:
 
 def controller_says(job: str) -> Controller | None:
     """What the controller says of a job now; None where it does not answer or has forgotten the job."""
-    values = SlurmController().fields(job)
+    return controller_in(SlurmController().fields(job))
+
+
+def controller_in(values: Mapping[str, str]) -> Controller | None:
+    """The same, of the fields of `scontrol show job`."""
     if "JobState" not in values:
         return None
     restarts, signal = values.get("Restarts", ""), values.get("ExitCode", "").partition(":")[2]
