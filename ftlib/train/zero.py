@@ -74,7 +74,7 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
         words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}: {size / 2**30:,.2f} GiB"
         print(words, flush=True)
         atomic.require_space(run.checkpoints, 2 * size, "a checkpoint for another number of GPUs")
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         made.mkdir()
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(source), "--output_folder", str(made)]
