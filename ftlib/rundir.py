@@ -17,8 +17,8 @@ from ftlib.claim import claim
 from ftlib.errors import InputError, Unreadable, nearest
 from ftlib.plan import numerics
 from ftlib.plan.numerics import Numerics
-from ftlib.runs import events, ledger, outcome
-from ftlib.runs.events import Event
+from ftlib.runs import outcome
+from ftlib.runs.folder import RunFolder
 from ftlib.runs.ledger import STAGES as STAGES
 from ftlib.runs.ledger import Ledger
 from ftlib.spec import RunSpec, file_digest, read
@@ -30,11 +30,8 @@ def _inside(name: str) -> cached_property[Path]:
     return cached_property(lambda run: run.path / name)
 
 
-class RunDir:
+class RunDir(RunFolder):
     """Paths of a run, and the few files every stage reads. Making one touches nothing."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
 
     spec_file = _inside("spec.json")
     plan_file = _inside("plan.json")
@@ -60,6 +57,20 @@ class RunDir:
         if commit is None:
             return spec
         return spec.model_copy(update={"model": spec.model.model_copy(update={"revision": commit})})
+
+    def gone(self) -> str:
+        """Empty while the folder in which an attempt began is there; else what to tell who moved or deleted it.
+
+        A file server that does not answer has not deleted it.
+        """
+        try:
+            os.stat(self.lives)
+        except (FileNotFoundError, NotADirectoryError):
+            again = f"If it was moved, make resume RUN={self.name} continues it where it is now"
+            return f"{self.path} is not there any more: it was moved or deleted. Nothing more is saved. {again}"
+        except OSError:
+            pass
+        return ""
 
     def check_spec(self) -> None:
         """Unreadable where spec.json is damaged; one of another version is not."""
@@ -88,14 +99,6 @@ class RunDir:
         if file.exists():
             return dict(self._json(file)["stage"])
         return dict(self.plan()["stages"][stage])
-
-    def ledger(self) -> Ledger:
-        """What is recorded about the run, read now."""
-        return ledger.read(self.path)
-
-    def record(self, *happened: Event, writer: str | None = None) -> None:
-        """Add events of one moment to the file of `writer` (of this process on a login node without one)."""
-        events.append(self.events, writer or events.submit_writer(), *happened)
 
     def provenance(self) -> dict[str, Any]:
         """Cluster, code, lock, and what data the run was submitted with."""

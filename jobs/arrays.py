@@ -16,13 +16,16 @@ from ftlib.rundir import RunDir
 from ftlib.runs import attempts, comments, events
 from ftlib.runs.comments import AND
 from ftlib.runs.events import Intended, Submitted
-from ftlib.runs.ledger import ARRAYS, IMAGE
+from ftlib.runs.ledger import ARRAYS, IMAGE, STAGES
 from ftlib.slurm import batch, container, requests, retry
 from ftlib.sweepdir import SweepDir
 from jobs.chain import STAGE_MODULE, ModuleExecutor
 from jobs.points import Chunk, Need, chunks, threaded
 
 NOTHING_KNOWN: dict[str, requests.Memory] = {}
+
+
+ORDER = (IMAGE, *STAGES)
 
 
 @dataclass
@@ -61,7 +64,8 @@ def record(
             mem_mib=memory.get(stage, requests.UNKNOWN).requested_mib,
             node_mem_mib=memory.get(stage, requests.UNKNOWN).node_mib,
         )
-        for stage, job in jobs.items()
+        # What waits for another is recorded after it.
+        for stage, job in sorted(jobs.items(), key=lambda pair: ORDER.index(pair[0]))
     )  # fmt: skip
     run.record(*submitted)
 

@@ -72,6 +72,21 @@ def of_second_submit(run: RunDir, wanted: ClusterProfile, said: Iterable[str], l
     return _placed(run, changes, micro_batches, who=who, why=why) if changes else []
 
 
+def follow(run: RunDir, wanted: ClusterProfile, settings: str, locks: dict[str, str]) -> None:
+    """Record what submitting a run's settings again changes, where some of its stages are still to be submitted.
+
+    settings: SET=, in which a person may name fields of the profile. wanted, locks: as in `of_second_submit`.
+    """
+    _, named = recipe.parse_set(settings)
+    same = run.provenance().get("profile") == wanted.model_dump(mode="json")
+    if (same and not named and not locks) or run.ledger().first_open is None:
+        return
+    changes = of_second_submit(run, wanted, named, locks)
+    if changes:
+        with run.claim():
+            record(run, changes)
+
+
 def record(run: RunDir, changes: Sequence[Override]) -> None:
     """Record checked changes, and say them. Must be called under `run.claim()`."""
     if not changes:

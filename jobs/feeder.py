@@ -143,11 +143,15 @@ def _adopt(sweep: SweepDir, queue: list[client.Job]) -> None:
             comment = comments.parse(job.comment)
             if comment and comment.nonce == nonce:
                 found.setdefault(job.id.partition("_")[2], {}).update(dict.fromkeys(comment.stages, job.id))
+        runs = {
+            index: RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2]) for index in found
+        }
+        # The job that prepares a dataset is recorded for all of its points before what waits for it.
         for index, jobs in found.items():
-            run = RunDir(sweep.runs / os.readlink(sweep.arrays / nonce / index).rpartition("/")[2])
-            record(run, jobs, dict.fromkeys(jobs, nonce))
-            for sibling in run.siblings() if "prepare" in jobs else ():
-                record(sibling, {"prepare": jobs["prepare"]}, {"prepare": nonce}, prepared_by=run.name)
+            for sibling in runs[index].siblings() if "prepare" in jobs else ():
+                record(sibling, {"prepare": jobs["prepare"]}, {"prepare": nonce}, prepared_by=runs[index].name)
+        for index, jobs in found.items():
+            record(runs[index], jobs, dict.fromkeys(jobs, nonce))
         events.append(sweep.events, events.submit_writer(), Submitted(stage=ARRAYS, job_id="", nonce=nonce))
 
 

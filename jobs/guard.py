@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ftlib.errors import FtError
+from ftlib.errors import FtError, InputError
 from ftlib.rundir import RunDir
 from ftlib.runs import act
 from ftlib.runs.decide import Action, QueueAnew
@@ -25,6 +25,8 @@ def main(folder: str) -> int:
     """Continue the run, or say why not."""
     run = RunDir(Path(folder))
     try:
+        if gone := run.gone():
+            raise InputError(gone)
         action = patiently(lambda: recover(run))
     except FtError as error:
         print(f"ftlib: {error}. make resume RUN={run.name} continues the run", flush=True)

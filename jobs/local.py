@@ -13,7 +13,7 @@ from pathlib import Path
 from submitit import Job
 from submitit.local.local import LocalExecutor, LocalJob
 
-from ftlib.errors import DONE, RUN_AGAIN
+from ftlib.errors import DONE, RUN_AGAIN, FtError
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import act, outcome
@@ -78,6 +78,8 @@ def _stage(
             Submitted(stage=stage, job_id=str(job.job_id), after_attempt=life - 1, automatic=automatic)
         )
         _watch(run, stage, life, job, caught)
+        if gone := run.gone():
+            raise FtError(gone)
         automatic = True
         last = next((end for end in outcome.read(run.outcomes, stage) if end.attempt == life), None)
         if last and last.code == DONE:

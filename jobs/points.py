@@ -34,6 +34,7 @@ View = Mapping[str, Job]  # Slurm's jobs by their ids
 # Who wants a sweep's points queued: its owner by `make sweep` (what is missing or failed), by `make resume` (what was
 # cancelled, too), or the sweep controller (what the reducer allows without a person).
 Asker = Literal["sweep", "resume", "feeder"]
+STILL_SAVING = "was cancelled and is still saving; try again in a moment"
 
 
 def threaded(call: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
@@ -126,11 +127,14 @@ def need_of(
     states = state.stages(ledger, view.jobs)
     if ledger.first_open is None:
         return "completed"
+    cancelled = [name for name, stage in states.items() if ledger.cancelled(name, stage.job_id or "-")]
+    if any(states[name].state in ACTIVE for name in cancelled):
+        return STILL_SAVING
     action = _decide(run, ledger, view, decided)
     request: tuple[Event, ...] = ()
     if isinstance(action, Nothing) and not action.over:
         if action.cause == "cancelled":
-            return "was cancelled and is still ending; try again in a moment"
+            return STILL_SAVING
         return "on its way" if view.answered else action.message
     if isinstance(action, QueueAnew):
         if not action.stages:  # of a run alone: a sweep's points have the sweep controller
@@ -171,7 +175,8 @@ def need(
 def _decide(run: RunDir, ledger: Ledger, view: SchedulerView, decided: dict[Path, Action]) -> Action:
     """What is to be done about a point; for a point whose dataset another prepares, what is about that one."""
     submitted = ledger.submissions.get("prepare")
-    if ledger.first_open == "prepare" and submitted and submitted.prepared_by:
+    of_another = submitted is not None and submitted.prepared_by not in (None, run.name)
+    if submitted and submitted.prepared_by and of_another and ledger.first_open == "prepare":
         owner = RunDir(run.path.parent / submitted.prepared_by)
         if owner.path not in decided:
             decided[owner.path] = _decide(owner, owner.ledger(), view, decided)

@@ -129,12 +129,7 @@ def submit_again(run: RunDir, profile: ClusterProfile, settings: str) -> int:
 
     settings: SET=, in which a person may name fields of the profile.
     """
-    if run.ledger().first_open is not None:
-        _, named = recipe.parse_set(settings)
-        wanted = changes.of_second_submit(run, profile, named, wishes.locks())
-        if wanted:
-            with run.claim():
-                changes.record(run, wanted)
+    changes.follow(run, profile, settings, wishes.locks())
     return go_on(run, placement.owners_profile(run), asked=False)
 
 

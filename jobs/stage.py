@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ftlib import allocation
-from ftlib.errors import DONE, FtError, Interrupted
+from ftlib.errors import DONE, INPUT_WRONG, FtError, Interrupted
 from ftlib.rundir import RunDir
 from ftlib.runs import events, outcome
 from ftlib.runs.events import Ended, Started
@@ -26,6 +26,8 @@ from ftlib.stop import StopFlag
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # Nobody acts on it: the epilogue of a superseded life does nothing.
 SUPERSEDED = 70
+# The looks, one after the other, that must miss the run folder: a shared file system may err for a moment.
+GONE_LOOKS = 3
 
 
 def run(folder: str, stage: str) -> None:
@@ -43,7 +45,13 @@ def run(folder: str, stage: str) -> None:
     rank = _set_rank()
     if rank == 0:
         threading.Thread(target=leave_when_superseded, args=(rundir, stage, life), daemon=True).start()
-    code = _live(rundir, stage, life, rank, stop)
+    try:
+        code = _live(rundir, stage, life, rank, stop)
+    except OSError:
+        if not (gone := rundir.gone()):
+            raise
+        print(f"{stage} stopped: {gone}", flush=True)
+        code = INPUT_WRONG
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: the outcome is committed, and an abandoned load or a library's thread must not change the end.
@@ -60,12 +68,18 @@ def _close_stdin() -> None:
 
 
 def leave_when_superseded(rundir: RunDir, stage: str, life: int, *, every_s: float = 5) -> None:
-    """End this process, without a word, as soon as a later life of its stage has begun.
+    """End this process as soon as a later life of its stage has begun, without a word, or its run folder is gone.
 
     A node that Slurm gave up, or a task whose slurmstepd was killed, may still be at work: one writer is enough.
     """
     later = rundir.lives / f"{stage}-{life + 1}"
+    missed = 0
     while not later.exists():
+        gone = rundir.gone()
+        missed = missed + 1 if gone else 0
+        if missed == GONE_LOOKS:
+            print(f"{stage} stopped: {gone}", flush=True)
+            os._exit(INPUT_WRONG)
         time.sleep(every_s)
     os._exit(SUPERSEDED)
 
@@ -97,8 +111,12 @@ def _live(rundir: RunDir, stage: str, life: int, rank: int, stop: StopFlag) -> i
         words, code = "; ".join(error.messages), error.exit_code
         print(f"{stage} stopped:", *error.messages, sep="\n  ", flush=True)
     except Exception as error:  # the last resort: every end of a life leaves an outcome
-        traceback.print_exc()
+        if not rundir.gone():
+            traceback.print_exc()
         words, code = f"{type(error).__name__}: {error}", 1
+    if gone := rundir.gone():  # whatever failed, failed of that
+        print(f"{stage} stopped: {gone}", flush=True)
+        return INPUT_WRONG
     if rank and code in outcome.OF_ANY_RANK:
         # srun ends the other ranks now, and rank 0 could not say why.
         words += f" (rank {rank} on {os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 
-from ftlib import atomic, naming, recipe, rundir, state, sweepdir
+from ftlib import atomic, naming, rundir, state, sweepdir
 from ftlib import sweep as sweeps
 from ftlib.errors import DONE, RUN_AGAIN, InputError, Unavailable
 from ftlib.profile import ClusterProfile
@@ -54,7 +54,7 @@ def sweep(options: argparse.Namespace) -> int:
     with place.claim():
         _make_runs(place, points)
         place.write(asked)
-        threaded(lambda name: _under_this_profile(RunDir(RUNS / name), points[name]), known)
+        threaded(lambda name: changes.follow(RunDir(RUNS / name), first.profile, options.set, {}), known)
         return _go(place, by="sweep")
 
 
@@ -241,16 +241,6 @@ def _make_runs(place: SweepDir, points: dict[str, Wish]) -> None:
 
     missing = [name for name in points if not (RUNS / name).exists()]
     threaded(lambda n: rundir.create(RUNS, n, wishes.files_of(points[n], n, sweep=place.name), code), missing)
-
-
-def _under_this_profile(run: RunDir, point: Wish) -> None:
-    """Let a point that has a run already be queued under the profile that holds now."""
-    _, named = recipe.parse_set(point.words.get("SET", ""))
-    same = run.provenance().get("profile") == point.profile.model_dump(mode="json")
-    if (same and not named) or run.ledger().first_open is None:
-        return
-    with run.claim():
-        changes.record(run, changes.of_second_submit(run, point.profile, named, {}))
 
 
 def _go(place: SweepDir, *, by: Asker) -> int:

@@ -2,6 +2,10 @@
 # The outcome file is the truth; srun's exit code is a hint, because the first rank to leave decides it.
 ft_code=$?
 [ -z "$FT_WATCH" ] || kill "$FT_WATCH" 2>/dev/null
+if [ ! -d "$FT_RUN/lives" ]; then
+    echo "ftlib: $FT_RUN is not there any more: it was moved or deleted while its job ran. The job ends"
+    exit 64
+fi
 # A node that Slurm had given up is back: the run is a later life's now, and this job's id, too.
 [ ! -e "$FT_RUN/lives/$FT_STAGE-$((FT_LIFE + 1))" ] || exit 75
 ft_outcome="$FT_RUN/outcomes/$FT_STAGE-$FT_LIFE"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 from ftlib.runs import events, ledger, overrides
 from ftlib.runs.events import KINDS, Cancelled, Ended, Override, ResumeRequested, Settled, Submitted
+from ftlib.runs.folder import RunFolder
 
 VALUES = {"int": 3, "str": "a b", "float": 1.5, "bool": True}
 
@@ -59,6 +61,15 @@ def test_events_of_the_first_release_are_read(tmp_path: Path) -> None:
     assert isinstance(ended, Ended) and (ended.attempt, ended.code, ended.message) == (3, 75, "saved")
     assert isinstance(settled, Settled) and (settled.cause, settled.by) == ("preemption", "epilogue")
     assert isinstance(recovery, Submitted) and recovery.stage == ledger.RECOVERY
+
+
+def test_what_follows_from_an_event_is_later_whatever_the_clock_says(tmp_path: Path) -> None:
+    """The login node's clock is an hour ahead of the node's on which the recovery job queues the run anew."""
+    run = RunFolder(tmp_path)
+    ahead = time.time() + 3600
+    events.append(tmp_path / "events", "submit-login", Submitted(stage="train", job_id="7"), not_before=ahead)
+    run.record(Submitted(stage="train", job_id="8"), writer="submit-node")
+    assert run.ledger().jobs == {"train": "8"}
 
 
 def test_a_cancelled_job_stays_cancelled_and_a_stage_without_one_until_a_resume() -> None:

@@ -220,6 +220,7 @@ def test_a_run_of_an_earlier_version_goes_on_and_a_spoilt_profile_is_named(login
 
 def test_a_task_that_slurm_lost_sight_of_ends_when_a_later_life_begins(tmp_path: Path) -> None:
     (tmp_path / "lives").mkdir()
+    (tmp_path / "lives" / "train-4").touch()
     code = (
         "import sys; from pathlib import Path; from ftlib.rundir import RunDir; from jobs import stage;"
         "stage.leave_when_superseded(RunDir(Path(sys.argv[1])), 'train', 4, every_s=0.05)"

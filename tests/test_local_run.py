@@ -66,7 +66,7 @@ def test_all_stages_complete_and_leave_what_a_person_wants(whole: RunDir, checko
 
 def test_the_same_wish_is_the_same_run(whole: RunDir, checkout: Path) -> None:
     again = jobs("submit", "--cluster", "local", "--set", SHORT, checkout=checkout)
-    assert again.returncode == 0 and f"it is run {whole.name}" in again.stdout
+    assert again.returncode == 0 and f"submitted before: run {whole.name}." in again.stdout
     assert run_names(checkout) == [whole.name]
 
 

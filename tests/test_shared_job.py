@@ -116,7 +116,7 @@ def test_cancelled_in_the_evaluation_it_stays_so_until_it_is_resumed(place: Path
     slurm.wait(number, "CANCELLED", 30)
     assert attempts(run, "evaluate") == 1
     resumed = jobs("resume", "--run", run.name, checkout=checkout)
-    assert resumed.returncode == 0 and "Going on at evaluate" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and "Continuing at evaluate" in resumed.stdout, resumed.stderr
     assert finished(checkout, run)["state"] == "completed", log(run)
     assert run.ledger().jobs["evaluate"] != number and attempts(run, "export") == 1
 

@@ -15,7 +15,7 @@ from ftlib.errors import InputError
 from ftlib.plan import numerics, plan, shapes, zero
 from ftlib.plan.plan import RunPlan
 from ftlib.rundir import RunDir
-from ftlib.runs.events import Override
+from ftlib.runs.events import Override, Settled
 from jobs import changes, placement
 from tests.wishes import CHECKOUT, LLAMA_7B, jobs, site, spec
 
@@ -166,6 +166,8 @@ def test_a_resize_beyond_the_micro_batch_makes_it_smaller(run: RunDir) -> None:
         ("resources.nodes", 8), ("train.micro_batch", 1)
     ]  # fmt: skip
     # The decision about an attempt that runs out of memory counts with it, too.
+    cause = "GPU memory"
+    run.record(Settled(stage="train", attempt=1, job_id="7", cause=cause, by="epilogue"), writer="train-1-epilogue")
     ledger = run.ledger()
     assert (ledger.micro_batch, ledger.rows_of_a_rank) == (4, 1)
 

@@ -181,7 +181,7 @@ def figures(run: RunDir, large: Large, setting: Setting, *, device: torch.device
         "TFLOP/s by the planner's count": round(speed * throughput.flops_per_token(shape, spec) / 1e12, 1),
         "micro-batch": plan["micro_batch"], "seq_len": spec.data.seq_len, "real tokens a step": rows[-1]["tokens"],
         "first loss": round(rows[0]["loss"], 5), "loss": round(rows[-1]["loss"], 5),
-        "save s": saves[-1]["seconds"] if saves else None, "save bytes": saves[-1]["bytes"] if saves else None,
+        "save s": saves[-1].seconds if saves else None, "save bytes": saves[-1].bytes if saves else None,
     }
 
 

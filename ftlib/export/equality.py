@@ -94,7 +94,7 @@ class Comparison:
         batch = max(1, min(batch, BATCH_LOGITS // (length * vocabulary)))
         self._file = folder / "progress.json"
         self.progress = self._read(batch)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
 
     @property
     def tokens_at_most(self) -> int:

@@ -36,7 +36,7 @@ def write(
     split = split_torch_state_dict_into_shards(
         empty, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES)
     files = split.filename_to_tensors
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     finished = _finished(folder, records)
     sizes = {file: sum(empty[name].nbytes for name in names) for file, names in files.items()}
     missing = [file for file in files if file not in finished]

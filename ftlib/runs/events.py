@@ -224,15 +224,23 @@ def submit_writer() -> str:
     return f"submit-{socket.gethostname()}-{os.getpid()}"
 
 
-def now() -> str:
-    """This moment, as an event's row has it: ISO 8601, UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+def now(not_before: float = 0.0) -> str:
+    """This moment, or a microsecond after `not_before` (seconds since 1970) where this machine's clock is behind it, as
+    an event's row has it: ISO 8601, UTC."""
+    moment = datetime.datetime.now(datetime.timezone.utc)
+    if not_before >= moment.timestamp():
+        moment = datetime.datetime.fromtimestamp(not_before, datetime.timezone.utc) + datetime.timedelta(microseconds=1)
+    return moment.isoformat(timespec="microseconds")
 
 
-def append(folder: Path, writer: str, *events: Event) -> None:
-    """Add events of one moment to the writer's own file in `folder`, and flush them to storage."""
+def append(folder: Path, writer: str, *events: Event, not_before: float = 0.0) -> None:
+    """Add events of one moment to the writer's own file in `folder`, and flush them to storage.
+
+    not_before: the time (seconds since 1970) of the latest event that the writer knew of. Clocks of a cluster's
+    machines differ, and what follows from an event must not be older.
+    """
     folder.mkdir(exist_ok=True)
-    moment = now()
+    moment = now(not_before)
     text = "".join(f"{json.dumps(to_row(event, moment), ensure_ascii=False)}\n" for event in events)
     with (folder / f"{writer}.jsonl").open("a", encoding="utf-8") as file:
         file.write(text)

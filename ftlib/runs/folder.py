@@ -17,14 +17,20 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path: Path = path
         self.name: str = path.name
+        self._latest: float | None = None  # time of the latest event that this process knows of
 
     def ledger(self) -> Ledger:
         """All that is recorded now."""
-        return ledger.read(self.path)
+        current = ledger.read(self.path)
+        self._latest = max((event.time for event in current.events), default=0.0)
+        return current
 
     def record(self, *recorded: Event, writer: str | None = None) -> None:
         """Add events of one moment to the writer's own file (by default this process's on the login node)."""
-        events.append(self.path / "events", writer or events.submit_writer(), *recorded)
+        if self._latest is None:
+            self.ledger()
+        not_before = self._latest or 0.0
+        events.append(self.path / "events", writer or events.submit_writer(), *recorded, not_before=not_before)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where it does not exist."""

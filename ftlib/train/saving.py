@@ -110,7 +110,8 @@ class Keeping:
             if first:
                 atomic.require_space(folder.parent, need, "a checkpoint")
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
+                folder.parent.mkdir(exist_ok=True)  # not its parents: a run folder that is gone must stay so
+                folder.mkdir()
             ranks.barrier()
             # In a folder of its own, each rank hashes what it wrote.
             part = folder / f"{atomic.TEMPORARY}rank-{ranks.rank()}" if ranks.world_size() > 1 else folder

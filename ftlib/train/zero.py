@@ -74,7 +74,8 @@ def converted(run: RunDir, found: saving.Found, stop: StopFlag) -> Path:
         words = f"the checkpoint is of {before} GPUs (processes) and is rewritten for {now}: {size / 2**30:,.2f} GiB"
         print(words, flush=True)
         atomic.require_space(run.checkpoints, 2 * size, "a checkpoint for another number of GPUs")
-        made.mkdir(parents=True)
+        target.mkdir()
+        made.mkdir()
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         command += ["--input_folder", str(source), "--output_folder", str(made)]
         command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
