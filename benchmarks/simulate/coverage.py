@@ -18,7 +18,7 @@ class Reached:
     """The statements in functions of the reducer, by line, and those that ran."""
 
     def __init__(self, statements: dict[int, str]) -> None:
-        self.statements: dict[int, str] = statements  # line -> its text
+        self.statements: dict[int, str] = statements  # line -> its text, at most 100 characters of it
         self.ran: set[int] = set()
 
     @property
@@ -34,8 +34,7 @@ def watched() -> Iterator[Reached]:
     tree = ast.parse(source)
     marker = _Marker()
     marker.visit(tree)
-    lines = source.splitlines()
-    reached = Reached({line: lines[line - 1].strip() for line in sorted(marker.lines)})
+    reached = Reached(dict(sorted(marker.statements.items())))
     marked = dict(_functions(compile(ast.fix_missing_locations(tree), decide.__file__, "exec")))
     functions = [one for _, one in inspect.getmembers(decide, inspect.isfunction)]
     for _, kind in inspect.getmembers(decide, inspect.isclass):
@@ -57,7 +56,7 @@ class _Marker(ast.NodeTransformer):
     """Puts a note in front of every statement of every function."""
 
     def __init__(self) -> None:
-        self.lines: set[int] = set()
+        self.statements: dict[int, str] = {}  # line -> text, its beginning
         self._in_function: bool = False
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -78,7 +77,7 @@ class _Marker(ast.NodeTransformer):
         docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
         if docstring:
             return [statement]
-        self.lines.add(statement.lineno)
+        self.statements[statement.lineno] = " ".join(ast.unparse(statement).split())[:100]
         note = ast.parse(f"{_HITS}.add({statement.lineno})").body[0]
         return [ast.copy_location(note, statement), statement]
 

@@ -11,7 +11,7 @@ from ftlib.errors import FtError
 from ftlib.runs import comments, decide, policy
 from ftlib.runs.decide import MOST_STILLBORN, Nothing, QueueAnew, Stop
 from ftlib.runs.diagnosis import Cause
-from ftlib.runs.events import Cancelled, Decided, Override, ResumeRequested, Settled, Submitted
+from ftlib.runs.events import Cancelled, Decided, Intended, Override, ResumeRequested, Settled, Submitted
 from ftlib.runs.ledger import RECOVERY, STAGES, Ledger
 from ftlib.runs.scheduler import Job as SeenJob
 from ftlib.runs.scheduler import SchedulerView
@@ -79,7 +79,9 @@ class Watch:
         submitted = ledger.of(Submitted, stage)
         comment = comments.parse(job.comment)
         known = any(event.job_id == job.id or (comment and event.nonce == comment.nonce) for event in submitted)
-        if known and submitted[-1].job_id != job.id:
+        # While somebody queues the stage anew, a job without a submission may be the very one: it cannot be told.
+        queueing = any(event.time > asked for event in ledger.of(Intended, stage))
+        if known and submitted[-1].job_id != job.id and not queueing:
             self._world.violate(
                 "never two jobs for one stage",
                 f"attempt {truth.number} of {stage} begins in job {job.id}, in place of which {submitted[-1].job_id} "
