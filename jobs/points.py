@@ -130,7 +130,7 @@ def need_of(
     cancelled = [name for name, stage in states.items() if ledger.cancelled(name, stage.job_id or "-")]
     if any(states[name].state in ACTIVE for name in cancelled):
         return STILL_SAVING
-    action = _decide(run, ledger, view, decided)
+    action = _decide(run, ledger, view, decided, for_dataset=by == "feeder")
     request: tuple[Event, ...] = ()
     if isinstance(action, Nothing) and not action.over:
         if action.cause == "cancelled":
@@ -147,6 +147,8 @@ def need_of(
         return "cancelled"
     else:
         request = (_resume_request(ledger),)
+    if not any(stage.state not in ("completed", *ACTIVE) for stage in states.values()):
+        return "on its way"
     automatic = by == "feeder" and bool(action.job_id)
     return need(run, ledger, states, automatic=automatic, decision=(*action.events(), *request))
 
@@ -172,14 +174,17 @@ def need(
     )
 
 
-def _decide(run: RunDir, ledger: Ledger, view: SchedulerView, decided: dict[Path, Action]) -> Action:
-    """What is to be done about a point; for a point whose dataset another prepares, what is about that one."""
+def _decide(
+    run: RunDir, ledger: Ledger, view: SchedulerView, decided: dict[Path, Action], *, for_dataset: bool
+) -> Action:
+    """What is to be done about a point; `for_dataset`: about the one that prepares its dataset, where that is not done.
+    """
     submitted = ledger.submissions.get("prepare")
-    of_another = submitted is not None and submitted.prepared_by not in (None, run.name)
-    if submitted and submitted.prepared_by and of_another and ledger.first_open == "prepare":
-        owner = RunDir(run.path.parent / submitted.prepared_by)
+    prepared_by = submitted.prepared_by if submitted and ledger.first_open == "prepare" else None
+    if for_dataset and prepared_by not in (None, run.name):
+        owner = RunDir(run.path.parent / str(prepared_by))
         if owner.path not in decided:
-            decided[owner.path] = _decide(owner, owner.ledger(), view, decided)
+            decided[owner.path] = _decide(owner, owner.ledger(), view, decided, for_dataset=False)
         return decided[owner.path]
     if run.path not in decided:
         if decide.open_ends(ledger, view):
