@@ -29,10 +29,13 @@ FT_LIFE=1
 while :; do
     [ ! -e "$FT_RUN/lives/$FT_STAGE-$FT_LIFE" ] || { FT_LIFE=$((FT_LIFE + 1)); continue; }
     # Before the first attempt, too: a sbatch that timed out may reach the controller after the run was cancelled.
-    # Where nothing is printed the record cannot be read: the attempt begins, and finds out for itself.
-    read -r ft_do ft_number <<END
+    # Where nothing is printed, twice, the record cannot be read: the attempt begins, and finds out for itself.
+    for ft_try in 1 2; do
+        read -r ft_do ft_number <<END
 $("$FT_PYTHON" -m ftlib.slurm.attempt begin "$FT_RUN" "$FT_STAGE" "$FT_LIFE" "$FT_JOB")
 END
+        [ -z "$ft_do" ] || break
+    done
     [ "$ft_do" != exit ] || exit "$ft_number"
     (
         set -C

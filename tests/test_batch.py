@@ -228,10 +228,26 @@ def test_interruptions_by_nobody_knows_whom_are_as_free_as_preemptions(shell) ->
     assert [shell("(exit 143)")[0] for _ in range(11)] == [75] * 9 + [143] * 2
 
 
-def test_no_outcome_is_never_done_and_a_kill_is_tried_again_twice(shell) -> None:  # type: ignore[no-untyped-def]
+def test_a_prologue_asks_before_the_first_attempt_and_again_without_an_answer(shell, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """The one that asks may be killed; what it would have been told may be that the run was cancelled."""
+    python = tmp_path / "python"
+    asked = shlex.quote(f"{tmp_path}/asked")
+    python.write_text(f'#!/bin/sh\necho "$@" >>{asked}\n[ $(wc -l <{asked}) = 1 ] || echo exit 9\n')
+    python.chmod(0o755)
+    assert shell(says(0), FT_PYTHON=str(python)) == (9, [])
+    (run,) = tmp_path.glob("*run")
+    assert (tmp_path / "asked").read_text() == 2 * f"-m ftlib.slurm.attempt begin {run} train 1 7\n"
+    assert not list((run / "lives").iterdir())
+
+
+def test_no_outcome_is_never_done(shell) -> None:  # type: ignore[no-untyped-def]
+    assert shell("(exit 0)") == (75, ["requeue Incomplete 7"])
+
+
+def test_a_kill_is_tried_again_twice_and_a_stopped_run_does_not_begin(shell) -> None:  # type: ignore[no-untyped-def]
     killed = 'echo "srun: error: n1: task 0: Killed" >>"$FT_LOG"; (exit 137)'
     assert [shell(killed)[0] for _ in range(3)] == [75, 75, 137]
-    assert shell("(exit 0)")[0] == 1
+    assert shell(says(0))[0] == 137
 
 
 def test_a_bad_gpu_is_requeued_first_and_its_node_left_out_then(shell) -> None:  # type: ignore[no-untyped-def]

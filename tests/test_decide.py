@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -305,6 +306,17 @@ def test_a_refused_submission_does_not_hide_that_a_job_came_too_late() -> None:
     answered = Submitted(stage="train", job_id="7", nonce="n", after_attempt=1)
     late = action(ledger(settled("node failure"), refused, intended, answered), inside(2, ended=False, job="8"))
     assert isinstance(late, Nothing) and late.superseded
+
+
+def test_what_waited_for_a_job_that_was_replaced_was_not_cancelled_by_the_owner() -> None:
+    """The recovery job was killed before it recorded the export's new job, which then did the export."""
+    known = ledger(done=("prepare", "train", "export"), attempts=0)
+    jobs = {"prepare": "1", "train": "2", "export": "8", "evaluate": "4"}
+    begun = {stage: (Attempt(stage, 1, jobs[stage]),) for stage in ("prepare", "train", "export")}
+    again = replace(known, attempts=begun).with_events(Submitted(stage="evaluate", job_id="4", time=NOW))
+    seen = SchedulerView(jobs={"3": Job("CANCELLED"), "4": Job("CANCELLED")})
+    decided = action(again, seen)
+    assert isinstance(decided, QueueAnew) and decided.stages == ("evaluate",)
 
 
 def test_before_an_attempt_takes_its_number_all_others_have_ended() -> None:

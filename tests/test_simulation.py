@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("greenlet", reason="greenlet is not installed (make test installs it)")
 
-from benchmarks.simulate import driver
+from benchmarks.simulate import coverage, driver, many, planted
 from benchmarks.simulate.driver import History, Injection, Result
 from benchmarks.simulate.slurm import Site
 from benchmarks.simulate.world import Scenario
@@ -143,3 +144,117 @@ def test_a_job_that_reached_slurm_late_leaves_also_where_an_earlier_submission_w
     """The refused one's intent stays open, and the late job was taken for its."""
     site = Site(queue_wait_s=600.0)
     happen(on("submit", 1, "refuse"), at(426, "late sbatch"), site=site)
+
+
+# -- many random histories ---------------------------------------------------------------------------------------------
+
+# In `make test`: so many histories in so many tests, which run beside each other. `make simulate` runs more, of others.
+HISTORIES, PARTS = 2000, 10
+FIRST_SEED = 10_000_000
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_histories_violate_no_invariant(part: int) -> None:
+    size = HISTORIES // PARTS
+    _, ends, failures = many.run_chunk((FIRST_SEED + part * size, size))
+    assert not failures, f"python -m benchmarks.simulate --shrink --seed {min(failures)}: {failures}"
+    assert ends.keys() >= {"completed", "failed", "cancelled"}
+
+
+def test_a_run_of_many_histories_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "state.json"
+    half = many.State.read(state)
+    half.done.add(0)
+    half.write(state)
+    assert many.run(histories=2 * many.CHUNK, first=0, workers=1, state_file=state) == 0
+    lines = capsys.readouterr().out
+    assert "50 of 100 histories ran before" in lines and "no invariant was violated" in lines
+    assert not state.exists()
+
+
+def test_after_a_change_all_histories_count_as_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = many.State.read(tmp_path / "state.json")
+    state.done.add(0)
+    state.write(tmp_path / "state.json")
+    assert many.State.read(tmp_path / "state.json").done == {0}
+    monkeypatch.setattr(many, "SOURCES", ("ftlib/runs",))
+    assert not many.State.read(tmp_path / "state.json").done
+
+
+def test_a_failure_is_printed_with_its_seed_and_fewest_injections(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with planted.planted("nobody claims the run"):
+        seed = (planted.search("nobody claims the run", most=2000) or (0, ""))[0] - 1
+        assert many.run(histories=1, first=seed, workers=1, state_file=tmp_path / "state.json") == 1
+    text = capsys.readouterr().out
+    assert "never two jobs for one stage" in text and f"seed {seed}" in text and "INJECTED" in text
+
+
+# Statements of the reducer that these histories do not reach, with the reason; tests/test_decide.py has an example of
+# each.
+NOT_REACHED = {
+    # The simulated Slurm starts no job before the one that it waits for is done.
+    "return later",
+    "return Nothing(message=f'{at_work} was cancelled and is still saving', cause='cancelled', stage=at_w",
+    # The shell has looked for a later attempt, or for the stage's end, a moment before.
+    "return _nothing(here, 'a later attempt has taken over', superseded=True)",
+    "return _nothing(here, f'{stage} is done')",
+    # A run that is cancelled in the middle of its first submission, and whose stage is done all the same.
+    "return Nothing(message=f'{stage} was cancelled by its owner', cause='cancelled', stage=stage, over=T",
+    # Where requeueing is forbidden, host memory runs out in a job that was adopted: one history in some thousands.
+    "return 0",
+}  # fmt: skip
+# Of the random histories some that reach what few do. After a change of the simulation others may.
+SELDOM = (10_000_551, 10_001_001, 10_001_372, 10_002_056)
+
+
+def test_random_histories_reach_every_statement_of_the_reducer() -> None:
+    """And with that every kind of action, each of which has its own statements."""
+    with coverage.watched() as reached:
+        for seed in (*range(FIRST_SEED, FIRST_SEED + 400), *SELDOM):
+            driver.run(driver.history_of(seed))
+    assert len(reached.statements) > 150 and len(reached.ran) > 140
+    assert set(reached.missed.values()) <= NOT_REACHED, reached.missed
+
+
+# -- planted bugs ------------------------------------------------------------------------------------------------------
+
+# Bug -> a history that finds it, by its seed. `python -m benchmarks.simulate --planted all` finds others after a change
+# of the simulation.
+FINDS: Mapping[str, int] = {
+    "a plain requeue instead of Incomplete and a probe": 296,
+    "a superseded job is not noticed": 70,
+    "the prologue forgets a cancellation": 604,
+    "a job is queued without an intent": 54,
+    "jobs are adopted by the run's name": 1979,
+    "nobody claims the run": 28,
+    "an override does not say of which end it is": 0,
+    "budgets ignore the owner's requests": 17,
+    "budgets begin anew with every job": 266,
+    "PREEMPTED counts as active": 70,
+    "a cancellation by Slurm is taken for the owner's": 51,
+    "a scheduler that is silent has ended all jobs": 1141,
+    "an adopted job is taken for a request of the owner's": 642,
+    "an epilogue requeues whatever runs under its job's id": 1018,
+    "the first attempt begins unasked": 314,
+    "a log is read beyond the end of the attempt's start": 279,
+}
+
+
+@pytest.mark.parametrize("bug", FINDS)
+def test_a_planted_bug_is_found(bug: str) -> None:
+    history = driver.history_of(FINDS[bug])
+    assert not driver.run(history).violations
+    with planted.planted(bug):
+        assert driver.run(history).violations
+
+
+def test_every_planted_bug_has_its_history() -> None:
+    assert FINDS.keys() == planted.BUGS.keys() and len(FINDS) >= 10
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("bug", FINDS)
+def test_a_planted_bug_is_found_by_chance(bug: str) -> None:
+    assert planted.search(bug, first=20_000_000, most=20_000) is not None

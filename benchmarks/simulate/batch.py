@@ -51,7 +51,9 @@ def _stage(world: World, job: Job, stage: str) -> int:
     while not began:
         kernel.operation("count attempts", 0.02)
         here = replace(here, attempt=len(files.attempts.get(stage, ())) + 1)
-        answer = _child(world, job, "prologue", f"prologue {stage}-{here.attempt}", partial(_begin, world, here))
+        name, ask = f"prologue {stage}-{here.attempt}", partial(_begin, world, here)
+        # Without an answer it asks once more, then it begins.
+        answer = _child(world, job, "prologue", name, ask) or _child(world, job, "prologue", name, ask)
         if answer.startswith("exit"):
             return int(answer.split()[1])
         try:

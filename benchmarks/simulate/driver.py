@@ -17,12 +17,12 @@ LAYOUTS = (
     (("prepare",), ("train",), ("export", "evaluate")),
     (("prepare",), ("train", "export", "evaluate")),
 )
-ROLES = ("submit", "resume", "cancel", "scancel", "batch", "prologue", "attempt", "epilogue", "recovery")
+ROLES = ("submit", "resume", "cancel", "scancel", "status", "batch", "prologue", "attempt", "epilogue", "recovery")
 # What is injected, with its weight.
 KINDS = {
     "kill": 12, "kill batch": 4, "kill step": 3, "die": 12, "preempt": 10, "node": 6, "zombie": 6, "controller": 6,
-    "accounting": 4, "submit": 5, "resume": 6, "cancel": 7, "scancel": 6, "requeue by hand": 4, "refuse": 3,
-    "lose answer": 4, "late sbatch": 4, "lose job": 2, "full": 2, "storm": 1,
+    "accounting": 4, "submit": 5, "resume": 6, "cancel": 7, "scancel": 6, "status": 6,
+    "requeue by hand": 4, "refuse": 3, "lose answer": 4, "late sbatch": 4, "lose job": 2, "full": 2, "storm": 1,
 }  # fmt: skip
 MOST_INJECTIONS = 9
 # Nothing is injected later than that after the beginning, in seconds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.simulate.slurm import Job
@@ -10,7 +11,7 @@ from ftlib.errors import FtError
 from ftlib.runs import comments, decide, policy
 from ftlib.runs.decide import MOST_STILLBORN, Nothing, QueueAnew, Stop
 from ftlib.runs.diagnosis import Cause
-from ftlib.runs.events import Cancelled, Decided, Event, Override, ResumeRequested, Settled, Submitted
+from ftlib.runs.events import Cancelled, Decided, Intended, Override, ResumeRequested, Settled, Submitted
 from ftlib.runs.ledger import RECOVERY, STAGES, Ledger
 from ftlib.runs.scheduler import Job as SeenJob
 from ftlib.runs.scheduler import SchedulerView
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Which changes follow from which causes.
 CAUSE_OF_CHANGE = {"train.micro_batch": "GPU memory", "exclude": "bad GPU", "memory_mib": "host memory"}
+# Writers of the processes that the owner starts.
+BY_OWNER = ("submit", "resume")
 # A prologue has asked no longer than that before its attempt begins, in seconds.
 PROLOGUE_S = 10.0
 # What a process may end with besides our own errors: the disk is full.
@@ -76,7 +79,9 @@ class Watch:
         submitted = ledger.of(Submitted, stage)
         comment = comments.parse(job.comment)
         known = any(event.job_id == job.id or (comment and event.nonce == comment.nonce) for event in submitted)
-        if known and submitted[-1].job_id != job.id:
+        # While somebody queues the stage anew, a job without a submission may be the very one: it cannot be told.
+        queueing = any(event.time > asked for event in ledger.of(Intended, stage))
+        if known and submitted[-1].job_id != job.id and not queueing:
             self._world.violate(
                 "never two jobs for one stage",
                 f"attempt {truth.number} of {stage} begins in job {job.id}, in place of which {submitted[-1].job_id} "
@@ -97,11 +102,13 @@ class Watch:
                     "no budget is exceeded", f"attempt {number} of {stage} begins after {count} ends by {cause}"
                 )  # fmt: skip
 
-    def _first_since_request(self, ledger: Ledger, stage: str, before: Event | None = None) -> int:
-        """The first attempt after the owner last asked for the stage to run (before an event)."""
+    def _first_since_request(self, ledger: Ledger, stage: str, before: float = inf) -> int:
+        """The first attempt after the owner last asked for the stage to run (before a moment)."""
         first = 1
-        for event in ledger.events[: ledger.events.index(before)] if before else ledger.events:
-            by_owner = event.writer.startswith(("submit", "resume"))
+        for event in ledger.events:
+            if event.time > before:
+                break
+            by_owner = event.writer.startswith(BY_OWNER)
             if isinstance(event, Submitted) and event.stage == stage and not event.automatic and by_owner:
                 first = event.after_attempt + 1
             elif isinstance(event, ResumeRequested):
@@ -177,10 +184,16 @@ class Watch:
     def _stops(self) -> None:
         """What ended before the owner asked for more stops nothing."""
         ledger = self._world.files.now_ledger()
+        for submitted in ledger.of(Submitted):
+            if not submitted.automatic and not submitted.writer.startswith(BY_OWNER):
+                self._world.violate(
+                    "no budget is exceeded", f"{submitted.writer} records a request for {submitted.stage}"
+                )  # fmt: skip
         for event in ledger.of(Decided):
             if event.choice != "stop" or event.cause == "cancelled" or not event.attempt:
                 continue
-            if event.attempt < self._first_since_request(ledger, event.stage, before=event):
+            # Whoever decided had read the ledger before, by a clock that may be another.
+            if event.attempt < self._first_since_request(ledger, event.stage, before=event.time - PROLOGUE_S):
                 self._world.violate(
                     "a request is honored", f"{event.stage} is stopped for its attempt {event.attempt}: {event.message}"
                 )  # fmt: skip

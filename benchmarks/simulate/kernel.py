@@ -89,12 +89,6 @@ class Process:
         if self.kernel.current is self:
             self.kernel.abandon()
 
-    def freeze(self, seconds: float) -> None:
-        """Let the process stand still, as on a node whose file system hangs."""
-        if self.alive:
-            self._token += 1
-            self.kernel.push(seconds, self._continue, self._token)
-
     def _continue(self, token: int) -> None:
         if self.alive and token == self._token:
             self.kernel.enter(self)

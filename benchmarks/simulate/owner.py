@@ -1,4 +1,4 @@
-"""What the run's owner does at a login node: submit, resume, make cancel, a plain scancel."""
+"""What the run's owner does at a login node: submit, resume, make cancel, a plain scancel, status."""
 
 from __future__ import annotations
 
@@ -72,7 +72,16 @@ def _recovers(job: Job) -> bool:
     return comment is not None and comment.stages == (RECOVERY,)
 
 
-COMMANDS: dict[str, Callable[[World], str]] = {"submit": submit, "resume": resume, "cancel": cancel, "scancel": scancel}
+def status(world: World) -> str:
+    """`make status`, which settles nothing."""
+    ledger = world.store().ledger()
+    view = world.scheduler().see(jobs_of([ledger]))
+    return decide.next_action(ledger, view, world.store().clock()).message
+
+
+COMMANDS: dict[str, Callable[[World], str]] = {
+    "submit": submit, "resume": resume, "cancel": cancel, "scancel": scancel, "status": status,
+}  # fmt: skip
 
 
 def give(world: World, command: str, *, machine: int = 0, tries: int = TRIES) -> None:

@@ -29,6 +29,8 @@ NOTICES = {
 }  # fmt: skip
 # From an event until the scheduler looks at the queue again.
 PASS_S = 5.0
+# Slurm's times are of whole seconds: what happens to a job so soon after its start may be told of that start.
+INDISTINCT_S = 4.0
 FAILED_ENDS = (*FAILED, "CANCELLED", "PREEMPTED")
 
 
@@ -93,6 +95,7 @@ class Job:
     cancelled_start: int | None = None  # which start of it scancel has ended, or 0, whatever happened to it afterwards
     by_owner: bool = False  # its owner has cancelled it, and nobody has revived it
     by_dependency: bool = False  # Slurm has cancelled it, for what it waits for has failed
+    cancelled_waiting: bool = False  # it was cancelled while it waited
     preempted: float | None = None  # scontrol's PreemptTime
 
     @property
@@ -160,6 +163,9 @@ class Slurm:
         self.kernel.trace(f"slurm: {job.id} ({'+'.join(job.stages)}) is cancelled")
         job.back_to_queue = False
         if job.state == "PENDING":
+            job.cancelled_waiting = True
+            if job.rows and self.kernel.now - job.rows[-1].start < INDISTINCT_S:
+                self.on_hit(job, "cancelled")
             self._over(job, "CANCELLED")
             return
         self.on_hit(job, "cancelled")

@@ -93,11 +93,14 @@ def _controller(world: World, job: Job) -> Controller | None:
         return None
     row = job.rows[-1] if job.rows else None
     waits = job.state == "PENDING" or row is None
+    started, ended = (row.start, row.ended or job.ends) if row else (0.0, 0.0)
+    if job.cancelled_waiting:  # Slurm says then that it began when it ended
+        started = ended = job.ended
     fields = {
         "JobState": job.shown,
         "Reason": "TimeLimit" if job.state == "TIMEOUT" else "None",
-        "StartTime": "Unknown" if waits or row is None else f"{int(row.start)}",
-        "EndTime": "Unknown" if waits or row is None else f"{int(row.ended or job.ends)}",
+        "StartTime": "Unknown" if waits else f"{int(started)}",
+        "EndTime": "Unknown" if waits else f"{int(ended)}",
         "PreemptTime": "None" if job.preempted is None else f"{int(job.preempted)}",
         "Restarts": f"{job.restarts}",
         "ExitCode": f"0:{row.shell_signal if row else 0}",

@@ -411,10 +411,18 @@ def _later_at_work(ledger: Ledger, view: SchedulerView, stage: str, job: str) ->
 def _by_dependency(ledger: Ledger, view: SchedulerView, stage: str, job: str) -> bool:
     """Whether Slurm itself has cancelled the job because the one before it failed: a stage that was done when its batch
     shell was killed has a FAILED job."""
-    earlier = [ledger.jobs.get(name) for name in STAGES[: STAGES.index(stage)]]
-    before = [one for one in earlier if one and one != job]
-    previous = before[-1] if before else ledger.jobs.get(IMAGE)
+    earlier = [name for name in STAGES[: STAGES.index(stage)] if ledger.jobs.get(name, "") not in ("", job)]
+    if earlier and _done_elsewhere(ledger, earlier[-1]):
+        return True
+    previous = ledger.jobs[earlier[-1]] if earlier else ledger.jobs.get(IMAGE)
     return previous is not None and view.job(previous).state in FAILED
+
+
+def _done_elsewhere(ledger: Ledger, stage: str) -> bool:
+    """Whether the stage was done by another job than the one that is recorded: whoever queued it was killed before that
+    could be recorded, and nothing waits for it."""
+    attempts = ledger.attempts.get(stage, ())
+    return ledger.done(stage) and bool(attempts) and attempts[-1].job_id not in ("", ledger.jobs[stage])
 
 
 def _attempt_of(ledger: Ledger, stage: str, job: str) -> int:
