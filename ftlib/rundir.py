@@ -100,6 +100,11 @@ class RunDir(RunFolder):
             return dict(self._json(file)["stage"])
         return dict(self.plan()["stages"][stage])
 
+    def ledger(self) -> Ledger:
+        """All that is recorded now. Raises Unreadable, which names the damaged file."""
+        with reading(self.path):
+            return super().ledger()
+
     def provenance(self) -> dict[str, Any]:
         """Cluster, code, lock, and what data the run was submitted with."""
         return self._json(self.provenance_file)

@@ -9,6 +9,7 @@ import pytest
 
 from ftlib.rundir import STAGES
 from ftlib.runs import outcome
+from ftlib.runs.events import Submitted
 from ftlib.runs.outcome import Outcome
 from ftlib.slurm import queue
 from jobs import cli
@@ -66,7 +67,8 @@ def test_without_accounting_a_run_can_be_cancelled(
 def test_what_squeue_says_counts_while_accounting_fails(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     at_work, gone = site.make(2)
     (site.place / "sacct.sh").write_text(DATABASE_IS_DOWN)
-    site.say(waiting(0, prepare=("RUNNING", "None")))
+    at_work.record(Submitted(stage="recovery", job_id="990"))
+    site.say(waiting(0, prepare=("RUNNING", "None")) | {"990": ("PENDING", "Dependency")})
     found = told(capsys)
     rows = {row["run"]: row for row in found["runs"]}
     assert "Problem talking to the database" in found["trouble"]

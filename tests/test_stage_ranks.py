@@ -138,6 +138,7 @@ def test_a_file_that_only_rank_1_cannot_read_is_the_outcome_of_both(tmp_path: Pa
     plan["stages"]["train"] |= {"gpus_per_node": 0, "nodes": 2, "tasks_per_node": 1}
     run.plan_file.write_text(json.dumps(plan))
     set_numerics(run, nodes=2)
+    run.lives.mkdir(exist_ok=True)
     (first, first_said), (second, second_said) = ended(run, kill_rank_0=kill_rank_0)
     assert (first, second) == (64, 64), first_said + second_said
     (found,) = outcome.read(run.outcomes)

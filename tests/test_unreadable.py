@@ -157,7 +157,7 @@ def test_a_sweep_is_queued_without_its_damaged_points(
 ) -> None:
     runs = site.make(3, sweep="lr")
     (runs[0].events / "x.jsonl").mkdir()
-    garbage(runs[1].plan_file)
+    garbage(runs[1].provenance_file)
     monkeypatch.setattr(feeder.Arrays, "queue", lambda self, needs: None)
     monkeypatch.setattr(feeder, "_queue_feeder", lambda *arguments: None)
     fed = feeder.feed(sweepdir.find(site.runs, "lr"), by="sweep")

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,9 @@ def test_a_twin_lives_through_everything_and_ends_on_another_number_of_nodes(
     assert len(ranks) == 4
     signal_all(ranks, signal.SIGSTOP)
     job = status(checkout, run.name)["stages"]["train"]["job_id"]
-    slurm.run(["scontrol", "update", f"JobId={job}", "TimeLimit=1"])
+    # The next whole minute but one: no limit that is over already, after which Slurm would not warn.
+    limit_min = int(time.time() - run.ledger().attempts["train"][-1].began) // 60 + 2
+    slurm.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={limit_min}"])
     until(lambda: warned(ranks[0]), 90, "the warning before the time limit")
     signal_all(ranks, signal.SIGCONT)
     assert outcome(run, 2, 30).startswith("75 interrupted (time limit), saved at step")

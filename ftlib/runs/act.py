@@ -144,9 +144,10 @@ def cancel(run: RunStore, scheduler: Scheduler, *, user: str | None) -> list[str
         shared = [stage for stage, submitted in ledger.submissions.items() if submitted.prepared_by is not None]
         stages = [stage for stage in open_stages(ledger) if stage not in shared]
         jobs = {stage: ledger.jobs.get(stage, "") for stage in (*stages, RECOVERY)}
-        if not stages or not any(view.active(job) for job in jobs.values()):
+        active = [job for job in jobs.values() if view.active(job)]
+        if not stages or not active:
             return []
-        chain.cancel(run, scheduler, jobs, user)
+        chain.cancel(run, scheduler, jobs, user, active=active)
         return stages
 
 

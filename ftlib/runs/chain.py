@@ -86,14 +86,17 @@ def adopt(run: RunStore, scheduler: Scheduler) -> list[str]:
     return [event.stage for event in adopted]
 
 
-def cancel(run: RunStore, scheduler: Scheduler, jobs: Mapping[str, str], user: str | None) -> None:
-    """Cancel the stages' jobs (stage -> job id, empty where it has none), the last first, so that none starts because
-    another ended. It is recorded first: should this process be killed in between, no job starts again."""
+def cancel(
+    run: RunStore, scheduler: Scheduler, jobs: Mapping[str, str], user: str | None, *, active: Sequence[str]
+) -> None:
+    """Cancel the stages' jobs (stage -> job id, empty where it has none), of which `active` have not ended, the last
+    first, so that none starts because another ended. It is recorded first: should this process be killed in between, no
+    job starts again."""
     last_first = list(jobs)[::-1]
     stages = [stage for stage in last_first if stage in STAGES]
     run.record(*(Cancelled(stage=stage, job_id=jobs[stage], user=user) for stage in stages))
     # A job of two stages once.
-    scheduler.cancel(dict.fromkeys(filter(None, (jobs[stage] for stage in last_first))))
+    scheduler.cancel(dict.fromkeys(jobs[stage] for stage in last_first if jobs[stage] in active))
 
 
 def queue_job(run: RunStore, scheduler: Scheduler, ledger: Ledger, request: Request, *, automatic: bool) -> str:

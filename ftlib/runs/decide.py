@@ -107,7 +107,9 @@ class Nothing(Action):
 def open_ends(ledger: Ledger, view: SchedulerView) -> list[tuple[str, int]]:
     """(stage, attempt) of all attempts that have ended without success and of which no cause is recorded yet."""
     found = []
-    for stage in STAGES:
+    # A trial's stage (smoke) is none of the chain's.
+    own = () if view.here is None or view.here.stage in STAGES else (view.here.stage,)
+    for stage in (*STAGES, *own):
         settled = ledger.settled(stage)
         last = ledger.attempt_count(stage)
         for attempt in ledger.attempts.get(stage, ()):
