@@ -131,11 +131,22 @@ def test_login_commands_import_nothing_heavy(checkout: Path, tmp_path: Path, wor
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_a_batch_host_needs_the_standard_library_alone() -> None:
+    """The host of a container may have nothing else; ftlib/runs asks Slurm nothing."""
+    code = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); import ftlib.slurm.attempt; "
+    code += "import ftlib.runs.act; print('started')"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "started\n", done.stderr
+    code = "import sys, ftlib.runs.act, ftlib.runs.folder; print([n for n in sys.modules if n[:11] == 'ftlib.slurm'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_the_ground_imports_no_jobs_and_login_packages_no_torch() -> None:
     """Who may import whom: ftlib never jobs; plan, slurm, report and the ground nothing heavy."""
     modules = [
         ".".join(path.relative_to(CHECKOUT).with_suffix("").parts)
-        for folder in ("ftlib", "ftlib/plan", "ftlib/slurm", "ftlib/report")
+        for folder in ("ftlib", "ftlib/plan", "ftlib/runs", "ftlib/slurm", "ftlib/report")
         for path in (CHECKOUT / folder).glob("*.py")
         if path.stem != "__init__"
     ]
