@@ -234,6 +234,14 @@ def test_a_person_who_resumes_begins_the_count_anew() -> None:
     assert isinstance(action(ledger(*ends, by_recovery, settled("killed", 4), attempts=4), inside(4)), Stop)
 
 
+def test_who_cancels_after_a_resume_that_was_refused_wants_it_cancelled() -> None:
+    """sbatch refused what the resume would have queued, and the owner gave up (seed 40896 of the simulation)."""
+    refused = ledger(Cancelled(stage="train", job_id="2"), ResumeRequested(after_attempts={"train": 1}))
+    assert isinstance(next_action(refused, view(train="CANCELLED"), NOW), QueueAnew)
+    decided = next_action(refused.with_events(Cancelled(stage="train", job_id="2")), view(train="CANCELLED"), NOW)
+    assert isinstance(decided, Nothing) and decided.over and decided.cause == "cancelled"
+
+
 def test_every_attempt_without_a_recorded_cause_is_open_until_it_is_settled() -> None:
     known = ledger(settled("preemption"), attempts=3, outcome=75)
     assert open_ends(known, inside(3)) == [("train", 2), ("train", 3)]

@@ -159,12 +159,13 @@ class Ledger:
         return bool(self.of(Intended, stage)) and not pending
 
     def resume_pending(self, stage: str) -> bool:
-        """Whether the owner has asked the run to continue since the stage was last queued."""
+        """Whether the owner has asked the run to continue since the stage was last queued, and not cancelled it since.
+        """
         pending = False
         for event in self.events:
             if isinstance(event, ResumeRequested):
                 pending = True
-            elif isinstance(event, Submitted) and event.stage == stage:
+            elif isinstance(event, (Submitted, Cancelled)) and event.stage == stage:
                 pending = False
         return pending
 
