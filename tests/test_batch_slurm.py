@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ftlib.slurm import batch
+from ftlib.slurm.controller import SlurmController
 from tests.cluster import Slurm
 from tests.wishes import CHECKOUT
 
@@ -61,6 +62,33 @@ def test_a_job_that_waits_before_its_next_attempt_holds_no_node(slurm: Slurm, tm
         assert (state, reason) == ("PENDING", "BeginTime")
         left = slurm.run(["bash", "-c", f"echo $(($(date -d {begins} +%s) - $(date -d {now} +%s)))"])
         assert 12 < int(left) <= 30, left  # the credential's 10 s alone would be less
+    finally:
+        slurm.run(["scancel", job])
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_change_is_accepted_only_of_a_job_that_goes_back_to_the_queue(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """What `act.requeue` relies on: of a job that was cancelled, `requeue Incomplete` is accepted without effect."""
+    for name, value in slurm.env.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "job.sh"
+    # It outlives SIGTERM, so that it is still ending when the requeue comes.
+    script.write_text("#!/bin/bash\ntrap '' TERM\ntouch ready\nfor _ in $(seq 600); do sleep 0.1; done\n")
+    job = slurm.sbatch(
+        "--requeue", "--mem=200M", "--time=9", f"--chdir={tmp_path}", "--output=/dev/null", str(script)
+    )  # fmt: skip
+    controller = SlurmController()
+    try:
+        until((tmp_path / "ready").exists, 30, tmp_path)
+        assert controller.restarts(job) == 0
+        if cancelled:
+            slurm.run(["scancel", job])
+        assert controller.requeue(job, incomplete_only=True)
+        assert controller.update(job, {"Requeue": "1"}) is not cancelled
+        assert controller.restarts(job) == (0 if cancelled else 1)
+        slurm.wait(job, "CANCELLED" if cancelled else "PENDING", 30)
     finally:
         slurm.run(["scancel", job])
 

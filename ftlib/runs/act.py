@@ -86,7 +86,7 @@ def requeue(
             return SUPERSEDED
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
         if controller.requeue(job_id, incomplete_only=True):
-            # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (Slurm 22.05).
+            # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (22.05, 26.05).
             # A change is accepted only of one that goes back to the queue; this one changes nothing.
             if not controller.update(job_id, {"Requeue": "1"}):
                 report("the job was cancelled, or its time limit is over: it was not requeued")
