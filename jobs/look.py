@@ -29,6 +29,7 @@ from ftlib.rundir import STAGES, RunDir
 from ftlib.runs import decide
 from ftlib.runs.events import Moved
 from ftlib.runs.ledger import Ledger
+from ftlib.runs.scheduler import SchedulerView
 from ftlib.slurm import client, queue
 from ftlib.slurm.client import Job
 from ftlib.slurm.queue import UNKNOWN, Answer
@@ -85,10 +86,21 @@ def see(runs: Iterable[RunDir], *, fresh: bool = True) -> list[Seen]:
         for seen, said in members:
             owner = said.get("user") or me
             seen.answer = answer if owner == me or _has_account(owner) else _without_account(seen, answer, owner)
-            seen.stages = state.stages(seen.known, seen.answer.jobs)
             seen_by_slurm = view if seen.answer is answer else seen.answer.view()
+            if seen.place == "here" and _job_has_ended(seen, seen_by_slurm):
+                # It may have ended after its folder was read, and left its outcome there before Slurm was asked.
+                with contextlib.suppress(Unreadable):
+                    seen.known = seen.run.ledger()
+            seen.stages = state.stages(seen.known, seen.answer.jobs)
             seen.action = decide.next_action(seen.known, seen_by_slurm, now)
     return found
+
+
+def _job_has_ended(seen: Seen, view: SchedulerView) -> bool:
+    """Whether the job of a stage that is not done, as far as its folder was read, runs no more."""
+    stage = seen.known.first_open
+    job = seen.known.jobs.get(stage) if stage else None
+    return job is not None and view.job(job).state != "" and not view.active(job)
 
 
 def _read(run: RunDir, me: str) -> tuple[Seen, dict[str, Any]]:

@@ -406,3 +406,16 @@ def test_a_clock_that_jumps_neither_reorders_nor_takes_hours_back(
     assert [type(event) for event in known.events][-2:] == [Started, events.Ended]
     assert sum(cost.seconds for cost in stage_costs(known, run.plan(), ahead.timestamp())) == 0
     assert "a clock is wrong, here or of n7" in only(capsys)["notes"][0]
+
+
+def test_a_job_that_ends_between_the_look_at_its_folder_and_the_question_to_slurm_has_not_failed(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run,) = site.make()
+    for stage in STAGES[:-1]:
+        outcome.write(run.outcomes, Outcome(stage, 1, 0, "done"))
+    job = f"{ARRAYS[0]['evaluate']}_0"
+    site.say({job: ("COMPLETED", "None")})
+    # squeue is asked after the folder was read: the outcome is written while it answers.
+    (site.place / "squeue.sh").write_text(f"echo '0 scored' >'{run.outcomes}/evaluate-1'\n")
+    assert only(capsys)["state"] == "completed"
