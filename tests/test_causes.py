@@ -311,3 +311,28 @@ def test_a_job_that_was_cancelled_as_it_ended_is_neither_requeued_nor_begun_agai
     run.record(ResumeRequested(after_attempts={"train": 1}))
     resumed = Here(job_id="8", stage="train", attempt=2, ended=False)
     assert isinstance(act.begin_attempt(run, Controller(), resumed, investigator(run.path)), Nothing)
+
+
+def test_a_requeue_whose_probe_was_not_answered_still_changes_the_next_attempt() -> None:
+    """The controller falls silent for one call: its count of restarts tells that the job went back to the queue."""
+
+    class Silent(Controller):
+        restart_count = 0
+        changed: Mapping[str, str] | None = None
+
+        def restarts(self, job_id: str) -> int | None:
+            return self.restart_count
+
+        def requeue(self, job_id: str, *, incomplete_only: bool) -> bool:
+            self.restart_count += 1
+            return True
+
+        def update(self, job_id: str, changes: Mapping[str, str]) -> bool:
+            if "Requeue" in changes:
+                return False
+            self.changed = changes
+            return True
+
+    controller = Silent()
+    how = act.requeue(controller, "7", {"MinMemoryNode": "6000"}, restarts=0, report=lambda message: None)
+    assert how == act.REQUEUED and controller.changed == {"MinMemoryNode": "6000"}

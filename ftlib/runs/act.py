@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from ftlib.errors import Unavailable
 from ftlib.runs import chain, decide
@@ -44,13 +45,7 @@ def begin_attempt(
 ) -> Action:  # fmt: skip
     """What a prologue does: settle what no epilogue saw, and learn whether the attempt may begin (`Nothing`, not
     superseded) or the job must end (`Stop`, or superseded)."""
-    writer = f"{here.stage}-{here.attempt}-prologue"
-    view = SchedulerView.inside(here, controller.state(here.job_id))
-    ledger = settle(run, view, investigate, "prologue", writer)
-    action = decide.next_action(ledger, view, clock())
-    if action.events():
-        run.record(*action.events(), writer=writer)
-    return action
+    return _decide_inside(run, controller, here, investigate, by="prologue", clock=clock)
 
 
 def end_attempt(
@@ -58,9 +53,16 @@ def end_attempt(
     clock: Callable[[], float] = time.time,
 ) -> Action:  # fmt: skip
     """What an epilogue does before it acts: settle its attempt, decide, and record the decision."""
-    writer = f"{here.stage}-{here.attempt}-epilogue"
+    return _decide_inside(run, controller, here, investigate, by="epilogue", clock=clock)
+
+
+def _decide_inside(
+    run: Record, controller: Controller, here: Here, investigate: Investigate, *, by: Literal["prologue", "epilogue"],
+    clock: Callable[[], float],
+) -> Action:  # fmt: skip
+    writer = f"{here.stage}-{here.attempt}-{by}"
     view = SchedulerView.inside(here, controller.state(here.job_id))
-    ledger = settle(run, view, investigate, "epilogue", writer)
+    ledger = settle(run, view, investigate, by, writer)
     action = decide.next_action(ledger, view, clock())
     if action.events():
         run.record(*action.events(), writer=writer)
@@ -81,14 +83,16 @@ def requeue(
     wait_s = 1
     while wait_s <= LONGEST_WAIT_S:
         # Slurm may have given up this node meanwhile: the job's next start, elsewhere, must not be ended.
-        if restarts is not None and restarts < (controller.restarts(job_id) or 0):
+        if _restarted(controller, job_id, restarts):
             report("Slurm has requeued the job already")
             return SUPERSEDED
         # Incomplete leaves a job alone that its owner has cancelled; a plain requeue would revive it.
         if controller.requeue(job_id, incomplete_only=True):
             # That is accepted, without effect, of a job that was cancelled or is at its time limit, too (22.05, 26.05).
-            # A change is accepted only of one that goes back to the queue; this one changes nothing.
-            if not controller.update(job_id, {"Requeue": "1"}):
+            # A change is accepted only of one that goes back to the queue; this one changes nothing. Where the
+            # controller fell silent in between, its count of restarts tells.
+            back_in_queue = controller.update(job_id, {"Requeue": "1"}) or _restarted(controller, job_id, restarts)
+            if not back_in_queue:
                 report("the job was cancelled, or its time limit is over: it was not requeued")
                 return "refused"
             if changes and not controller.update(job_id, changes):
@@ -100,6 +104,11 @@ def requeue(
         sleep(wait_s)
         wait_s *= 2
     return "refused"
+
+
+def _restarted(controller: Controller, job_id: str, before: int | None) -> bool:
+    """Whether the job was requeued since its count of restarts was `before` (None: not known)."""
+    return before is not None and before < (controller.restarts(job_id) or 0)
 
 
 def recover(
