@@ -74,23 +74,12 @@ class Ledger:
     @cached_property
     def submissions(self) -> dict[str, Submitted]:
         """Stage ("recovery", "image") -> its last submission. A run that was moved has none of before."""
-        last: dict[str, Submitted] = {}
-        for event in self.events:
-            if isinstance(event, Submitted):
-                last[event.stage] = event
-            elif isinstance(event, Moved):
-                last = {}
-        return last
+        return {stage: cast(Submitted, self.events[index]) for stage, index in self.queue_order.items()}
 
     @cached_property
     def jobs(self) -> dict[str, str]:
         """Stage ("recovery", "image") -> the job it was last queued under."""
         return {stage: submission.job_id for stage, submission in self.submissions.items()}
-
-    @property
-    def has_recovery_job(self) -> bool:
-        """Whether the newest jobs have one: a submit may have been killed right before it queued it."""
-        return [event.stage for event in self.of(Submitted)][-1:] == [RECOVERY]
 
     @cached_property
     def queue_order(self) -> dict[str, int]:
